@@ -1,0 +1,1 @@
+"""kvkeep keeps the KV cache of LLM serving; see README.md."""

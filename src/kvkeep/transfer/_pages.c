@@ -1,0 +1,1 @@
+int kvkeep_placeholder;
