@@ -1,0 +1,143 @@
+"""One greeted connection to a daemon; every call has a deadline.
+
+Not thread-safe: one thread uses a connection at a time. After an UnavailableError the connection is
+of no more use; its leases end on the daemon's side when it is closed.
+"""
+
+import contextlib
+import itertools
+import select
+import socket
+from typing import TypeVar
+
+from kvkeep.model.clock import Clock, SystemClock
+from kvkeep.model.errors import InputError, RefusedError, UnavailableError
+from kvkeep.protocol import codec
+from kvkeep.protocol import messages as m
+from kvkeep.protocol.frames import FrameReader
+
+RECEIVE_BYTES = 1 << 18
+SEND_BUFFER_BYTES = 1 << 20
+"""Room for the largest Acquire of a long prompt, so that a send never waits for a frozen daemon."""
+
+Reply = TypeVar("Reply", m.Acquired, m.Reserved, m.Committed, m.Pong, m.Status, m.Cleared)
+
+
+class Connection:
+    """A socket on which Hello was answered with Welcome."""
+
+    def __init__(self, sock: socket.socket, clock: Clock) -> None:
+        self._socket = sock
+        self._clock = clock
+        self._frames = FrameReader()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._request_ids = itertools.count(1)
+        self.welcome: m.Welcome | None = None
+
+    @staticmethod
+    def open(
+        path: str, hello: m.Hello, timeout_s: float, clock: Clock | None = None
+    ) -> "Connection":
+        """Connect and greet.
+
+        Raises:
+            UnavailableError: Nobody answers within ``timeout_s``.
+            RefusedError: The daemon gives a reason why not; asking again won't help.
+        """
+        clock = clock or SystemClock()
+        deadline_s = clock.now_s() + timeout_s
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout_s)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            sock.connect(path)
+            sock.setblocking(False)
+        except OSError as error:
+            sock.close()
+            raise UnavailableError(f"no daemon answers at {path}: {error}") from error
+        connection = Connection(sock, clock)
+        try:
+            connection.send(hello)
+            connection.welcome = connection._greeted(deadline_s)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _greeted(self, deadline_s: float) -> m.Welcome:
+        while True:
+            left_s = deadline_s - self._clock.now_s()
+            if left_s <= 0:
+                raise UnavailableError("the daemon does not answer")
+            for message in self.receive(left_s):
+                if isinstance(message, m.Welcome):
+                    return message
+
+    def next_request_id(self) -> int:
+        """A number for a request, unique on this connection."""
+        return next(self._request_ids)
+
+    def send(self, message: m.Message) -> None:
+        """Send without waiting.
+
+        Raises:
+            UnavailableError: The daemon has closed, or reads so slowly that the buffer is full.
+        """
+        data = codec.encode(message)
+        try:
+            if self._socket.send(data) == len(data):
+                return
+        except OSError as error:
+            raise UnavailableError(f"the daemon is gone: {error}") from error
+        # A frame that went out in part can't be taken back: the stream is lost.
+        raise UnavailableError("the daemon does not read")
+
+    def receive(self, wait_s: float) -> list[m.ToClient]:
+        """Messages that have arrived, after waiting up to ``wait_s`` for the first.
+
+        Raises:
+            UnavailableError: The connection is over.
+            RefusedError: The daemon said why it ends the session.
+        """
+        if not self._poll.poll(max(wait_s, 0.0) * 1e3):
+            return []
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise UnavailableError(f"the daemon is gone: {error}") from error
+        if not data:
+            raise UnavailableError("the daemon is gone")
+        try:
+            messages = [codec.decode_to_client(payload) for payload in self._frames.feed(data)]
+        except InputError as error:
+            raise UnavailableError(f"the daemon's answer can't be read: {error}") from error
+        for message in messages:
+            if isinstance(message, m.Refused):
+                raise RefusedError(message.reason)
+        return messages
+
+    def call(self, message: m.Message, kind: type[Reply], timeout_s: float) -> Reply:
+        """Send one request and wait for its answer; answers to earlier ones are dropped.
+
+        Raises:
+            UnavailableError: No answer in time. The request may or may not have been carried out.
+            RefusedError: The daemon said why it ends the session.
+        """
+        self.send(message)
+        request_id = getattr(message, "request_id")  # noqa: B009 - requests have it, Message has not
+        deadline_s = self._clock.now_s() + timeout_s
+        while True:
+            left_s = deadline_s - self._clock.now_s()
+            if left_s <= 0:
+                raise UnavailableError(f"no answer within {timeout_s} s")
+            for reply in self.receive(left_s):
+                if isinstance(reply, kind) and reply.request_id == request_id:
+                    return reply
+
+    def close(self) -> None:
+        """End the session; every lease of it ends with it."""
+        with contextlib.suppress(OSError):
+            self._socket.close()

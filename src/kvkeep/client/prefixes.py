@@ -1,0 +1,187 @@
+"""Leases on prefixes, for a scheduler thread that must never wait.
+
+A question is sent when a request arrives (``ask``) and its answer picked up when the request is
+scheduled (``answer``), each without blocking beyond the few milliseconds that the caller allows. A
+daemon that does not answer in time is given up at once and everything is a miss until it is back.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvkeep.client.connection import Connection
+from kvkeep.client.link import Link
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import RefusedError, UnavailableError
+from kvkeep.model.ids import BlockHash, Namespace
+from kvkeep.protocol import codec
+from kvkeep.protocol import messages as m
+
+log = logging.getLogger(__name__)
+
+QUESTIONS_MAX = 4096
+"""Open questions at once; far above any scheduler's waiting queue that is still served."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLease:
+    """The leading blocks of a sequence, readable until ``deadline_s``."""
+
+    lease_id: int
+    slots: tuple[int, ...]
+    """One pool slot per block, in the order of the sequence."""
+    deadline_s: float
+    """Monotonic; the daemon's own deadline is a little later, because it counts from its receipt."""
+    connection: Connection
+    """The session that holds it; over when that is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An Acquire on its way."""
+
+    request_id: int
+    asked_s: float
+    connection: Connection
+
+
+class PrefixClient:
+    """One scheduler's questions and leases. Used by one thread."""
+
+    def __init__(self, link: Link, clock: Clock, *, lease_s: float, patience_s: float) -> None:
+        """Make a client.
+
+        Args:
+            link: Its connection is this client's alone.
+            clock: Monotonic.
+            lease_s: How long a lease is asked for.
+            patience_s: After this long without an answer the daemon counts as lost.
+        """
+        self._link = link
+        self._clock = clock
+        self._lease_s = lease_s
+        self._patience_s = patience_s
+        self._answers: dict[int, m.Acquired | None] = {}
+        """By request id: None while open."""
+        self._connection: Connection | None = None
+        self.num_late = 0
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a daemon to ask."""
+        return self._link.connection is not None
+
+    def _current(self) -> Connection | None:
+        connection = self._link.connection
+        if connection is not self._connection:
+            self._connection = connection
+            self._answers.clear()
+        return connection
+
+    def _lose(self, connection: Connection, reason: object) -> None:
+        self._link.lost(connection, reason)
+        self._answers.clear()
+
+    def ask(
+        self, namespace: Namespace, group_idx: int, hashes: Sequence[BlockHash]
+    ) -> Question | None:
+        """Ask for a lease on the longest readable prefix; None if nobody can be asked."""
+        connection = self._current()
+        if connection is None or len(self._answers) >= QUESTIONS_MAX:
+            return None
+        request_id = connection.next_request_id()
+        joined = codec.join_hashes(hashes[: m.HASHES_MAX])
+        try:
+            connection.send(m.Acquire(request_id, namespace, group_idx, joined, self._lease_s))
+        except UnavailableError as error:
+            self._lose(connection, error)
+            return None
+        self._answers[request_id] = None
+        return Question(request_id, self._clock.now_s(), connection)
+
+    def answer(self, question: Question, wait_s: float) -> PrefixLease | bool:
+        """Pick up the answer to a question.
+
+        Args:
+            question: From ``ask``, not answered before.
+            wait_s: How long this call may wait.
+
+        Returns:
+            The lease; False if there is nothing to read or nobody answers; True if the answer is
+            still to come.
+        """
+        connection = self._current()
+        if connection is None or question.connection is not connection:
+            return False
+        deadline_s = self._clock.now_s() + wait_s
+        while (answer := self._answers.get(question.request_id)) is None:
+            if not self._receive(connection, deadline_s - self._clock.now_s()):
+                return False
+            now_s = self._clock.now_s()
+            if self._answers.get(question.request_id) is None and now_s >= deadline_s:
+                if now_s - question.asked_s < self._patience_s:
+                    return True
+                self.num_late += 1
+                self._lose(connection, f"no answer within {self._patience_s} s")
+                return False
+        del self._answers[question.request_id]
+        if not answer.lease_id:
+            return False
+        slots = codec.split_slots(answer.slots)
+        deadline_s = question.asked_s + self._lease_s
+        return PrefixLease(answer.lease_id, slots, deadline_s, connection)
+
+    def _receive(self, connection: Connection, wait_s: float) -> bool:
+        """Take in what has arrived; False if the connection was lost."""
+        try:
+            messages = connection.receive(wait_s)
+        except (UnavailableError, RefusedError) as error:
+            self._lose(connection, error)
+            return False
+        for message in messages:
+            if isinstance(message, m.Acquired):
+                if message.request_id in self._answers:
+                    self._answers[message.request_id] = message
+                elif message.lease_id:
+                    # The asker has gone meanwhile.
+                    self._send(m.Release([message.lease_id]))
+        return True
+
+    def forget(self, question: Question) -> None:
+        """Nobody will pick up this answer: give its lease back when it comes."""
+        answer = self._answers.pop(question.request_id, None)
+        if answer is not None and answer.lease_id and question.connection is self._connection:
+            self._send(m.Release([answer.lease_id]))
+
+    def release(
+        self,
+        leases: Sequence[PrefixLease],
+        *,
+        num_loaded: int = 0,
+        num_failed: int = 0,
+        load_us: int = 0,
+    ) -> None:
+        """Give leases back and report what was loaded; those of a lost session are over anyway."""
+        connection = self._current()
+        lease_ids = [lease.lease_id for lease in leases if lease.connection is connection]
+        if connection is not None and (lease_ids or num_loaded or num_failed):
+            self._send(m.Release(lease_ids, num_loaded, num_failed, load_us))
+
+    def report_corrupt(
+        self, namespace: Namespace, group_idx: int, hashes: Sequence[BlockHash]
+    ) -> None:
+        """Tell the daemon never to lend these blocks again."""
+        self._send(m.ReportCorrupt(namespace, group_idx, codec.join_hashes(hashes)))
+
+    def _send(self, message: m.Message) -> None:
+        connection = self._current()
+        if connection is None:
+            return
+        try:
+            connection.send(message)
+        except UnavailableError as error:
+            self._lose(connection, error)
+
+    def close(self) -> None:
+        """End the session."""
+        self._link.close()

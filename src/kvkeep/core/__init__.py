@@ -1,0 +1,1 @@
+"""Decisions: pure and synchronous, no I/O, clock or chance."""

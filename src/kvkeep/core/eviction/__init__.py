@@ -1,0 +1,1 @@
+"""Which blocks make room for others."""

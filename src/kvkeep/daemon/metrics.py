@@ -1,0 +1,124 @@
+"""What the daemon counts: one table of names, units and help texts, shown as JSON and to Prometheus.
+
+The ledger keeps its own counters; those of copies come from the workers' reports, because only a
+worker sees bytes arrive.
+"""
+
+import json
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+import kvkeep
+from kvkeep.core.blocks import BlockState
+from kvkeep.daemon.shell import Shell
+from kvkeep.model.clock import Clock
+
+COUNTERS = {
+    "blocks_stored": "blocks that became readable in the pool",
+    "blocks_loaded": "blocks that arrived in an engine with right digests",
+    "blocks_lent": "blocks lent for reading",
+    "blocks_evicted": "blocks that made room for others",
+    "blocks_corrupt": "blocks whose bytes did not match their digests",
+    "bytes_stored": "bytes of the blocks stored",
+    "bytes_loaded": "bytes of the blocks loaded",
+    "store_us": "microseconds that workers spent copying to the pool",
+    "load_us": "microseconds that workers spent copying from the pool and checking",
+    "load_failures": "blocks that were lent but did not arrive, and were recomputed",
+    "leases_granted": "leases for reading and writing",
+    "leases_expired": "leases that ended at their deadline",
+    "stores_fenced": "commits refused because their lease was over",
+    "stores_without_room": "blocks not stored because every slot was in use",
+    "lookups": "requests for the longest readable prefix",
+    "lookup_blocks": "blocks asked for in them",
+    "blocks_recovered": "blocks taken over from an earlier daemon",
+    "blocks_dropped": "torn or rotten blocks found then",
+    "messages_refused": "messages that were malformed or out of order",
+    "device_to_host": "blocks moved from an engine to the pool",
+    "host_to_device": "blocks moved from the pool to an engine",
+}
+"""Name to help text; all are monotone integers. Prometheus adds ``kvkeep_`` and ``_total``."""
+
+
+class Metrics(Collector):
+    """Counts, and renders what it and the ledger counted."""
+
+    def __init__(self, shell: Shell, clock: Clock) -> None:
+        self._shell = shell
+        self._clock = clock
+        self._begun_s = clock.now_s()
+        self._own = dict.fromkeys(COUNTERS, 0)
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to one of the daemon's own counters."""
+        self._own[name] += amount
+
+    def _block_bytes(self) -> int:
+        geometry = self._shell.pool.geometry
+        return 0 if geometry is None else geometry.layout.block_bytes
+
+    def loaded(self, num_loaded: int, num_failed: int, load_us: int) -> None:
+        """A worker's report of a load."""
+        self.count("blocks_loaded", num_loaded)
+        self.count("host_to_device", num_loaded)
+        self.count("bytes_loaded", num_loaded * self._block_bytes())
+        self.count("load_failures", num_failed)
+        self.count("load_us", load_us)
+
+    def stored(self, num_ready: int, store_us: int) -> None:
+        """A worker's report of a store."""
+        self.count("device_to_host", num_ready)
+        self.count("bytes_stored", num_ready * self._block_bytes())
+        self.count("store_us", store_us)
+
+    def counters(self) -> dict[str, int]:
+        """Every counter of the table."""
+        node = self._shell.node
+        core = {} if node is None else node.counters
+        return {name: self._own[name] + core.get(name, 0) for name in COUNTERS}
+
+    def gauges(self) -> dict[str, float]:
+        """What stands now: slots by state, leases, sessions' time."""
+        node, geometry = self._shell.node, self._shell.pool.geometry
+        values = {f"slots_{state.value}": 0.0 for state in BlockState}
+        values |= {"slots": 0.0, "read_leases": 0.0, "write_leases": 0.0}
+        if node is not None and geometry is not None:
+            values |= {f"slots_{s.value}": float(n) for s, n in node.ledger.num_by_state.items()}
+            values["slots"] = float(geometry.num_slots)
+            values["read_leases"] = float(len(node.reads))
+            values["write_leases"] = float(len(node.writes))
+        values["uptime_s"] = self._clock.now_s() - self._begun_s
+        return values
+
+    def status(self) -> dict[str, object]:
+        """Everything a person or a script asks first."""
+        pool = self._shell.pool
+        layout = None if pool.geometry is None else pool.geometry.layout
+        return {
+            "version": kvkeep.__version__,
+            "generation": pool.generation,
+            "pool": {
+                "path": str(pool.path),
+                "bytes": pool.num_bytes,
+                "block_bytes": self._block_bytes(),
+                "layout": None
+                if layout is None
+                else {name: getattr(layout, name) for name in layout.__dataclass_fields__},
+            },
+            "workers": self._shell.num_workers,
+            "gauges": self.gauges(),
+            "counters": self.counters(),
+        }
+
+    def status_text(self) -> str:
+        """``status`` as JSON."""
+        return json.dumps(self.status())
+
+    def collect(self) -> Iterator[Metric]:
+        """Prometheus asks."""
+        values = self.counters()
+        for name, text in COUNTERS.items():
+            yield CounterMetricFamily(f"kvkeep_{name}", text, value=values[name])
+        for name, value in self.gauges().items():
+            yield GaugeMetricFamily(f"kvkeep_{name}", name.replace("_", " "), value=value)

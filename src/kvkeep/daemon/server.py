@@ -1,0 +1,255 @@
+"""Accepts connections on the control socket and turns messages into events.
+
+One event loop, one thread. Nothing here waits: a message is answered in the call that read it.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import secrets
+import socket
+import struct
+from typing import cast
+
+from kvkeep.core import effects as do
+from kvkeep.core import events as on
+from kvkeep.daemon.metrics import Metrics
+from kvkeep.daemon.settings import DaemonSettings
+from kvkeep.daemon.shell import Shell
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import InputError, RefusedError
+from kvkeep.model.ids import BlockHash, Holder, LeaseId, Namespace
+from kvkeep.model.layout import KvLayout
+from kvkeep.protocol import codec
+from kvkeep.protocol import messages as m
+from kvkeep.protocol.frames import FrameReader
+from kvkeep.protocol.session import Session
+from kvkeep.protocol.versions import SUPPORTED, VERSION
+
+log = logging.getLogger(__name__)
+
+_CREDENTIALS = struct.Struct("3i")
+_CANARY_NAMESPACE = Namespace(b"\0" * 32)
+"""No digest of a layout is all zeros, so nobody can ask for a canary's block."""
+WRITE_BUFFER_BYTES_MAX = 8 << 20
+"""A client that does not read its answers is cut off here."""
+FOREVER_S = float("inf")
+
+
+class Server:
+    """Everything the sessions of one daemon share."""
+
+    def __init__(
+        self, settings: DaemonSettings, shell: Shell, clock: Clock, metrics: Metrics
+    ) -> None:
+        self.settings = settings
+        self.shell = shell
+        self.clock = clock
+        self.metrics = metrics
+        self.sessions: set[SessionProtocol] = set()
+        self._session_ids = itertools.count(1)
+
+    def next_session_id(self) -> int:
+        """A number no earlier session of this generation had."""
+        return next(self._session_ids)
+
+    def close(self) -> None:
+        """Cut every session."""
+        for session in list(self.sessions):
+            session.abort()
+
+
+class SessionProtocol(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._shell = server.shell
+        self._frames = FrameReader()
+        self._session = Session()
+        self._transport: asyncio.Transport | None = None
+        self._holder = Holder(0, 0)
+        self._role = ""
+        self._request_id = 0
+
+    # ---- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Check who it is before reading a byte."""
+        self._transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("socket")
+        data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, _ = _CREDENTIALS.unpack(data)
+        self._holder = Holder(self._server.next_session_id(), pid)
+        self._server.sessions.add(self)
+        if uid not in (0, os.getuid()):
+            self._refuse(f"this daemon serves user {os.getuid()} only: run as that user")
+        elif len(self._server.sessions) > self._server.settings.sessions_max:
+            self._refuse("too many sessions: raise sessions_max or stop an engine")
+
+    def data_received(self, data: bytes) -> None:
+        """Answer every message that these bytes complete."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        try:
+            for payload in self._frames.feed(data):
+                self._receive(codec.decode_to_daemon(payload))
+        except (InputError, RefusedError) as error:
+            self._server.metrics.count("messages_refused")
+            log.warning("session refused. pid=%d reason=%s", self._holder.pid, error)
+            self._refuse(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take back what the session held."""
+        self._server.sessions.discard(self)
+        if self._role == "worker":
+            self._shell.num_workers -= 1
+        self._shell.handle(on.HolderLeft(self._holder))
+        self._transport = None
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # ---- messages
+
+    def _send(self, message: m.Message) -> None:
+        assert self._transport is not None
+        if self._transport.get_write_buffer_size() > WRITE_BUFFER_BYTES_MAX:
+            log.warning("client does not read its answers. pid=%d", self._holder.pid)
+            self._transport.abort()
+            return
+        self._transport.write(codec.encode(message))
+
+    def _refuse(self, reason: str) -> None:
+        assert self._transport is not None
+        self._send(m.Refused(reason[: m.TEXT_MAX]))
+        self._transport.close()
+
+    def _receive(self, message: m.ToDaemon) -> None:
+        self._session.receive(message)
+        match message:
+            case m.Acquire():
+                self._acquire(message)
+            case m.Release():
+                self._release(message)
+            case m.Reserve():
+                self._reserve(message)
+            case m.Commit():
+                self._commit(message)
+            case m.ReportCorrupt():
+                hashes = codec.split_hashes(message.hashes)
+                self._shell.handle(
+                    on.BlocksFoundCorrupt(Namespace(message.namespace), message.group_idx, hashes)
+                )
+            case m.Hello():
+                self._hello(message)
+            case m.Ping():
+                self._send(m.Pong(message.request_id))
+            case m.GetStatus():
+                self._send(m.Status(message.request_id, self._server.metrics.status_text()))
+            case m.Clear():
+                self._clear(message)
+
+    def _deadline_s(self, lease_s: float) -> float:
+        return self._server.clock.now_s() + min(lease_s, self._server.settings.lease_s_max)
+
+    def _hello(self, message: m.Hello) -> None:
+        if message.version not in SUPPORTED:
+            raise RefusedError(
+                f"client speaks protocol {message.version}, this daemon {VERSION}: "
+                "install the same kvkeep on both sides"
+            )
+        canary_slot = 0
+        self._session_role(message)
+        if message.layout is not None:
+            canary_slot = self._lend_canary_slot()
+        geometry = self._shell.pool.geometry
+        self._send(
+            m.Welcome(
+                version=VERSION,
+                generation=self._shell.pool.generation,
+                pool_path=str(self._shell.pool.path),
+                pool_id=self._shell.pool.pool_id,
+                num_slots=0 if geometry is None else geometry.num_slots,
+                canary_slot=canary_slot,
+            )
+        )
+        log.info("session opened. role=%s engine=%s pid=%d", message.role, message.engine_id,
+                 self._holder.pid)  # fmt: skip
+
+    def _session_role(self, message: m.Hello) -> None:
+        if message.layout is None:
+            return
+        layout = message.layout
+        self._shell.open_layout(
+            KvLayout(layout.num_layers, layout.num_heads, layout.page_bytes, layout.block_tokens,
+                     layout.dtype, layout.page_format)  # fmt: skip
+        )
+        self._role = "worker"
+        self._shell.num_workers += 1
+        self._shell.handle(on.HolderQuiet(self._holder.pid))
+
+    def _lend_canary_slot(self) -> int:
+        node = self._shell.node
+        assert node is not None
+        event = on.StoreAsked(
+            0, self._holder, _CANARY_NAMESPACE, 0, [BlockHash(secrets.token_bytes(32))],
+            node.ledger.all_heads, FOREVER_S,
+        )  # fmt: skip
+        reply = self._shell.handle(event)
+        assert isinstance(reply, do.ReplyStore)
+        if not reply.lease_id:
+            raise RefusedError("every slot of the pool is in use: raise pool_bytes")
+        return reply.slots[0]
+
+    def _acquire(self, message: m.Acquire) -> None:
+        hashes = codec.split_hashes(message.hashes)
+        reply = self._shell.handle(
+            on.ReadAsked(0, self._holder, Namespace(message.namespace), message.group_idx, hashes,
+                         self._deadline_s(message.lease_s))  # fmt: skip
+        )
+        generation = self._shell.pool.generation
+        if isinstance(reply, do.ReplyRead):
+            slots = codec.join_slots(reply.slots)
+            self._send(m.Acquired(message.request_id, reply.lease_id, slots, generation))
+        else:
+            self._send(m.Acquired(message.request_id, 0, b"", generation))
+
+    def _release(self, message: m.Release) -> None:
+        leases = [LeaseId(lease_id) for lease_id in message.lease_ids]
+        self._shell.handle(on.ReadFinished(self._holder, leases))
+        self._server.metrics.loaded(message.num_loaded, message.num_failed, message.load_us)
+
+    def _reserve(self, message: m.Reserve) -> None:
+        hashes = codec.split_hashes(message.hashes)
+        node = self._shell.node
+        mask = ((1 << message.num_heads) - 1) << message.first_head
+        if node is None or not mask or mask & ~node.ledger.all_heads:
+            raise InputError("heads out of range: a worker says Hello with its layout first")
+        reply = self._shell.handle(
+            on.StoreAsked(0, self._holder, Namespace(message.namespace), message.group_idx, hashes,
+                          mask, self._deadline_s(message.lease_s))  # fmt: skip
+        )
+        assert isinstance(reply, do.ReplyStore)
+        slots = codec.join_slots(reply.slots)
+        self._send(m.Reserved(message.request_id, reply.lease_id, slots))
+
+    def _commit(self, message: m.Commit) -> None:
+        is_stored = [flag == 1 for flag in message.is_stored]
+        reply = self._shell.handle(
+            on.StoreFinished(0, self._holder, LeaseId(message.lease_id), is_stored)
+        )
+        num_ready = reply.num_ready if isinstance(reply, do.ReplyStored) else 0
+        is_fenced = not isinstance(reply, do.ReplyStored) or reply.is_fenced
+        self._server.metrics.stored(num_ready, message.store_us)
+        self._send(m.Committed(message.request_id, num_ready, is_fenced))
+
+    def _clear(self, message: m.Clear) -> None:
+        reply = self._shell.handle(on.ClearAsked(0))
+        cleared, kept = (
+            (reply.num_cleared, reply.num_kept) if isinstance(reply, do.ReplyCleared) else (0, 0)
+        )
+        self._send(m.Cleared(message.request_id, cleared, kept))

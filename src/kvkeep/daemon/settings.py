@@ -1,0 +1,129 @@
+"""What a daemon can be told, from one YAML file, the environment and flags.
+
+Precedence: flag, environment (``KVKEEP_`` and the field's name), file, default.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from kvkeep.model.errors import InputError
+
+ENVIRONMENT_PREFIX = "KVKEEP_"
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+          "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*$", re.IGNORECASE)
+SOCKET_PATH_BYTES_MAX = 107
+"""``sun_path`` of Linux, less its terminating zero (unix(7))."""
+
+
+def parse_bytes(text: str | int) -> int:
+    """A size such as ``2GiB``, ``512 MiB`` or ``1073741824`` in bytes.
+
+    Raises:
+        InputError: Not a size.
+    """
+    if isinstance(text, int):
+        return text
+    match = _SIZE.match(text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise InputError(f"{text!r} is not a size: write a number and a unit, such as 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def runtime_folder() -> Path:
+    """Where sockets of this user live: private, and gone after a reboot."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return Path(base) / f"kvkeep-{os.getuid()}"
+
+
+class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of one daemon; each is checked when it is made."""
+
+    pool_bytes: Annotated[int, msgspec.Meta(ge=1 << 24, le=1 << 46)] = 2 << 30
+    """Size of the shared-memory pool in bytes (16 MiB to 64 TiB); ``2GiB`` style is understood."""
+    socket: str = ""
+    """Path of the control socket; empty: ``default.sock`` in this user's runtime folder."""
+    pool: str = ""
+    """Path of the pool; empty: a name in /dev/shm that follows from the socket's path."""
+    metrics_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    """TCP port on 127.0.0.1 for /metrics, /status and /health; 0 takes a free one."""
+    lease_s_max: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60.0
+    """The longest lease a client gets, in seconds."""
+    sessions_max: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
+    """Connections at once; an engine holds two, and one more per further rank."""
+    verify_on_start: bool = True
+    """Whether a restarted daemon checks the digest of every block it takes over."""
+
+    def __post_init__(self) -> None:
+        if len(self.socket_path.encode()) > SOCKET_PATH_BYTES_MAX:
+            raise ValueError(
+                f"socket has more than {SOCKET_PATH_BYTES_MAX} bytes, the limit of Unix sockets: "
+                "choose a shorter path"
+            )
+
+    @property
+    def socket_path(self) -> str:
+        """The control socket's path, default applied."""
+        return self.socket or str(runtime_folder() / "default.sock")
+
+    @property
+    def pool_path(self) -> Path:
+        """The pool's path, default applied."""
+        if self.pool:
+            return Path(self.pool)
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", self.socket_path).strip("-")
+        return Path("/dev/shm") / f"kvkeep-{os.getuid()}-{name[-180:]}.pool"
+
+
+def load_settings(
+    file: Path | None, environment: Mapping[str, str], flags: Mapping[str, object]
+) -> DaemonSettings:
+    """Combine what a user said; flags win, then the environment, then the file.
+
+    Args:
+        file: YAML mapping of field names, or None.
+        environment: ``os.environ``; ``KVKEEP_POOL_BYTES`` sets ``pool_bytes``, and so on.
+        flags: Only those that were given.
+
+    Raises:
+        InputError: One sentence that names the field and the mend.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_read_file(file))
+    fields = {field.name for field in msgspec.structs.fields(DaemonSettings)}
+    for name, text in environment.items():
+        if name.startswith(ENVIRONMENT_PREFIX) and name.removeprefix(
+            ENVIRONMENT_PREFIX
+        ).lower() in fields:
+            values[name.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
+    values.update(flags)
+    if "pool_bytes" in values:
+        values["pool_bytes"] = parse_bytes(values["pool_bytes"])
+    unknown = sorted(set(values) - fields)
+    if unknown:
+        raise InputError(
+            f"{unknown[0]!r} is not a setting of the daemon: choose from {', '.join(sorted(fields))}"
+        )
+    try:
+        return msgspec.convert(values, DaemonSettings, strict=False)
+    except msgspec.ValidationError as error:
+        raise InputError(f"setting out of range: {error}") from error
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        values = msgspec.yaml.decode(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise InputError(f"{file} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a mapping of settings: write lines such as pool_bytes: 2GiB")
+    return values

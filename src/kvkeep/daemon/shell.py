@@ -1,0 +1,151 @@
+"""The only mutator of the core: event in, effects carried out.
+
+Runs on the event loop's thread. Effects on the pool are memory writes; replies are handed to the
+sessions' own writers; watching a process costs one descriptor (pidfd_open, Linux 5.3).
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+
+from kvkeep.core import effects as do
+from kvkeep.core import events as on
+from kvkeep.core.eviction.lru import LruPolicy
+from kvkeep.core.node import NodeState
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import RefusedError
+from kvkeep.model.layout import KvLayout
+from kvkeep.tiers.shared_memory import PoolFile
+from kvkeep.tiers.slot_header import SlotState
+
+log = logging.getLogger(__name__)
+
+Reply = do.ReplyRead | do.ReplyStore | do.ReplyStored | do.ReplyCleared
+
+
+class Shell:
+    """Owns the pool file and the node's state; nothing else writes either."""
+
+    def __init__(self, pool: PoolFile, clock: Clock) -> None:
+        self.pool = pool
+        self.node: NodeState | None = None
+        self._clock = clock
+        self._watched: dict[int, int] = {}
+        """Descriptors of the processes waited for, by pid."""
+        self.num_workers = 0
+        """Sessions of workers; while there is one, the pool keeps its layout."""
+
+    def open_layout(self, layout: KvLayout) -> None:
+        """Make the pool fit for this layout, or find that it does.
+
+        Raises:
+            RefusedError: The pool holds blocks, or serves engines, of another layout.
+            InputError: No two blocks of this layout fit.
+        """
+        geometry = self.pool.geometry
+        if geometry is not None and geometry.layout == layout and self.node is not None:
+            return
+        if geometry is not None and geometry.layout != layout:
+            is_empty = self.node is None or not self.node.ledger.ready_slots()
+            if self.num_workers or not is_empty:
+                raise RefusedError(
+                    "this engine's blocks differ from those in the pool "
+                    f"({layout.difference(geometry.layout)}): start it with the same settings, "
+                    "or give it a daemon of its own"
+                )
+        self.pool.format(layout)
+        self._begin_node()
+
+    def _begin_node(self) -> None:
+        geometry = self.pool.geometry
+        assert geometry is not None
+        self.node = NodeState(geometry.num_slots, geometry.layout.num_heads, LruPolicy())
+
+    def recover(self, is_intact: Callable[[int], bool]) -> tuple[int, int]:
+        """Rebuild the ledger from the headers of a pool that an earlier daemon left.
+
+        Args:
+            is_intact: Whether the bytes of a slot match its digests.
+
+        Returns:
+            Blocks taken over, and blocks found torn or rotten and dropped.
+        """
+        if self.pool.geometry is None:
+            return 0, 0
+        self._begin_node()
+        num_ready = num_dropped = 0
+        for slot, header in self.pool.scan():
+            if header.state is SlotState.WRITING:
+                self.handle(on.WriteRecovered(slot, header.pid))
+            elif header.key is not None and is_intact(slot):
+                self.handle(on.BlockRecovered(header.key, slot))
+                num_ready += 1
+            else:
+                self.pool.mark(slot, SlotState.FREE, None)
+                num_dropped += 1
+        assert self.node is not None
+        self.node.check()
+        return num_ready, num_dropped
+
+    def handle(self, event: on.Event) -> Reply | None:
+        """Feed the core one event and carry out its effects; return the reply, if it has one."""
+        node = self.node
+        if node is None:
+            return None
+        reply: Reply | None = None
+        for effect in node.handle(event, now_s=self._clock.now_s()):
+            if isinstance(effect, Reply):
+                reply = effect
+            else:
+                self._carry_out(effect)
+        return reply
+
+    def _carry_out(
+        self, effect: do.MarkWriting | do.MarkReady | do.MarkFree | do.WatchProcess
+    ) -> None:
+        match effect:
+            case do.MarkReady(slot, key):
+                self.pool.mark(slot, SlotState.READY, key)
+            case do.MarkWriting(slot, key, lease_id, pid):
+                self.pool.mark(slot, SlotState.WRITING, key, lease_id=lease_id, pid=pid)
+            case do.MarkFree(slot):
+                self.pool.mark(slot, SlotState.FREE, None)
+            case do.WatchProcess(pid):
+                self._watch(pid)
+
+    # ---- processes
+
+    def _watch(self, pid: int) -> None:
+        if pid in self._watched:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            fd = os.pidfd_open(pid)
+        except (ProcessLookupError, OSError) as error:
+            if isinstance(error, ProcessLookupError):
+                loop.call_soon(self._quiet, pid)
+            else:
+                # Without pidfd nothing proves quiet; the slots stay fenced until a restart.
+                log.warning("process can't be watched. pid=%d error=%s", pid, error)
+            return
+        self._watched[pid] = fd
+        loop.add_reader(fd, self._died, pid)
+
+    def _died(self, pid: int) -> None:
+        fd = self._watched.pop(pid)
+        asyncio.get_running_loop().remove_reader(fd)
+        os.close(fd)
+        self._quiet(pid)
+
+    def _quiet(self, pid: int) -> None:
+        log.info("writer is quiet. pid=%d", pid)
+        self.handle(on.HolderQuiet(pid))
+
+    def close(self) -> None:
+        """Stop watching and give the pool back; its blocks stay for the next daemon."""
+        for fd in self._watched.values():
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+        self._watched.clear()
+        self.pool.close()

@@ -1,0 +1,1 @@
+"""Values and names; standard library only."""

@@ -1,0 +1,25 @@
+"""Time as a value that is handed in: the only file that reads a clock."""
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """A source of monotonic time."""
+
+    def now_s(self) -> float:
+        """Seconds since an arbitrary point; never goes back."""
+        ...
+
+
+class SystemClock:
+    """The machine's monotonic clock, the same for every process of one host."""
+
+    def now_s(self) -> float:
+        """Seconds of CLOCK_MONOTONIC."""
+        return time.monotonic()
+
+
+def wall_clock_s() -> float:
+    """Seconds since 1970, for people and for files that outlive a boot."""
+    return time.time()

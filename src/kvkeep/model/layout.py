@@ -1,0 +1,79 @@
+"""How one block of KV lies in memory, and the namespace that follows from it.
+
+A block holds, for every layer and KV head of the model (all tensor-parallel ranks together), one
+head page: the bytes exactly as the engine keeps them. In a pool slot the pages lie layer by layer,
+so that one layer of neighboring heads is one run of bytes for any tensor-parallel size:
+
+    slot:  | layer 0: head 0, head 1, ... | layer 1: head 0, head 1, ... | ...
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from kvkeep.model.ids import Namespace
+
+NUM_PAGES_MAX = 1 << 16
+PAGE_BYTES_MAX = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Geometry of a block, all ranks together. Equal layouts can share one pool."""
+
+    num_layers: int
+    """Attention layers that keep KV of their own; at least 1."""
+    num_heads: int
+    """KV heads of the whole model, not of one rank; at least 1."""
+    page_bytes: int
+    """Bytes of one head page."""
+    block_tokens: int
+    """Tokens per block."""
+    dtype: str
+    """Element type of the cache, as torch names it without the prefix: ``bfloat16``."""
+    page_format: str
+    """Order of bytes inside a head page: attention backend family, layout and instruction set.
+
+    The CPU build packs K transposed, and differently with AMX (vllm 0.32,
+    v1/attention/backends/cpu_attn.py), so pages never cross formats.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "page_bytes", "block_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1. {name}={getattr(self, name)}")
+        if self.num_pages > NUM_PAGES_MAX or self.page_bytes > PAGE_BYTES_MAX:
+            raise ValueError(f"layout out of range. pages={self.num_pages} page={self.page_bytes}")
+
+    @property
+    def num_pages(self) -> int:
+        """Head pages in a block."""
+        return self.num_layers * self.num_heads
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all ranks and layers."""
+        return self.num_pages * self.page_bytes
+
+    def difference(self, other: "KvLayout") -> str:
+        """Name the fields that differ, for a person; empty if the layouts are equal."""
+        mine, theirs = asdict(self), asdict(other)
+        return ", ".join(
+            f"{name} {mine[name]} and {theirs[name]}" for name in mine if mine[name] != theirs[name]
+        )
+
+
+def derive_namespace(layout: KvLayout, identity: Mapping[str, str]) -> Namespace:
+    """Digest of the layout and of what else decides a block's bytes.
+
+    Args:
+        layout: Geometry and page format.
+        identity: By name: weights' digest, RoPE and attention configuration, KV scales, tenant.
+            Never tensor-parallel size, rank, hash seed or engine id.
+
+    Returns:
+        32 bytes, the same for the same values on every host.
+    """
+    text = json.dumps([asdict(layout), dict(identity)], sort_keys=True, separators=(",", ":"))
+    return Namespace(hashlib.blake2b(text.encode(), digest_size=32, person=b"kvkeep ns 1").digest())

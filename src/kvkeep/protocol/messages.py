@@ -1,0 +1,216 @@
+"""Every message between a client and the daemon, grouped by receiver.
+
+Bytes of KV never travel here: a reply names slots of the shared pool, and the process that owns the
+GPU memory copies by itself. Lists of block hashes and of slots are single byte strings, because
+unpacking ten thousand small objects would cost more than the lookup.
+
+``request_id`` is chosen by the client, unique per connection, and returned in the reply.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+from kvkeep.model.ids import HASH_BYTES
+
+HASHES_MAX = 1 << 15
+"""Blocks per message: a million tokens in blocks of 32, in 1 MiB."""
+TEXT_MAX = 4096
+
+Namespace = Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+Hashes = Annotated[bytes, msgspec.Meta(max_length=HASHES_MAX * HASH_BYTES)]
+Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+GroupIdx = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+HeadIdx = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)]
+
+
+class Message(
+    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False
+):
+    """Base of all messages: an array on the wire, its first element the tag."""
+
+
+class Layout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """``model.layout.KvLayout`` on the wire; the same fields in the same order."""
+
+    num_layers: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    num_heads: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    page_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    block_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    dtype: Text
+    page_format: Text
+
+
+# ---- to the daemon
+
+
+class Hello(Message, tag=1):
+    """Open a session; the first message of a connection.
+
+    From a worker it also states that no copy that this process began under an earlier session is
+    still in motion.
+    """
+
+    version: Count
+    role: Text
+    """``scheduler``, ``worker`` or ``tool``."""
+    engine_id: Text
+    layout: Layout | None = None
+    """From a worker: how its blocks lie. The first one formats the pool; others must equal it."""
+
+
+class Acquire(Message, tag=2):
+    """Lease the longest readable prefix of these blocks. Answer: Acquired."""
+
+    request_id: Id
+    namespace: Namespace
+    group_idx: GroupIdx
+    hashes: Hashes
+    """``HASH_BYTES`` each, in the order of the sequence."""
+    lease_s: Seconds
+
+
+class Release(Message, tag=3):
+    """Stop reading under these leases. No answer."""
+
+    lease_ids: Annotated[list[Id], msgspec.Meta(max_length=HASHES_MAX)]
+    num_loaded: Count = 0
+    """Blocks that arrived in engine memory with right digests since the last report."""
+    num_failed: Count = 0
+    """Blocks that did not."""
+    load_us: Count = 0
+    """Microseconds spent copying and checking them."""
+
+
+class Reserve(Message, tag=4):
+    """Offer these blocks' heads ``first_head .. first_head + num_heads - 1``. Answer: Reserved."""
+
+    request_id: Id
+    namespace: Namespace
+    group_idx: GroupIdx
+    hashes: Hashes
+    first_head: HeadIdx
+    num_heads: HeadIdx
+    lease_s: Seconds
+
+
+class Commit(Message, tag=5):
+    """The copies under a write lease have ended. Answer: Committed."""
+
+    request_id: Id
+    lease_id: Id
+    is_stored: Annotated[bytes, msgspec.Meta(max_length=HASHES_MAX)]
+    """One byte per granted block, in the order of the grant: 1 complete, 0 not."""
+    store_us: Count = 0
+    """Microseconds spent copying."""
+
+
+class ReportCorrupt(Message, tag=6):
+    """These blocks' bytes did not match their digests: never lend them again. No answer."""
+
+    namespace: Namespace
+    group_idx: GroupIdx
+    hashes: Hashes
+
+
+class Ping(Message, tag=7):
+    """Are you there? Answer: Pong."""
+
+    request_id: Id
+
+
+class GetStatus(Message, tag=8):
+    """Ask for the state of the daemon. Answer: Status."""
+
+    request_id: Id
+
+
+class Clear(Message, tag=9):
+    """Forget every block. Answer: Cleared."""
+
+    request_id: Id
+
+
+# ---- to the client
+
+
+class Welcome(Message, tag=101):
+    """The session is open."""
+
+    version: Count
+    generation: Id
+    """Of the daemon: leases of an older one are void."""
+    pool_path: Text
+    pool_id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    """Changes whenever the pool is formatted anew."""
+    num_slots: Count
+    """0 until a worker's layout has formatted the pool."""
+    canary_slot: Count
+    """A slot lent to this worker until its session ends, for its start-up canary."""
+
+
+class Refused(Message, tag=102):
+    """The daemon will not serve this connection and closes it."""
+
+    reason: Text
+    """One sentence for a person, with the mend."""
+
+
+class Acquired(Message, tag=103):
+    """The first ``len(slots) / 4`` blocks may be read until the lease ends."""
+
+    request_id: Id
+    lease_id: Id
+    """0 if there are none."""
+    slots: Annotated[bytes, msgspec.Meta(max_length=HASHES_MAX * 4)]
+    """uint32 little-endian each."""
+    generation: Id
+
+
+class Reserved(Message, tag=104):
+    """Write the blocks whose slot is not ``0xFFFFFFFF``."""
+
+    request_id: Id
+    lease_id: Id
+    slots: Annotated[bytes, msgspec.Meta(max_length=HASHES_MAX * 4)]
+
+
+class Committed(Message, tag=105):
+    """What became of a commit."""
+
+    request_id: Id
+    num_ready: Count
+    is_fenced: bool
+
+
+class Pong(Message, tag=106):
+    """I am."""
+
+    request_id: Id
+
+
+class Status(Message, tag=107):
+    """The daemon's state as JSON, the same as ``GET /status``."""
+
+    request_id: Id
+    text: str
+
+
+class Cleared(Message, tag=108):
+    """What a Clear did."""
+
+    request_id: Id
+    num_cleared: Count
+    num_kept: Count
+    """Blocks still lent or being written; they go when their leases end."""
+
+
+ToDaemon = (
+    Hello | Acquire | Release | Reserve | Commit | ReportCorrupt | Ping | GetStatus | Clear
+)
+ToClient = (
+    Welcome | Refused | Acquired | Reserved | Committed | Pong | Status | Cleared
+)

@@ -1,0 +1,373 @@
+"""The primary tier: one shared-memory file of slots, mapped by the daemon and by every engine.
+
+    | file header, 4 KiB | slot headers and digests | padding | slot 0 | slot 1 | ...
+
+The daemon creates the file, locks it, formats it for one layout and alone writes slot headers
+(``PoolFile``). A worker maps the same file, writes payloads and digests of slots it was lent for
+writing, and reads those it was lent for reading (``PoolView``). The file outlives both; after a
+crash the ledger is rebuilt from the headers.
+
+Not thread-safe by itself: what may be touched is decided by leases, not by locks.
+"""
+
+import fcntl
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.model.errors import InputError, RefusedError, UnavailableError
+from kvkeep.model.ids import HASH_BYTES, BlockHash, BlockKey, Namespace
+from kvkeep.model.layout import KvLayout
+from kvkeep.tiers.slot_header import (
+    DIGEST_BYTES,
+    HEADER_BYTES,
+    KEY_DTYPE,
+    SlotHeader,
+    SlotState,
+    pack_header,
+    unpack_header,
+)
+
+FILE_HEADER_BYTES = 4096
+_FILE_MAGIC = b"kvkeep pool 1\n\0\0"
+_FILE_FIELDS = struct.Struct("<16s16sQI")
+"""Magic, pool id, generation, length of the JSON that follows."""
+_ALIGN = 2 << 20
+"""Payloads start at a huge page."""
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14; Python 3.11 has no name for it."""
+
+Digests = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where everything lies in a pool file."""
+
+    layout: KvLayout
+    num_slots: int
+    header_stride: int
+    """Bytes from one slot's header to the next."""
+    payload_offset: int
+
+    @staticmethod
+    def fit(layout: KvLayout, pool_bytes: int) -> "Geometry":
+        """As many slots as ``pool_bytes`` holds.
+
+        Raises:
+            InputError: Not even one fits.
+        """
+        stride = -(-(HEADER_BYTES + DIGEST_BYTES * layout.num_pages) // 64) * 64
+        room = pool_bytes - FILE_HEADER_BYTES - _ALIGN
+        num_slots = room // (layout.block_bytes + stride)
+        if num_slots < 2:
+            raise InputError(
+                f"the pool of {pool_bytes} bytes holds no two blocks of {layout.block_bytes} "
+                "bytes: raise pool_bytes"
+            )
+        end = FILE_HEADER_BYTES + num_slots * stride
+        return Geometry(layout, num_slots, stride, -(-end // _ALIGN) * _ALIGN)
+
+
+def _map(fd: int, num_bytes: int) -> mmap.mmap:
+    """Map a pool with huge pages where the system gives them, every page present."""
+    mapping = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without transparent huge pages: slower, not wrong
+        pass
+    try:
+        mapping.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:
+        # Too old a kernel takes page faults later instead. Anything else means that the memory is
+        # not there, and touching it would kill the process with SIGBUS.
+        if error.errno != 22:
+            mapping.close()
+            raise UnavailableError(
+                f"shared memory for {num_bytes} bytes is not there: lower pool_bytes or free some"
+            ) from error
+    return mapping
+
+
+class PoolView:
+    """A mapped pool: typed windows on its headers, digests and payloads.
+
+    ``close`` fails while numpy views of it are alive; the process's end unmaps it anyway.
+    """
+
+    def __init__(self, fd: int, mapping: mmap.mmap, geometry: Geometry, pool_id: bytes) -> None:
+        self.geometry = geometry
+        self.pool_id = pool_id
+        self._fd = fd
+        self._mapping = mapping
+        self.num_bytes = len(mapping)
+        self._bytes = np.frombuffer(mapping, dtype=np.uint8)
+        self.base_address = int(self._bytes.ctypes.data)
+        shape, stride = geometry.num_slots, geometry.header_stride
+        start = FILE_HEADER_BYTES
+        region = self._bytes[start : start + shape * stride].reshape(shape, stride)
+        self._keys = region[:, :HEADER_BYTES].view(KEY_DTYPE)[:, 0]
+        layout = geometry.layout
+        tables = region[:, HEADER_BYTES : HEADER_BYTES + layout.num_pages * DIGEST_BYTES]
+        self.digests: Digests = np.lib.stride_tricks.as_strided(
+            tables,
+            shape=(shape, layout.num_layers, layout.num_heads, DIGEST_BYTES),
+            strides=(stride, layout.num_heads * DIGEST_BYTES, DIGEST_BYTES, 1),
+        )
+        """uint8 [num_slots, num_layers, num_heads, 16]: the digest of each head page."""
+
+    @staticmethod
+    def open(path: str, pool_id: bytes) -> "PoolView":
+        """Map the pool that a daemon named.
+
+        Raises:
+            UnavailableError: It is gone, or is no longer that pool: ask the daemon again.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise UnavailableError(f"the pool {path} can't be opened: {error.strerror}") from error
+        try:
+            found = _read_file_header(fd)
+            if found is None or found.pool_id != pool_id or found.geometry is None:
+                raise UnavailableError(f"{path} is not the pool that the daemon named")
+            mapping = _map(fd, os.fstat(fd).st_size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return PoolView(fd, mapping, found.geometry, pool_id)
+
+    def is_whole(self) -> bool:
+        """False once the file was cut: touching its end would be fatal."""
+        return os.fstat(self._fd).st_size >= self.num_bytes
+
+    def readable(
+        self,
+        slots: npt.NDArray[np.int64],
+        namespace: Namespace,
+        group_idx: int,
+        hashes: Sequence[BlockHash],
+    ) -> npt.NDArray[np.bool_]:
+        """Which of these slots hold exactly these blocks now.
+
+        Args:
+            slots: int64 ``[num_blocks]``.
+            namespace: Of all the blocks.
+            group_idx: Of all the blocks.
+            hashes: ``[num_blocks]``.
+
+        Returns:
+            bool ``[num_blocks]``.
+        """
+        found = self._keys[slots]
+        wanted = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
+        mine = np.frombuffer(namespace, dtype=np.uint8)
+        return (
+            (found["state"] == SlotState.READY)
+            & (found["payload_bytes"] == self.geometry.layout.block_bytes)
+            & (found["group_idx"] == group_idx)
+            & _bytes_equal(found["namespace"], mine)
+            & _bytes_equal(found["block_hash"], wanted)
+        )
+
+    def page_addresses(
+        self, slots: npt.NDArray[np.int64], first_head: int, num_heads: int
+    ) -> npt.NDArray[np.uint64]:
+        """Where the head pages of these slots lie: uint64 ``[num_blocks, num_layers, num_heads]``."""
+        layout = self.geometry.layout
+        heads = np.arange(first_head, first_head + num_heads, dtype=np.int64)
+        pages = np.arange(layout.num_layers, dtype=np.int64)[:, None] * layout.num_heads + heads
+        start = self.base_address + self.geometry.payload_offset
+        offsets = slots[:, None, None] * layout.block_bytes + pages[None] * layout.page_bytes
+        return (offsets + start).astype(np.uint64)
+
+    def payload(self, slot: int) -> npt.NDArray[np.uint8]:
+        """A slot's bytes: uint8 ``[block_bytes]``, a window, not a copy."""
+        size = self.geometry.layout.block_bytes
+        start = self.geometry.payload_offset + slot * size
+        return self._bytes[start : start + size]
+
+    def close(self) -> None:
+        """Give the file descriptor back; the mapping goes with the last view of it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _bytes_equal(
+    found: npt.NDArray[np.void], wanted: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.bool_]:
+    rows = np.ascontiguousarray(found).view(np.uint8).reshape(-1, HASH_BYTES)
+    equal: npt.NDArray[np.bool_] = (rows == wanted).all(axis=1)
+    return equal
+
+
+@dataclass(frozen=True, slots=True)
+class _FileHeader:
+    pool_id: bytes
+    generation: int
+    geometry: Geometry | None
+
+
+def _read_file_header(fd: int) -> _FileHeader | None:
+    """The first page of a pool file; None if it isn't one, or is cut."""
+    page = os.pread(fd, FILE_HEADER_BYTES, 0)
+    if len(page) < FILE_HEADER_BYTES:
+        return None
+    magic, pool_id, generation, length = _FILE_FIELDS.unpack_from(page)
+    if magic.rstrip(b"\0") != _FILE_MAGIC.rstrip(b"\0"):
+        return None
+    text = page[_FILE_FIELDS.size : _FILE_FIELDS.size + length]
+    try:
+        fields = json.loads(text) if length else None
+        geometry = None if fields is None else _geometry(fields)
+    except (ValueError, KeyError, TypeError):
+        return None
+    if geometry is not None:
+        end = geometry.payload_offset + geometry.num_slots * geometry.layout.block_bytes
+        if os.fstat(fd).st_size < end:
+            return None
+    return _FileHeader(pool_id, generation, geometry)
+
+
+def _geometry(fields: dict[str, object]) -> Geometry:
+    layout = KvLayout(**fields["layout"])  # type: ignore[arg-type]
+    values = {name: fields[name] for name in ("num_slots", "header_stride", "payload_offset")}
+    return Geometry(layout, **values)  # type: ignore[arg-type]
+
+
+class PoolFile:
+    """The daemon's hold on a pool: the lock, the format and the slot headers."""
+
+    def __init__(self, path: Path, fd: int, mapping: mmap.mmap, found: _FileHeader | None) -> None:
+        self.path = path
+        self._fd = fd
+        self._mapping = mapping
+        self.num_bytes = len(mapping)
+        self._sequence = 0
+        self._payload_bytes = 0
+        self.generation = 1 if found is None else found.generation + 1
+        self.pool_id = os.urandom(16) if found is None else found.pool_id
+        self.geometry: Geometry | None = None if found is None else found.geometry
+        self._write_file_header()
+
+    @staticmethod
+    def open(path: Path, pool_bytes: int) -> "PoolFile":
+        """Create the pool, or take over what an earlier daemon left.
+
+        A file that is not a pool, is cut, or has another size is replaced: its blocks were a cache.
+
+        Raises:
+            RefusedError: Another daemon holds it; nothing was changed.
+            InputError: There is not so much memory; nothing was changed.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RefusedError(
+                    f"another daemon holds the pool {path}: stop it, or give this one another pool"
+                ) from error
+            found = _read_file_header(fd)
+            if found is None or os.fstat(fd).st_size != pool_bytes:
+                found = None
+                _check_room(path, fd, pool_bytes)
+                os.ftruncate(fd, 0)
+                os.ftruncate(fd, pool_bytes)
+            mapping = _map(fd, pool_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        return PoolFile(path, fd, mapping, found)
+
+    def _write_file_header(self) -> None:
+        text = b""
+        if self.geometry is not None:
+            self._payload_bytes = self.geometry.layout.block_bytes
+            text = json.dumps(asdict(self.geometry)).encode()
+        page = _FILE_FIELDS.pack(_FILE_MAGIC, self.pool_id, self.generation, len(text)) + text
+        self._mapping[: len(page)] = page
+
+    def format(self, layout: KvLayout) -> Geometry:
+        """Cut the pool into empty slots for this layout; what it held is gone.
+
+        Raises:
+            InputError: No two blocks fit; nothing was changed.
+        """
+        geometry = Geometry.fit(layout, len(self._mapping))
+        self.pool_id = os.urandom(16)
+        self.geometry = None
+        self._write_file_header()
+        start, end = FILE_HEADER_BYTES, geometry.payload_offset
+        np.frombuffer(self._mapping, dtype=np.uint8)[start:end] = 0
+        self.geometry = geometry
+        self._write_file_header()
+        return geometry
+
+    def mark(
+        self, slot: int, state: SlotState, key: BlockKey | None, *, lease_id: int = 0, pid: int = 0
+    ) -> None:
+        """Write a slot's header."""
+        assert self.geometry is not None
+        self._sequence += 1
+        header = SlotHeader(
+            state, self.generation, lease_id, self._payload_bytes, key, pid, self._sequence
+        )
+        start = FILE_HEADER_BYTES + slot * self.geometry.header_stride
+        packed = pack_header(header)
+        self._mapping[start : start + len(packed)] = packed
+
+    def scan(self) -> Iterator[tuple[int, SlotHeader]]:
+        """Every slot whose header can be read and that is not free, oldest header first."""
+        if self.geometry is None:
+            return
+        found: list[tuple[int, SlotHeader]] = []
+        window = memoryview(self._mapping)
+        for slot in range(self.geometry.num_slots):
+            start = FILE_HEADER_BYTES + slot * self.geometry.header_stride
+            header = unpack_header(window[start : start + HEADER_BYTES])
+            if header is not None and header.state is not SlotState.FREE:
+                found.append((slot, header))
+        window.release()
+        found.sort(key=lambda item: item[1].sequence)
+        if found:
+            self._sequence = found[-1][1].sequence
+        yield from found
+
+    def view(self) -> PoolView:
+        """Windows on the payloads, for verification in this process."""
+        assert self.geometry is not None
+        return PoolView(os.dup(self._fd), self._mapping, self.geometry, self.pool_id)
+
+    def close(self) -> None:
+        """Give the lock back; the file and its blocks stay."""
+        # The mapping holds a duplicate of the descriptor, and with it the lock: unlock by name.
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        os.close(self._fd)
+
+    def remove(self) -> None:
+        """Delete the file; mapped engines keep their memory until they let go."""
+        self.path.unlink(missing_ok=True)
+
+
+def _check_room(path: Path, fd: int, pool_bytes: int) -> None:
+    """Refuse a pool that the file system or the machine can't hold."""
+    stat = os.statvfs(path.parent)
+    free = stat.f_bavail * stat.f_frsize + os.fstat(fd).st_blocks * 512
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, what = min((free, f"free on {path.parent}"), (memory, "of memory on this machine"))
+    if pool_bytes > limit:
+        if os.fstat(fd).st_size == 0:
+            path.unlink(missing_ok=True)
+        raise InputError(
+            f"pool_bytes = {pool_bytes} is more than the {limit} bytes {what}: lower pool_bytes"
+        )

@@ -1,0 +1,1 @@
+"""Moving bytes between memories, with a digest for each head page."""

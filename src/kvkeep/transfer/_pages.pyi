@@ -1,0 +1,32 @@
+# num_threads: 1 to 16. cpu_mask: a cpu_set_t for the threads that a call starts.
+
+from kvkeep.transfer.base import Addresses, Digests, Flags
+
+def store(
+    source: Addresses,
+    target: Addresses,
+    page_bytes: int,
+    digests_out: Digests,
+    num_threads: int,
+    cpu_mask: bytes,
+    /,
+) -> None: ...
+def load(
+    source: Addresses,
+    target: Addresses,
+    page_bytes: int,
+    digests: Digests,
+    ok_out: Flags,
+    num_threads: int,
+    cpu_mask: bytes,
+    /,
+) -> int: ...
+def verify(
+    addresses: Addresses,
+    page_bytes: int,
+    digests: Digests,
+    ok_out: Flags,
+    num_threads: int,
+    cpu_mask: bytes,
+    /,
+) -> int: ...
