@@ -130,7 +130,7 @@ def test_what_a_test_leaves_behind_fails_it(project: Project) -> None:
 
 
 def test_sockets_are_shut_but_for_unix_ones(project: Project) -> None:
-    """A unit test cannot open an internet socket; a unix socket, as event loops use, leaks nothing."""
+    """A unit test cannot open an internet socket; a unix socket works and leaks nothing."""
     project.add("unit/test_leaks.py", LEAKS)
     output = project.run("-k", "socket or clean").stdout
 
