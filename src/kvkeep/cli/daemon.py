@@ -23,7 +23,7 @@ from kvkeep.daemon.settings import load_settings
               help="Check every block that an earlier daemon left.")  # fmt: skip
 @click.option("--log-level", default="INFO", show_default=True, help="DEBUG, INFO or WARNING.")
 def daemon(config: Path | None, log_level: str, **flags: object) -> None:
-    """Keep KV blocks for the engines of this host until SIGTERM; prints one JSON line when ready."""
+    """Keep KV blocks for the engines of this host until SIGTERM; says when it is ready."""
     level = logging.getLevelNamesMapping().get(log_level.upper(), logging.INFO)
     logging.basicConfig(
         stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s"

@@ -98,7 +98,7 @@ class Link:
             return False
         except RefusedError as error:
             if self.refusal != str(error):
-                log.error("kvkeep daemon refuses this engine: %s", error)
+                log.warning("kvkeep daemon refuses this engine: %s", error)
             self.refusal = str(error)
             self._found.set()
             return False

@@ -8,6 +8,8 @@ daemon that does not answer in time is given up at once and everything is a miss
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
 
 from kvkeep.client.connection import Connection
 from kvkeep.client.link import Link
@@ -31,9 +33,16 @@ class PrefixLease:
     slots: tuple[int, ...]
     """One pool slot per block, in the order of the sequence."""
     deadline_s: float
-    """Monotonic; the daemon's own deadline is a little later, because it counts from its receipt."""
+    """Monotonic; the daemon's own deadline is a little later: it counts from its receipt."""
     connection: Connection
     """The session that holds it; over when that is."""
+
+
+class Answer(Enum):
+    """What a question can be answered with besides a lease."""
+
+    NOTHING = "nothing"
+    PENDING = "pending"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +108,9 @@ class PrefixClient:
         self._answers[request_id] = None
         return Question(request_id, self._clock.now_s(), connection)
 
-    def answer(self, question: Question, wait_s: float) -> PrefixLease | bool:
+    def answer(
+        self, question: Question, wait_s: float
+    ) -> PrefixLease | Literal[Answer.NOTHING, Answer.PENDING]:
         """Pick up the answer to a question.
 
         Args:
@@ -107,26 +118,26 @@ class PrefixClient:
             wait_s: How long this call may wait.
 
         Returns:
-            The lease; False if there is nothing to read or nobody answers; True if the answer is
-            still to come.
+            The lease; ``NOTHING`` if there is nothing to read or nobody answers; ``PENDING`` if
+            the answer is still to come.
         """
         connection = self._current()
         if connection is None or question.connection is not connection:
-            return False
+            return Answer.NOTHING
         deadline_s = self._clock.now_s() + wait_s
         while (answer := self._answers.get(question.request_id)) is None:
             if not self._receive(connection, deadline_s - self._clock.now_s()):
-                return False
+                return Answer.NOTHING
             now_s = self._clock.now_s()
             if self._answers.get(question.request_id) is None and now_s >= deadline_s:
                 if now_s - question.asked_s < self._patience_s:
-                    return True
+                    return Answer.PENDING
                 self.num_late += 1
                 self._lose(connection, f"no answer within {self._patience_s} s")
-                return False
+                return Answer.NOTHING
         del self._answers[question.request_id]
         if not answer.lease_id:
-            return False
+            return Answer.NOTHING
         slots = codec.split_slots(answer.slots)
         deadline_s = question.asked_s + self._lease_s
         return PrefixLease(answer.lease_id, slots, deadline_s, connection)

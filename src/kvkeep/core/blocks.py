@@ -67,7 +67,14 @@ class Slot:
     """One place of the pool. Only the ledger changes it."""
 
     __slots__ = (
-        "idx", "key", "missing_heads", "num_pins", "num_writers", "state", "story", "writing_heads"
+        "idx",
+        "key",
+        "missing_heads",
+        "num_pins",
+        "num_writers",
+        "state",
+        "story",
+        "writing_heads",
     )
 
     def __init__(self, idx: int) -> None:
@@ -306,11 +313,10 @@ class BlockLedger:
             if is_indexed != (slot.idx in indexed):
                 raise InvariantError(f"index and state differ. slot={slot.idx}")
             if is_indexed and (
-                key is None
-                or indexed[slot.idx] != ((key.namespace, key.group_idx), key.block_hash)
+                key is None or indexed[slot.idx] != ((key.namespace, key.group_idx), key.block_hash)
             ):
                 raise InvariantError(f"a block lies under another key. slot={slot.idx} key={key}")
-            if slot.num_pins < 0 or (slot.state is BlockState.DOOMED) and not slot.num_pins:
+            if slot.num_pins < 0 or ((slot.state is BlockState.DOOMED) and not slot.num_pins):
                 raise InvariantError(f"pins don't fit the state. slot={slot.idx}")
             if slot.num_pins and slot.state not in (BlockState.READY, BlockState.DOOMED):
                 raise InvariantError(f"a slot without bytes is lent. slot={slot.idx}")

@@ -137,7 +137,7 @@ class NodeState:
         ]
 
     def _make_room(self, keys: list[BlockKey]) -> list[do.Effect]:
-        """Evict for the blocks that have no slot, but never the stored ones of the same sequence."""
+        """Evict for the blocks without a slot, but never stored ones of the same sequence."""
         found = [self.ledger.find(key) for key in keys]
         num_missing = found.count(None) - self.ledger.num_free
         if num_missing <= 0:

@@ -1,4 +1,4 @@
-"""What the daemon counts: one table of names, units and help texts, shown as JSON and to Prometheus.
+"""What the daemon counts: one table of names and help texts, shown as JSON and to Prometheus.
 
 The ledger keeps its own counters; those of copies come from the workers' reports, because only a
 worker sees bytes arrive.

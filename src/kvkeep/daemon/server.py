@@ -185,8 +185,14 @@ class SessionProtocol(asyncio.Protocol):
             return
         layout = message.layout
         self._shell.open_layout(
-            KvLayout(layout.num_layers, layout.num_heads, layout.page_bytes, layout.block_tokens,
-                     layout.dtype, layout.page_format)  # fmt: skip
+            KvLayout(
+                layout.num_layers,
+                layout.num_heads,
+                layout.page_bytes,
+                layout.block_tokens,
+                layout.dtype,
+                layout.page_format,
+            )
         )
         self._role = "worker"
         self._shell.num_workers += 1
@@ -208,8 +214,14 @@ class SessionProtocol(asyncio.Protocol):
     def _acquire(self, message: m.Acquire) -> None:
         hashes = codec.split_hashes(message.hashes)
         reply = self._shell.handle(
-            on.ReadAsked(0, self._holder, Namespace(message.namespace), message.group_idx, hashes,
-                         self._deadline_s(message.lease_s))  # fmt: skip
+            on.ReadAsked(
+                0,
+                self._holder,
+                Namespace(message.namespace),
+                message.group_idx,
+                hashes,
+                self._deadline_s(message.lease_s),
+            )
         )
         generation = self._shell.pool.generation
         if isinstance(reply, do.ReplyRead):
@@ -230,8 +242,15 @@ class SessionProtocol(asyncio.Protocol):
         if node is None or not mask or mask & ~node.ledger.all_heads:
             raise InputError("heads out of range: a worker says Hello with its layout first")
         reply = self._shell.handle(
-            on.StoreAsked(0, self._holder, Namespace(message.namespace), message.group_idx, hashes,
-                          mask, self._deadline_s(message.lease_s))  # fmt: skip
+            on.StoreAsked(
+                0,
+                self._holder,
+                Namespace(message.namespace),
+                message.group_idx,
+                hashes,
+                mask,
+                self._deadline_s(message.lease_s),
+            )
         )
         assert isinstance(reply, do.ReplyStore)
         slots = codec.join_slots(reply.slots)

@@ -99,9 +99,10 @@ def load_settings(
         values.update(_read_file(file))
     fields = {field.name for field in msgspec.structs.fields(DaemonSettings)}
     for name, text in environment.items():
-        if name.startswith(ENVIRONMENT_PREFIX) and name.removeprefix(
-            ENVIRONMENT_PREFIX
-        ).lower() in fields:
+        if (
+            name.startswith(ENVIRONMENT_PREFIX)
+            and name.removeprefix(ENVIRONMENT_PREFIX).lower() in fields
+        ):
             values[name.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
     values.update(flags)
     if "pool_bytes" in values:
@@ -109,7 +110,8 @@ def load_settings(
     unknown = sorted(set(values) - fields)
     if unknown:
         raise InputError(
-            f"{unknown[0]!r} is not a setting of the daemon: choose from {', '.join(sorted(fields))}"
+            f"{unknown[0]!r} is not a setting of the daemon: "
+            f"choose from {', '.join(sorted(fields))}"
         )
     try:
         return msgspec.convert(values, DaemonSettings, strict=False)
@@ -125,5 +127,7 @@ def _read_file(file: Path) -> dict[str, Any]:
     except msgspec.DecodeError as error:
         raise InputError(f"{file} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{file} is not a mapping of settings: write lines such as pool_bytes: 2GiB")
+        raise InputError(
+            f"{file} is not a mapping of settings: write lines such as 'pool_bytes: 2GiB'"
+        )
     return values

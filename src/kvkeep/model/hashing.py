@@ -22,7 +22,7 @@ KEY_BYTES_MAX = 64
 
 def _encode_tagged(extras: Mapping[str, str]) -> bytes:
     """Length-prefixed tag and value pairs in tag order: no two mappings share an encoding."""
-    parts = []
+    parts: list[bytes] = []
     for tag in sorted(extras):
         for text in (tag, extras[tag]):
             data = text.encode()

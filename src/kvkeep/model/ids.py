@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NewType
 
 BlockHash = NewType("BlockHash", bytes)
-"""Keyed digest of a block's tokens and of all before them: ``HASH_BYTES`` bytes (model/hashing.py)."""
+"""Keyed digest of a block's tokens and of all before them (model/hashing.py)."""
 
 Namespace = NewType("Namespace", bytes)
 """Digest of everything but tokens that decides a block's bytes: ``HASH_BYTES`` bytes."""

@@ -11,8 +11,8 @@ from kvkeep.protocol.frames import frame
 from kvkeep.protocol.messages import Message, ToClient, ToDaemon
 
 _encoder = msgspec.msgpack.Encoder()
-_to_daemon = msgspec.msgpack.Decoder(ToDaemon)
-_to_client = msgspec.msgpack.Decoder(ToClient)
+_to_daemon: msgspec.msgpack.Decoder[ToDaemon] = msgspec.msgpack.Decoder(ToDaemon)
+_to_client: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)
 
 
 def encode(message: Message) -> bytes:

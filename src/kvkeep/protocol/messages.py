@@ -27,9 +27,7 @@ HeadIdx = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)]
 
 
-class Message(
-    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False
-):
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """Base of all messages: an array on the wire, its first element the tag."""
 
 
@@ -47,7 +45,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 # ---- to the daemon
 
 
-class Hello(Message, tag=1):
+class Hello(Message, frozen=True, tag=1):
     """Open a session; the first message of a connection.
 
     From a worker it also states that no copy that this process began under an earlier session is
@@ -62,7 +60,7 @@ class Hello(Message, tag=1):
     """From a worker: how its blocks lie. The first one formats the pool; others must equal it."""
 
 
-class Acquire(Message, tag=2):
+class Acquire(Message, frozen=True, tag=2):
     """Lease the longest readable prefix of these blocks. Answer: Acquired."""
 
     request_id: Id
@@ -73,7 +71,7 @@ class Acquire(Message, tag=2):
     lease_s: Seconds
 
 
-class Release(Message, tag=3):
+class Release(Message, frozen=True, tag=3):
     """Stop reading under these leases. No answer."""
 
     lease_ids: Annotated[list[Id], msgspec.Meta(max_length=HASHES_MAX)]
@@ -85,7 +83,7 @@ class Release(Message, tag=3):
     """Microseconds spent copying and checking them."""
 
 
-class Reserve(Message, tag=4):
+class Reserve(Message, frozen=True, tag=4):
     """Offer these blocks' heads ``first_head .. first_head + num_heads - 1``. Answer: Reserved."""
 
     request_id: Id
@@ -97,7 +95,7 @@ class Reserve(Message, tag=4):
     lease_s: Seconds
 
 
-class Commit(Message, tag=5):
+class Commit(Message, frozen=True, tag=5):
     """The copies under a write lease have ended. Answer: Committed."""
 
     request_id: Id
@@ -108,7 +106,7 @@ class Commit(Message, tag=5):
     """Microseconds spent copying."""
 
 
-class ReportCorrupt(Message, tag=6):
+class ReportCorrupt(Message, frozen=True, tag=6):
     """These blocks' bytes did not match their digests: never lend them again. No answer."""
 
     namespace: Namespace
@@ -116,19 +114,19 @@ class ReportCorrupt(Message, tag=6):
     hashes: Hashes
 
 
-class Ping(Message, tag=7):
+class Ping(Message, frozen=True, tag=7):
     """Are you there? Answer: Pong."""
 
     request_id: Id
 
 
-class GetStatus(Message, tag=8):
+class GetStatus(Message, frozen=True, tag=8):
     """Ask for the state of the daemon. Answer: Status."""
 
     request_id: Id
 
 
-class Clear(Message, tag=9):
+class Clear(Message, frozen=True, tag=9):
     """Forget every block. Answer: Cleared."""
 
     request_id: Id
@@ -137,7 +135,7 @@ class Clear(Message, tag=9):
 # ---- to the client
 
 
-class Welcome(Message, tag=101):
+class Welcome(Message, frozen=True, tag=101):
     """The session is open."""
 
     version: Count
@@ -152,14 +150,14 @@ class Welcome(Message, tag=101):
     """A slot lent to this worker until its session ends, for its start-up canary."""
 
 
-class Refused(Message, tag=102):
+class Refused(Message, frozen=True, tag=102):
     """The daemon will not serve this connection and closes it."""
 
     reason: Text
     """One sentence for a person, with the mend."""
 
 
-class Acquired(Message, tag=103):
+class Acquired(Message, frozen=True, tag=103):
     """The first ``len(slots) / 4`` blocks may be read until the lease ends."""
 
     request_id: Id
@@ -170,7 +168,7 @@ class Acquired(Message, tag=103):
     generation: Id
 
 
-class Reserved(Message, tag=104):
+class Reserved(Message, frozen=True, tag=104):
     """Write the blocks whose slot is not ``0xFFFFFFFF``."""
 
     request_id: Id
@@ -178,7 +176,7 @@ class Reserved(Message, tag=104):
     slots: Annotated[bytes, msgspec.Meta(max_length=HASHES_MAX * 4)]
 
 
-class Committed(Message, tag=105):
+class Committed(Message, frozen=True, tag=105):
     """What became of a commit."""
 
     request_id: Id
@@ -186,20 +184,20 @@ class Committed(Message, tag=105):
     is_fenced: bool
 
 
-class Pong(Message, tag=106):
+class Pong(Message, frozen=True, tag=106):
     """I am."""
 
     request_id: Id
 
 
-class Status(Message, tag=107):
+class Status(Message, frozen=True, tag=107):
     """The daemon's state as JSON, the same as ``GET /status``."""
 
     request_id: Id
     text: str
 
 
-class Cleared(Message, tag=108):
+class Cleared(Message, frozen=True, tag=108):
     """What a Clear did."""
 
     request_id: Id
@@ -208,9 +206,5 @@ class Cleared(Message, tag=108):
     """Blocks still lent or being written; they go when their leases end."""
 
 
-ToDaemon = (
-    Hello | Acquire | Release | Reserve | Commit | ReportCorrupt | Ping | GetStatus | Clear
-)
-ToClient = (
-    Welcome | Refused | Acquired | Reserved | Committed | Pong | Status | Cleared
-)
+ToDaemon = Hello | Acquire | Release | Reserve | Commit | ReportCorrupt | Ping | GetStatus | Clear
+ToClient = Welcome | Refused | Acquired | Reserved | Committed | Pong | Status | Cleared

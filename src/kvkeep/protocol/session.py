@@ -14,19 +14,22 @@ class SessionState(Enum):
     CLOSED = "closed"
 
 
+_REQUESTS: tuple[type[m.Message], ...] = (
+    m.Acquire,
+    m.Release,
+    m.Reserve,
+    m.Commit,
+    m.ReportCorrupt,
+    m.Ping,
+    m.GetStatus,
+    m.Clear,
+)
+
 TRANSITIONS: dict[SessionState, dict[type[m.Message], SessionState]] = {
-    SessionState.NEW: {
-        m.Hello: SessionState.OPEN,
-        m.Ping: SessionState.NEW,
-    },
-    SessionState.OPEN: {
-        kind: SessionState.OPEN
-        for kind in (
-            m.Acquire, m.Release, m.Reserve, m.Commit, m.ReportCorrupt, m.Ping, m.GetStatus, m.Clear
-        )
-    },
+    SessionState.NEW: {m.Hello: SessionState.OPEN, m.Ping: SessionState.NEW},
+    SessionState.OPEN: dict.fromkeys(_REQUESTS, SessionState.OPEN),
     SessionState.CLOSED: {},
-}  # fmt: skip
+}
 """Messages that a client may send in each state."""
 
 

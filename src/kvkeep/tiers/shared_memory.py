@@ -10,6 +10,7 @@ crash the ledger is rebuilt from the headers.
 Not thread-safe by itself: what may be touched is decided by leases, not by locks.
 """
 
+import contextlib
 import fcntl
 import json
 import mmap
@@ -79,10 +80,9 @@ class Geometry:
 def _map(fd: int, num_bytes: int) -> mmap.mmap:
     """Map a pool with huge pages where the system gives them, every page present."""
     mapping = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-    try:
+    # A kernel without transparent huge pages is slower, not wrong.
+    with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without transparent huge pages: slower, not wrong
-        pass
     try:
         mapping.madvise(_MADV_POPULATE_WRITE)
     except OSError as error:
@@ -135,14 +135,12 @@ class PoolView:
         except OSError as error:
             raise UnavailableError(f"the pool {path} can't be opened: {error.strerror}") from error
         try:
-            found = _read_file_header(fd)
-            if found is None or found.pool_id != pool_id or found.geometry is None:
-                raise UnavailableError(f"{path} is not the pool that the daemon named")
+            geometry = _named_geometry(fd, pool_id)
             mapping = _map(fd, os.fstat(fd).st_size)
         except BaseException:
             os.close(fd)
             raise
-        return PoolView(fd, mapping, found.geometry, pool_id)
+        return PoolView(fd, mapping, geometry, pool_id)
 
     def is_whole(self) -> bool:
         """False once the file was cut: touching its end would be fatal."""
@@ -169,18 +167,19 @@ class PoolView:
         found = self._keys[slots]
         wanted = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
         mine = np.frombuffer(namespace, dtype=np.uint8)
-        return (
+        is_readable: npt.NDArray[np.bool_] = (
             (found["state"] == SlotState.READY)
             & (found["payload_bytes"] == self.geometry.layout.block_bytes)
             & (found["group_idx"] == group_idx)
             & _bytes_equal(found["namespace"], mine)
             & _bytes_equal(found["block_hash"], wanted)
         )
+        return is_readable
 
     def page_addresses(
         self, slots: npt.NDArray[np.int64], first_head: int, num_heads: int
     ) -> npt.NDArray[np.uint64]:
-        """Where the head pages of these slots lie: uint64 ``[num_blocks, num_layers, num_heads]``."""
+        """Where these slots' head pages lie: uint64 ``[num_blocks, num_layers, num_heads]``."""
         layout = self.geometry.layout
         heads = np.arange(first_head, first_head + num_heads, dtype=np.int64)
         pages = np.arange(layout.num_layers, dtype=np.int64)[:, None] * layout.num_heads + heads
@@ -235,6 +234,13 @@ def _read_file_header(fd: int) -> _FileHeader | None:
         if os.fstat(fd).st_size < end:
             return None
     return _FileHeader(pool_id, generation, geometry)
+
+
+def _named_geometry(fd: int, pool_id: bytes) -> Geometry:
+    found = _read_file_header(fd)
+    if found is None or found.pool_id != pool_id or found.geometry is None:
+        raise UnavailableError("the file is not the pool that the daemon named")
+    return found.geometry
 
 
 def _geometry(fields: dict[str, object]) -> Geometry:

@@ -1,0 +1,99 @@
+"""Every difference between vLLM 0.26, 0.32 and 0.33 that the connector meets.
+
+Features are tested for, not version numbers: builds carry names of their own.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import vllm.distributed.kv_transfer.kv_connector.v1.base as base
+from vllm.platforms import current_platform
+
+TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
+"""What ``get_transfer_results`` returns; absent in vLLM 0.26, which calls ``get_finished``."""
+
+HEAD_MAJOR_0_26 = "HND"
+HEAD_MAJOR_0_32 = "LBHNC"
+
+
+def head_major_layout() -> str:
+    """The layout in which each KV head of a block is one run of bytes, as this vLLM names it.
+
+    MultiConnector compares the strings of its children, so they are exactly those NixlConnector
+    gives (vllm 0.26 and 0.32, v1/nixl/connector.py).
+    """
+    try:
+        import vllm.v1.kv_cache_layout  # noqa: F401 - only whether it is there
+    except ImportError:
+        return HEAD_MAJOR_0_26
+    return HEAD_MAJOR_0_32
+
+
+def host_hit_source() -> Any:
+    """Label of the hits in vLLM's metrics; absent in 0.26."""
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    except ImportError:
+        return None
+    return CacheHitSource.HOST
+
+
+def page_format(spec: Any, dtype: torch.dtype, cache_dtype: str) -> str:
+    """Order of bytes inside a head page, for the namespace.
+
+    FlashAttention, FlashInfer and Triton keep the same bytes for the same layout in 0.26 to 0.33:
+    per token, K then V. The CPU build keeps K transposed, per instruction set.
+
+    Raises:
+        NotImplementedError: This platform's pages were never studied.
+    """
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        isa = _get_attn_isa(dtype, spec.block_size, spec.head_size, cache_dtype)
+        return f"cpu-hnd-{isa}"
+    if current_platform.is_cuda():
+        return "gpu-hnd-kv"
+    raise NotImplementedError(f"page format unknown on {current_platform.device_type}")
+
+
+def total_kv_heads(vllm_config: Any) -> int:
+    """KV heads of the whole model, all ranks together."""
+    return int(vllm_config.model_config.get_total_num_kv_heads())
+
+
+def cache_dtype_name(vllm_config: Any) -> str:
+    """Element type of the cache, without torch's prefix."""
+    name = str(vllm_config.cache_config.cache_dtype)
+    return str(vllm_config.model_config.dtype).removeprefix("torch.") if name == "auto" else name
+
+
+def touch(block_pool: Any, blocks: Sequence[Any]) -> None:
+    """Take a reference on engine blocks (vllm 0.26 takes a tuple of groups in some builds)."""
+    block_pool.touch(blocks)
+
+
+def free(block_pool: Any, blocks: Iterable[Any]) -> None:
+    """Give references back; the first block is reused first."""
+    block_pool.free_blocks(blocks)
+
+
+def new_block_ids(scheduler_output: Any) -> Mapping[str, tuple[bool, tuple[list[int], ...], int]]:
+    """What this step schedules, by request id.
+
+    Returns:
+        Whether the block ids replace those known (new or resumed), the block ids per group, and
+        the tokens computed before this step.
+    """
+    found = {
+        new.req_id: (True, new.block_ids, int(new.num_computed_tokens))
+        for new in scheduler_output.scheduled_new_reqs
+    }
+    cached = scheduler_output.scheduled_cached_reqs
+    resumed = cached.resumed_req_ids
+    for req_id, ids, num_computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        found[req_id] = (req_id in resumed, ids or (), int(num_computed))
+    return found

@@ -1,0 +1,92 @@
+"""What crosses between the connector's two halves, once per engine step.
+
+Small and plain: vLLM pickles these itself, between its own processes.
+"""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass(slots=True)
+class LoadJob:
+    """Blocks to bring from the pool into the engine before this step's forward pass."""
+
+    req_id: str
+    hashes: bytes
+    """32 bytes per block, in the order of the sequence."""
+    slots: tuple[int, ...]
+    """Pool slot of each block, under a read lease of the scheduler's session."""
+    block_ids: tuple[int, ...]
+    """Engine block that each goes to."""
+
+
+@dataclass(slots=True)
+class StoreJob:
+    """Blocks whose last token is computed in this step, to be copied to the pool after it."""
+
+    job_id: int
+    hashes: bytes
+    block_ids: tuple[int, ...]
+    """Held by a reference of the scheduler side until every rank has reported the job."""
+
+
+@dataclass(slots=True)
+class StepMetadata(KVConnectorMetadata):
+    """From the scheduler side to every rank."""
+
+    namespace: bytes
+    """Of every block named here."""
+    base_namespace: bytes
+    """Before resets; a rank that derived another one for itself refuses the step."""
+    num_failures: int
+    """Failed loads that the scheduler side knows of. A rank that has seen more drops the stores:
+    they may have been computed from blocks that never arrived."""
+    loads: list[LoadJob] = field(default_factory=list)
+    stores: list[StoreJob] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class LoadResult:
+    """How one rank's load ended."""
+
+    num_loaded: int
+    bad_blocks: list[int]
+    """Positions in the job of blocks that did not arrive."""
+    corrupt_hashes: list[bytes]
+    """Blocks whose bytes did not match their digests."""
+    load_us: int
+
+
+@dataclass(slots=True)
+class StepReport(KVConnectorWorkerMetadata):
+    """From the ranks to the scheduler side; merged over ranks by ``aggregate``."""
+
+    loads: dict[str, LoadResult] = field(default_factory=dict)
+    """By request id; a block counts as loaded only if every rank loaded it."""
+    finished_stores: dict[int, int] = field(default_factory=dict)
+    """Job id to the number of ranks that are done with its blocks."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
+        """Merge another rank's report into this one."""
+        assert isinstance(other, StepReport)
+        for job_id, num_ranks in other.finished_stores.items():
+            self.finished_stores[job_id] = self.finished_stores.get(job_id, 0) + num_ranks
+        for req_id, result in other.loads.items():
+            mine = self.loads.get(req_id)
+            self.loads[req_id] = result if mine is None else _merge(mine, result)
+        return self
+
+
+def _merge(mine: LoadResult, other: LoadResult) -> LoadResult:
+    bad = sorted({*mine.bad_blocks, *other.bad_blocks})
+    num_blocks = mine.num_loaded + len(mine.bad_blocks)
+    return LoadResult(
+        num_loaded=num_blocks - len(bad),
+        bad_blocks=bad,
+        corrupt_hashes=[*mine.corrupt_hashes, *other.corrupt_hashes],
+        load_us=max(mine.load_us, other.load_us),
+    )

@@ -1,0 +1,134 @@
+"""Moves whole blocks between one rank's engine memory and the pool.
+
+``HostMover`` serves engines whose KV lies in host memory (the CPU build of vLLM); ``CudaMover`` is
+in cuda_mover.py. Blocks are named by engine block ids and pool slots; leases and keys are the
+caller's affair.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.connector.views import EngineMemory
+from kvkeep.tiers.shared_memory import PoolView
+from kvkeep.transfer.host_copy import addresses, open_copier
+
+COPY_THREADS_MAX = 4
+"""More threads than this don't copy faster on one memory controller."""
+
+Digests = npt.NDArray[np.uint8]
+
+
+class BlockMover(Protocol):
+    """Copies this rank's heads of blocks; every call blocks until its copies are done."""
+
+    def snapshot(self) -> Any:
+        """Mark the point in the engine's work up to which blocks are computed; main thread."""
+        ...
+
+    def store(
+        self, pool: PoolView, block_ids: Sequence[int], slots: Sequence[int], after: Any
+    ) -> None:
+        """Copy engine blocks to slots under a write lease, and write their digests.
+
+        Args:
+            pool: Holds the slots.
+            block_ids: ``[num_blocks]``; not changed by the engine meanwhile.
+            slots: ``[num_blocks]``.
+            after: What ``snapshot`` returned in the step that computed them.
+        """
+        ...
+
+    def load(
+        self, pool: PoolView, slots: Sequence[int], block_ids: Sequence[int], digests: Digests
+    ) -> npt.NDArray[np.bool_]:
+        """Copy slots to engine blocks and check them.
+
+        Args:
+            pool: Holds the slots.
+            slots: ``[num_blocks]``.
+            block_ids: ``[num_blocks]``; nobody reads them yet.
+            digests: uint8 ``[num_blocks, num_layers, num_heads, 16]``, taken before this call.
+
+        Returns:
+            bool ``[num_blocks]``: whether every page of the block landed with its digest. The
+            contents of the others are unspecified.
+        """
+        ...
+
+
+def rank_digests(pool: PoolView, slots: Sequence[int], memory: EngineMemory) -> Digests:
+    """A copy of the digests of this rank's heads: uint8 ``[num_blocks, layers, heads, 16]``."""
+    heads = slice(memory.first_head, memory.first_head + memory.num_heads)
+    return np.ascontiguousarray(pool.digests[np.asarray(slots, dtype=np.int64), :, heads])
+
+
+def write_digests(
+    pool: PoolView, slots: Sequence[int], memory: EngineMemory, digests: Digests
+) -> None:
+    """Put digests beside the headers of slots under a write lease."""
+    heads = slice(memory.first_head, memory.first_head + memory.num_heads)
+    pool.digests[np.asarray(slots, dtype=np.int64), :, heads] = digests
+
+
+class HostMover:
+    """Blocks in host memory: one pass per page, copy and digest together."""
+
+    def __init__(self, memory: EngineMemory, copy_threads: int) -> None:
+        """Make a mover.
+
+        Args:
+            memory: This rank's blocks, in host memory.
+            copy_threads: Threads per load; 0 chooses. Stores use one, so that they disturb the
+                engine's own threads little.
+        """
+        self._memory = memory
+        # The engine waits for its loads, so they may use every core that the process was given,
+        # though vLLM binds its own threads to some.
+        num_threads = copy_threads or min(COPY_THREADS_MAX, os.cpu_count() or 1)
+        self._loader = open_copier(num_threads=num_threads)
+        self._storer = open_copier()
+
+    def _engine_pages(self, block_ids: Sequence[int]) -> npt.NDArray[np.uint64]:
+        memory = self._memory
+        return addresses(
+            memory.layer_addresses,
+            block_stride_bytes=memory.block_stride,
+            head_stride_bytes=memory.head_stride,
+            block_ids=block_ids,
+            head_range=range(memory.num_heads),
+        ).reshape(-1)
+
+    def _pool_pages(self, pool: PoolView, slots: Sequence[int]) -> npt.NDArray[np.uint64]:
+        memory = self._memory
+        found = pool.page_addresses(
+            np.asarray(slots, dtype=np.int64), memory.first_head, memory.num_heads
+        )
+        return found.reshape(-1)
+
+    def snapshot(self) -> None:
+        """Nothing to mark: the forward pass of a CPU engine is over when it returns."""
+
+    def store(
+        self, pool: PoolView, block_ids: Sequence[int], slots: Sequence[int], after: Any
+    ) -> None:
+        """See BlockMover."""
+        source, target = self._engine_pages(block_ids), self._pool_pages(pool, slots)
+        digests = np.empty((len(source), 16), dtype=np.uint8)
+        self._storer.store(source, target, pool.geometry.layout.page_bytes, digests)
+        shape = (len(slots), pool.geometry.layout.num_layers, self._memory.num_heads, 16)
+        write_digests(pool, slots, self._memory, digests.reshape(shape))
+
+    def load(
+        self, pool: PoolView, slots: Sequence[int], block_ids: Sequence[int], digests: Digests
+    ) -> npt.NDArray[np.bool_]:
+        """See BlockMover."""
+        source, target = self._pool_pages(pool, slots), self._engine_pages(block_ids)
+        ok = np.empty(len(source), dtype=np.bool_)
+        page_bytes = pool.geometry.layout.page_bytes
+        self._loader.load(source, target, page_bytes, digests.reshape(-1, 16), ok)
+        landed: npt.NDArray[np.bool_] = np.all(ok.reshape(len(slots), -1), axis=1)
+        return landed

@@ -1,0 +1,299 @@
+"""``KvkeepConnector``: what vLLM loads. It delegates and decides nothing.
+
+This is one of the two places where any exception becomes a counted miss: whatever goes wrong in
+here, the engine answers as if kvkeep were not there. Importing this module starts nothing, because
+vLLM imports it in its front-end process too.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import vllm.distributed.kv_transfer.kv_connector.v1.base as base
+
+from kvkeep.client.link import Link
+from kvkeep.client.prefixes import PrefixClient
+from kvkeep.connector import compat
+from kvkeep.connector.attachment import Attachment
+from kvkeep.connector.identity import Unsupported, check_policy, derive, derive_layout
+from kvkeep.connector.metadata import StepMetadata, StepReport
+from kvkeep.connector.movers import BlockMover, HostMover
+from kvkeep.connector.scheduler_side import SchedulerSide
+from kvkeep.connector.settings import load_settings
+from kvkeep.connector.views import view_engine_memory
+from kvkeep.connector.worker_side import IdleWorkerSide, WorkerSide, touch_pages
+from kvkeep.model.clock import SystemClock
+from kvkeep.model.errors import InputError, InvariantError, RefusedError
+from kvkeep.model.ids import Namespace
+from kvkeep.model.layout import derive_namespace
+from kvkeep.protocol import messages as m
+from kvkeep.protocol.versions import VERSION
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+FAILURES_MAX = 100
+"""After this many exceptions kvkeep stays off: something is broken for good."""
+
+
+class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[misc]
+    """Stores the engine's KV blocks with a kvkeep daemon and loads them back."""
+
+    requires_kv_delivery = False
+    """vLLM 0.32 may drop blocks without waiting for us."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Make one half: vLLM makes one in the scheduler's process and one in each worker.
+
+        Raises:
+            InputError: The configuration is wrong; the engine does not start.
+        """
+        super().__init__(vllm_config, role, kv_cache_config)
+        if not __debug__:
+            raise InputError("kvkeep needs its assertions: start Python without -O")
+        source = compat.host_hit_source()
+        if source is not None:
+            self._cache_hit_source = source
+        self._settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        check_policy(vllm_config, self._settings)
+        self._config, self._cache_config = vllm_config, kv_cache_config
+        self._clock = SystemClock()
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | IdleWorkerSide = IdleWorkerSide()
+        self._namespace: Namespace | None = None
+        self._num_exceptions = 0
+        try:
+            self._layout = derive_layout(vllm_config, kv_cache_config)
+            self._namespace = derive(vllm_config, self._layout, self._settings)
+        except Unsupported as reason:
+            log.error("kvkeep is switched off for this engine: %s", reason)  # noqa: TRY400
+            return
+        if role == base.KVConnectorRole.SCHEDULER:
+            self._scheduler = self._make_scheduler(self._namespace)
+
+    def _make_scheduler(self, namespace: Namespace) -> SchedulerSide:
+        engine_id = str(self._config.kv_transfer_config.engine_id)
+        link = Link(self._settings.socket, lambda: m.Hello(VERSION, "scheduler", engine_id))
+        link.wait(self._settings.start_wait_s)
+        prefixes = PrefixClient(
+            link,
+            self._clock,
+            lease_s=self._settings.lease_s,
+            patience_s=self._settings.patience_ms / 1e3,
+        )
+        return SchedulerSide(
+            namespace=namespace,
+            block_tokens=self._layout.block_tokens,
+            num_ranks=self._config.parallel_config.tensor_parallel_size,
+            settings=self._settings,
+            prefixes=prefixes,
+            clock=self._clock,
+            reset_namespace=lambda n: derive_namespace(
+                self._layout, {"before": namespace.hex(), "reset": f"{engine_id} {n}"}
+            ),
+        )
+
+    def _guard(self, what: Callable[[], Result], otherwise: Result) -> Result:
+        """Run one hook; an exception is logged, counted, and answered with ``otherwise``."""
+        if self._num_exceptions >= FAILURES_MAX:
+            return otherwise
+        try:
+            return what()
+        except Exception as error:
+            self._num_exceptions += 1
+            log.exception("kvkeep failed and is passed by. count=%d", self._num_exceptions)
+            if isinstance(error, InvariantError):
+                self._num_exceptions = FAILURES_MAX
+            return otherwise
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Head-major, so that a head of a block is one run of bytes."""
+        return compat.head_major_layout()
+
+    # ---- scheduler side
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Remember vLLM's pool of blocks."""
+        if self._scheduler is not None:
+            self._scheduler.bind_block_pool(gpu_block_pool)
+
+    def on_new_request(self, request: Any) -> None:
+        """Ask the daemon for the request's prefix."""
+        side = self._scheduler
+        if side is not None:
+            self._guard(lambda: side.add_request(request), None)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens that can be loaded before the forward pass of the step that runs the request."""
+        side = self._scheduler
+        if side is None:
+            return 0, False
+        miss: int | None = 0
+        found = self._guard(lambda: side.match(request, num_computed_tokens), miss)
+        return found, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Plan the load.
+
+        vLLM has counted these tokens as computed; should the plan fail, a load that is bound to
+        fail takes its place, and vLLM computes them.
+        """
+        side = self._scheduler
+        if side is None:
+            return
+        is_planned = self._guard(
+            lambda: side.allocated(request, blocks, num_external_tokens), False
+        )
+        if not is_planned and num_external_tokens:
+            side.plan_failure(request.request_id, blocks.get_block_ids()[0])
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        """This step's loads and stores."""
+        side = self._scheduler
+        if side is None:
+            return StepMetadata(b"", b"", 0)
+        metadata = side.build_metadata()
+        self._guard(lambda: side.plan_stores(scheduler_output, metadata), None)
+        return metadata
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take in what the ranks report."""
+        side = self._scheduler
+        if side is None:
+            return
+        report = connector_output.kv_connector_worker_meta
+        report = report if isinstance(report, StepReport) else None
+        has_bad_blocks = bool(connector_output.invalid_block_ids)
+        self._guard(lambda: side.take_report(report, has_bad_blocks=has_bad_blocks), None)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Forget the request; its blocks may be freed at once."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Forget the request; its blocks may be freed at once: stores hold their own references."""
+        side = self._scheduler
+        if side is not None:
+            self._guard(lambda: side.finish_request(request), None)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Keep the engine stepping until the blocks of the last stores are given back."""
+        return self._scheduler is not None and self._scheduler.has_stores_in_flight
+
+    def take_events(self) -> Iterable[Any]:
+        """No events of our own yet."""
+        return ()
+
+    def reset_cache(self) -> bool | None:
+        """Load nothing that was stored before; the shared pool itself is not wiped."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
+    # ---- worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Find the engine's blocks, find the daemon, and prove the path between them.
+
+        Raises:
+            RefusedError: The daemon's pool has another layout; the engine does not start.
+        """
+        namespace = self._namespace
+        if namespace is None:
+            return
+        parallel = self._config.parallel_config
+        tp_size = parallel.tensor_parallel_size
+        try:
+            memory = view_engine_memory(
+                kv_caches,
+                self._cache_config.num_blocks,
+                self._layout,
+                tp_rank=parallel.rank % tp_size,
+                tp_size=tp_size,
+            )
+        except Unsupported as reason:
+            log.error("kvkeep is switched off for this engine: %s", reason)  # noqa: TRY400
+            return
+        touch_pages(memory)
+        engine_id = str(self._config.kv_transfer_config.engine_id)
+        attachment = Attachment(self._settings.socket, self._layout, engine_id)
+        found = attachment.link.wait(self._settings.start_wait_s)
+        if attachment.link.refusal is not None:
+            attachment.close()
+            raise RefusedError(attachment.link.refusal)
+        worker = WorkerSide(
+            namespace=namespace,
+            memory=memory,
+            mover=self._make_mover(memory),
+            attachment=attachment,
+            clock=self._clock,
+            lease_s=self._settings.lease_s,
+        )
+        self._worker = worker
+        if found is None:
+            log.warning("no kvkeep daemon at %s: the engine serves without, and joins it later",
+                        self._settings.socket)  # fmt: skip
+        elif worker.prove_pool() is not None:
+            log.info("kvkeep serves: layers, heads and pool proven by the start-up canary")
+
+    def _make_mover(self, memory: Any) -> BlockMover:
+        if memory.device.type == "cpu":
+            return HostMover(memory, self._settings.copy_threads)
+        from kvkeep.connector.cuda_mover import CudaMover
+
+        return CudaMover(memory)
+
+    def start_load_kv(self, forward_context: Any, **_: Any) -> None:
+        """Load before the forward pass, or report what could not be loaded.
+
+        vLLM 0.32 calls this after the forward pass where a step has nothing to load.
+        """
+        metadata = self._get_connector_metadata()
+        if not isinstance(metadata, StepMetadata):
+            return
+        worker = self._worker
+        if not self._guard(lambda: worker.load(metadata), False):
+            worker.fail_loads(metadata)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are over when ``start_load_kv`` returns."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **_: Any) -> None:
+        """Whole blocks are stored after the forward pass."""
+
+    def wait_for_save(self) -> None:
+        """Hand this step's stores to their thread; nothing is waited for."""
+        metadata = self._get_connector_metadata()
+        if isinstance(metadata, StepMetadata):
+            self._worker.store(metadata)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """No transfer here outlives its step."""
+        return None, None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that vLLM must compute after all."""
+        return self._worker.take_bad_block_ids()
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        """This rank's report."""
+        return self._worker.take_report()
+
+    def get_handshake_metadata(self) -> None:
+        """None: MultiConnector would hand it to its other children."""
+        return
+
+    def shutdown(self) -> None:
+        """Stop threads and end the sessions."""
+        if self._scheduler is not None:
+            self._scheduler.close()
+        self._worker.close()

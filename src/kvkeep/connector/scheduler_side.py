@@ -1,0 +1,356 @@
+"""The connector's half in the scheduler: which blocks to load, which to store, and for how long.
+
+Nothing here waits for I/O. A question is sent when a request arrives and answered when it is
+scheduled; while the answer is on its way the request is passed over for a step and others go on.
+Runs on the engine core's one thread.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvkeep.client.prefixes import Answer, PrefixClient, PrefixLease, Question
+from kvkeep.connector import compat
+from kvkeep.connector.identity import Unsupported, lora_identity
+from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport, StoreJob
+from kvkeep.connector.settings import ConnectorSettings
+from kvkeep.core.effects import NO_SLOT
+from kvkeep.model.clock import Clock
+from kvkeep.model.hashing import BlockHasher
+from kvkeep.model.ids import HASH_BYTES, BlockHash, Namespace
+
+log = logging.getLogger(__name__)
+
+LEASE_MARGIN = 0.5
+"""A lease is used only in this first part of its time: the rest belongs to the load."""
+PINNED_SHARE_MAX = 0.25
+"""Of the engine's blocks, at most this share is held for stores; beyond it blocks aren't stored."""
+
+
+@dataclass(slots=True)
+class _RequestState:
+    """What is known of one live request."""
+
+    request: Any
+    hasher: BlockHasher
+    question: Question | None = None
+    lease: PrefixLease | None = None
+    is_asked: bool = False
+    """The daemon was asked for this turn in the waiting queue."""
+    is_allocated: bool = False
+    """vLLM gave it blocks since; a further lookup means that it was preempted."""
+    may_load: bool = True
+    """False after a failed load: what failed once is recomputed, not tried again."""
+    num_local_blocks: int = 0
+    """Blocks that were in the engine already when it was last looked up."""
+    num_stored: int = 0
+    """Leading blocks that are in the pool or on their way there."""
+    block_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _StoreInFlight:
+    blocks: Sequence[Any]
+    """Engine blocks, one reference on each."""
+    num_ranks_left: int
+
+
+class SchedulerSide:
+    """Decides; the worker side copies."""
+
+    def __init__(
+        self,
+        *,
+        namespace: Namespace,
+        block_tokens: int,
+        num_ranks: int,
+        settings: ConnectorSettings,
+        prefixes: PrefixClient,
+        clock: Clock,
+        reset_namespace: Callable[[int], Namespace],
+    ) -> None:
+        self._base_namespace = namespace
+        self._namespace = namespace
+        self._block_tokens = block_tokens
+        self._num_ranks = num_ranks
+        self._settings = settings
+        self._prefixes = prefixes
+        self._clock = clock
+        self._reset_namespace = reset_namespace
+        self._num_resets = 0
+        self._block_pool: Any = None
+        self._requests: dict[str, _RequestState] = {}
+        self._loads: list[LoadJob] = []
+        self._loading: dict[str, tuple[PrefixLease, LoadJob]] = {}
+        self._stores: dict[int, _StoreInFlight] = {}
+        self._job_ids = itertools.count(1)
+        self._num_failures = 0
+        self._num_pinned = 0
+        self._wait_left_s = settings.lookup_wait_ms / 1e3
+
+    def bind_block_pool(self, block_pool: Any) -> None:
+        """Take vLLM's block pool, to hold blocks while they are stored."""
+        self._block_pool = block_pool
+
+    # ---- lookup
+
+    def add_request(self, request: Any) -> None:
+        """A request arrived: ask for its prefix, so that the answer is there when it runs."""
+        try:
+            extras = _extras(request)
+        except Unsupported as reason:
+            log.info("kvkeep passes request %s by: %s", request.request_id, reason)
+            return
+        hasher = BlockHasher(self._namespace, self._block_tokens, extras=extras)
+        state = _RequestState(request, hasher)
+        self._requests[request.request_id] = state
+        self._ask(state)
+
+    def _ask(self, state: _RequestState) -> None:
+        state.is_asked = True
+        request = state.request
+        if not (self._settings.load and state.may_load) or _skips_cache(request):
+            return
+        # One token stays to be computed, for the logits (vllm 0.32, v1/core/sched/scheduler.py:
+        # a synchronous claim of the whole request ends in an assertion).
+        num_blocks = (request.num_tokens - 1) // self._block_tokens
+        hashes = state.hasher.extend(request.all_token_ids)[:num_blocks]
+        if hashes:
+            state.question = self._prefixes.ask(self._namespace, 0, hashes)
+
+    def match(self, request: Any, num_computed_tokens: int) -> int | None:
+        """Tokens that can be loaded beyond those the engine has; None to be asked again.
+
+        Called for a waiting request in every step until it is scheduled, so it is cheap when
+        nothing changed, and changes nothing that a repeated call could not undo.
+        """
+        state = self._requests.get(request.request_id)
+        if state is None or _skips_cache(request):
+            return 0
+        if state.is_allocated:
+            self._begin_again(state)
+        if not state.is_asked:
+            self._ask(state)
+        if state.question is not None:
+            answer = self._answer(state.question)
+            if answer is Answer.PENDING:
+                return None
+            state.question = None
+            state.lease = None if answer is Answer.NOTHING else answer
+        lease = state.lease
+        if lease is None:
+            return 0
+        if lease.deadline_s - self._clock.now_s() < self._settings.lease_s * (1 - LEASE_MARGIN):
+            self._drop_lease(state)
+            state.is_asked = False
+            return self.match(request, num_computed_tokens)
+        state.num_local_blocks = num_computed_tokens // self._block_tokens
+        return max(0, len(lease.slots) * self._block_tokens - num_computed_tokens)
+
+    def _answer(self, question: Question) -> PrefixLease | Literal[Answer.NOTHING, Answer.PENDING]:
+        """The answer so far; one step waits only so long for all of its requests."""
+        begun_s = self._clock.now_s()
+        answer = self._prefixes.answer(question, self._wait_left_s)
+        self._wait_left_s = max(0.0, self._wait_left_s - (self._clock.now_s() - begun_s))
+        return answer
+
+    def _begin_again(self, state: _RequestState) -> None:
+        """A preempted request waits anew: its blocks are gone, and so is what it was lent."""
+        self._drop_lease(state)
+        state.is_allocated = state.is_asked = False
+        state.block_ids = []
+
+    def _drop_lease(self, state: _RequestState) -> None:
+        if state.question is not None:
+            self._prefixes.forget(state.question)
+            state.question = None
+        if state.lease is not None:
+            self._prefixes.release([state.lease])
+            state.lease = None
+
+    def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> bool:
+        """VLLM gave the request its blocks; plan the load of those it will not compute."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return not num_external_tokens
+        state.is_allocated = True
+        lease, state.lease = state.lease, None
+        if lease is None:
+            return not num_external_tokens
+        # What the pool holds need not be stored again.
+        state.num_stored = max(state.num_stored, len(lease.slots))
+        if not num_external_tokens:
+            self._prefixes.release([lease])
+            return True
+        first = state.num_local_blocks
+        end = first + -(-num_external_tokens // self._block_tokens)
+        job = LoadJob(
+            req_id=request.request_id,
+            hashes=b"".join(state.hasher.hashes[first:end]),
+            slots=lease.slots[first:end],
+            block_ids=tuple(blocks.get_block_ids()[0][first:end]),
+        )
+        self._loads.append(job)
+        self._loading[request.request_id] = (lease, job)
+        return True
+
+    def plan_failure(self, req_id: str, block_ids: Sequence[int]) -> None:
+        """Plan a load that every rank will decline, so that vLLM computes these blocks."""
+        hashes = bytes(HASH_BYTES) * len(block_ids)
+        slots = (NO_SLOT,) * len(block_ids)
+        self._loads.append(LoadJob(req_id, hashes, slots, tuple(block_ids)))
+
+    # ---- one step
+
+    def build_metadata(self) -> StepMetadata:
+        """This step's loads; can't fail, because vLLM counts on them."""
+        self._wait_left_s = self._settings.lookup_wait_ms / 1e3
+        loads, self._loads = self._loads, []
+        return StepMetadata(self._namespace, self._base_namespace, self._num_failures, loads)
+
+    def plan_stores(self, scheduler_output: Any, metadata: StepMetadata) -> None:
+        """Add this step's stores."""
+        for req_id, found in compat.new_block_ids(scheduler_output).items():
+            state = self._requests.get(req_id)
+            if state is None:
+                continue
+            is_new, block_ids, num_computed = found
+            group = list(block_ids[0]) if block_ids else []
+            state.block_ids = group if is_new else state.block_ids + group
+            num_scheduled = scheduler_output.num_scheduled_tokens.get(req_id, 0)
+            job = self._plan_store(state, num_computed + num_scheduled)
+            if job is not None:
+                metadata.stores.append(job)
+
+    def _plan_store(self, state: _RequestState, num_tokens: int) -> StoreJob | None:
+        """Blocks of which this step computes the last token, as far as the tokens are final.
+
+        Tokens that are only guessed (drafts) or not known yet are not among ``all_token_ids``.
+        """
+        if not (self._settings.store and self._prefixes.is_connected):
+            return None
+        request = state.request
+        first = state.num_stored
+        end = min(num_tokens, len(request.all_token_ids)) // self._block_tokens
+        if end <= first or self._block_pool is None:
+            return None
+        state.num_stored = end
+        if len(self._stores) >= self._settings.store_jobs_max or not self._may_pin(end - first):
+            return None
+        hashes = state.hasher.extend(request.all_token_ids)[first:end]
+        block_ids = tuple(state.block_ids[first:end])
+        blocks = [self._block_pool.blocks[block_id] for block_id in block_ids]
+        compat.touch(self._block_pool, blocks)
+        self._num_pinned += len(blocks)
+        job_id = next(self._job_ids)
+        self._stores[job_id] = _StoreInFlight(blocks, self._num_ranks)
+        return StoreJob(job_id, b"".join(hashes), block_ids)
+
+    def _may_pin(self, num_blocks: int) -> bool:
+        limit = self._block_pool.num_gpu_blocks * PINNED_SHARE_MAX
+        return bool(self._num_pinned + num_blocks <= limit)
+
+    def take_report(self, report: StepReport | None, *, has_bad_blocks: bool) -> None:
+        """What the ranks did in a step that has ended."""
+        if report is not None:
+            for job_id, num_ranks in report.finished_stores.items():
+                self._finish_store(job_id, num_ranks)
+            for req_id, result in report.loads.items():
+                self._finish_load(req_id, result)
+        if has_bad_blocks:
+            self._num_failures += 1
+
+    def _finish_store(self, job_id: int, num_ranks: int) -> None:
+        store = self._stores.get(job_id)
+        if store is None:
+            return
+        store.num_ranks_left -= num_ranks
+        if store.num_ranks_left > 0:
+            return
+        del self._stores[job_id]
+        self._num_pinned -= len(store.blocks)
+        # The tail of a prefix is reused before its head.
+        compat.free(self._block_pool, reversed(store.blocks))
+
+    def _finish_load(self, req_id: str, result: LoadResult) -> None:
+        found = self._loading.pop(req_id, None)
+        if found is None:
+            return
+        lease, job = found
+        if result.corrupt_hashes:
+            corrupt = [BlockHash(block_hash) for block_hash in result.corrupt_hashes]
+            self._prefixes.report_corrupt(self._namespace, 0, corrupt)
+        self._prefixes.release(
+            [lease],
+            num_loaded=result.num_loaded,
+            num_failed=len(result.bad_blocks),
+            load_us=result.load_us,
+        )
+        state = self._requests.get(req_id)
+        if state is not None and result.bad_blocks:
+            state.may_load = False
+            # From the first bad block on, vLLM computes again, and what it computes is stored.
+            first_bad = result.bad_blocks[0] + state.num_local_blocks
+            state.num_stored = min(state.num_stored, first_bad)
+            log.warning(
+                "kvkeep: %d of %d blocks could not be loaded and are computed. request=%s",
+                len(result.bad_blocks), len(job.slots), req_id,
+            )  # fmt: skip
+
+    # ---- the end
+
+    def finish_request(self, request: Any) -> None:
+        """A request ended, in whatever way; stores on their way go on."""
+        state = self._requests.pop(request.request_id, None)
+        if state is not None:
+            self._drop_lease(state)
+
+    @property
+    def has_stores_in_flight(self) -> bool:
+        """Whether the engine must keep stepping so that blocks are given back."""
+        return bool(self._stores)
+
+    def reset(self) -> None:
+        """Never load again what was stored so far by this engine, or for it.
+
+        The pool is shared, so it is not wiped: this engine goes on under a namespace of its own.
+        """
+        self._num_resets += 1
+        self._namespace = self._reset_namespace(self._num_resets)
+        for state in self._requests.values():
+            self._drop_lease(state)
+            # Requests in flight neither load nor store under the old names.
+            state.may_load = False
+            state.num_stored = 1 << 60
+
+    def close(self) -> None:
+        """End the session with the daemon."""
+        self._prefixes.close()
+
+
+def _skips_cache(request: Any) -> bool:
+    """Whether the request must compute its whole prompt (prompt_logprobs).
+
+    vLLM 0.26 asks connectors all the same; 0.32 does not.
+    """
+    return bool(getattr(request, "skip_reading_prefix_cache", False))
+
+
+def _extras(request: Any) -> dict[str, str]:
+    """What besides token ids decides a request's KV.
+
+    Raises:
+        Unsupported: Something that can't be named: its KV must neither be loaded nor stored.
+    """
+    if getattr(request, "prompt_embeds", None) is not None:
+        raise Unsupported("prompts given as embeddings have no token ids")
+    if getattr(request, "mm_features", None):
+        raise Unsupported("media in prompts are not supported yet")
+    extras = {}
+    if request.cache_salt:
+        extras["salt"] = str(request.cache_salt)
+    if request.lora_request is not None:
+        extras["lora"] = lora_identity(request.lora_request)
+    return extras

@@ -1,0 +1,52 @@
+"""What ``kv_connector_extra_config`` may hold."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+
+from kvkeep.model.errors import InputError
+
+
+class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of one engine's connector."""
+
+    socket: str
+    """Path of the daemon's control socket."""
+    tenant: str = ""
+    """Part of the namespace: engines of different tenants never share blocks."""
+    model_identity: str = ""
+    """Overrides the digest of the weights: whoever sets it vouches that equal means equal."""
+    cartridges: bool = False
+    """This engine serves prepended cartridges: failed loads must fail the request."""
+    store: bool = True
+    """Whether blocks are stored."""
+    load: bool = True
+    """Whether blocks are loaded."""
+    lease_s: Annotated[float, msgspec.Meta(gt=1, le=3600)] = 30.0
+    """Asked for each lease, in seconds; far longer than any load takes."""
+    lookup_wait_ms: Annotated[float, msgspec.Meta(ge=0, le=50)] = 2.0
+    """How long one engine step may wait for answers of the daemon, in milliseconds."""
+    patience_ms: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 250.0
+    """After this long without an answer the daemon counts as lost, in milliseconds."""
+    start_wait_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 20.0
+    """How long the start of the engine waits for the daemon before it goes on without."""
+    copy_threads: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    """Threads per load; 0 takes one per core this process may use, at most 4."""
+    store_jobs_max: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    """Store jobs in flight; further blocks are not stored."""
+
+
+def load_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
+    """Check what the user wrote.
+
+    Raises:
+        InputError: One sentence that names the field and the mend.
+    """
+    try:
+        return msgspec.convert(dict(extra), ConnectorSettings, strict=False)
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"kv_connector_extra_config is wrong: {error}; "
+            f"fields are {', '.join(ConnectorSettings.__struct_fields__)}"
+        ) from error

@@ -1,0 +1,149 @@
+"""Stores blocks off the engine's path: a thread that reserves slots, copies and commits.
+
+The engine's blocks are held by the scheduler side until the job is reported, so every job is
+reported exactly once, whatever happens to the daemon, and within a bounded time.
+"""
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvkeep.client.connection import Connection
+from kvkeep.connector.attachment import Attachment, MappedPool
+from kvkeep.connector.metadata import StoreJob
+from kvkeep.connector.movers import BlockMover
+from kvkeep.connector.views import EngineMemory
+from kvkeep.core.effects import NO_SLOT
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import RefusedError, UnavailableError
+from kvkeep.model.ids import HASH_BYTES
+from kvkeep.protocol import messages as m
+from kvkeep.protocol.codec import split_slots
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 1.0
+"""A daemon that needs longer counts as lost; blocks wait in the engine meanwhile."""
+BATCH_BLOCKS = 64
+"""Blocks per lease: some 50 MB, a few milliseconds of copying, so that a lease is short."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    job: StoreJob
+    namespace: bytes
+    after: Any
+
+
+class StoreThread:
+    """Works through store jobs in order."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        mover: BlockMover,
+        memory: EngineMemory,
+        clock: Clock,
+        *,
+        lease_s: float,
+    ) -> None:
+        self._attachment = attachment
+        self._mover = mover
+        self._memory = memory
+        self._clock = clock
+        self._lease_s = lease_s
+        # Bounded by the scheduler side, which counts the jobs in flight (store_jobs_max).
+        self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
+        self._finished: deque[int] = deque()
+        self._thread = threading.Thread(target=self._run, name="kvkeep-store", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: StoreJob, namespace: bytes, after: Any) -> None:
+        """Queue a job; ``poll`` will name it exactly once."""
+        self._queue.put(_Queued(job, namespace, after))
+
+    def skip(self, job: StoreJob) -> None:
+        """Report a job without storing anything."""
+        self._finished.append(job.job_id)
+
+    def poll(self) -> list[int]:
+        """Jobs that ended since the last call, stored or not."""
+        ended = []
+        while self._finished:
+            ended.append(self._finished.popleft())
+        return ended
+
+    def close(self) -> None:
+        """Stop after the job at hand; waits for it, because its copy writes to the pool."""
+        self._queue.put(None)
+        self._thread.join(timeout=CALL_TIMEOUT_S * 4)
+
+    def _run(self) -> None:
+        while (queued := self._queue.get()) is not None:
+            try:
+                self._store(queued)
+            finally:
+                self._finished.append(queued.job.job_id)
+
+    def _store(self, queued: _Queued) -> None:
+        for start in range(0, len(queued.job.block_ids), BATCH_BLOCKS):
+            block_ids = queued.job.block_ids[start : start + BATCH_BLOCKS]
+            hashes = queued.job.hashes[start * HASH_BYTES :][: len(block_ids) * HASH_BYTES]
+            connection = self._attachment.link.connection
+            pool = self._attachment.pool
+            if connection is None or pool is None or not pool.is_proven:
+                return
+            try:
+                self._store_batch(connection, pool, queued, hashes, block_ids)
+            except (UnavailableError, RefusedError) as error:
+                self._attachment.link.lost(connection, error)
+                return
+
+    def _store_batch(
+        self,
+        connection: Connection,
+        pool: MappedPool,
+        queued: _Queued,
+        hashes: bytes,
+        block_ids: Sequence[int],
+    ) -> None:
+        asked_s = self._clock.now_s()
+        reserved = connection.call(
+            m.Reserve(
+                connection.next_request_id(), queued.namespace, 0, hashes,
+                self._memory.first_head, self._memory.num_heads, self._lease_s,
+            ),
+            m.Reserved,
+            CALL_TIMEOUT_S,
+        )  # fmt: skip
+        if not reserved.lease_id:
+            return
+        slots = split_slots(reserved.slots)
+        granted = [
+            (block_id, slot)
+            for block_id, slot in zip(block_ids, slots, strict=True)
+            if slot != NO_SLOT
+        ]
+        begun_s = self._clock.now_s()
+        with self._attachment.copying(connection) as may_begin:
+            # A copy that begins late could still run when the lease is over; a fence would catch
+            # it, but the slots would be out of use until this process says that it is quiet.
+            is_timely = begun_s - asked_s < self._lease_s / 2
+            is_copied = may_begin and is_timely and pool.view.is_whole()
+            if is_copied:
+                self._mover.store(
+                    pool.view, [b for b, _ in granted], [s for _, s in granted], queued.after
+                )
+        store_us = int((self._clock.now_s() - begun_s) * 1e6)
+        is_stored = bytes([is_copied]) * len(granted)
+        committed = connection.call(
+            m.Commit(connection.next_request_id(), reserved.lease_id, is_stored, store_us),
+            m.Committed,
+            CALL_TIMEOUT_S,
+        )
+        if committed.is_fenced:
+            log.warning("kvkeep: a store came too late and was refused. blocks=%d", len(granted))
