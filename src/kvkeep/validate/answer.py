@@ -1,6 +1,6 @@
 """What one request got back: values only, so that verdicts can be judged without a server."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -70,5 +70,4 @@ class Prompt:
     kind: str = "window"
     """``control``, ``window``, ``random``, or a suite's own word."""
     secrets: tuple[str, ...] = ()
-    """Code words planted in this prompt; another prompt's code word in its answer is contamination."""
-    labels: dict[str, str] = field(default_factory=dict, compare=False)
+    """Code words planted here; in another prompt's answer they are contamination."""

@@ -17,6 +17,8 @@ NEAR_TIE_NATS = 0.1
 """Smallest gap that counts as a tie; reduction order alone moves logprobs by up to 0.03 nat."""
 CORRUPT_NATS = 3.0
 """Tokens this much less likely than the best one (e**-3: a twentieth) are not rounding."""
+TIE_SWING_NATS = 1.0
+"""A candidate that prefers the other token by more than this did not toss a coin."""
 SECRET_CHARS_MIN = 6
 """Shorter code words could stand in an answer by chance."""
 
@@ -143,11 +145,10 @@ def judge(
     if foreign:
         reason = f"The answer holds the code word of another prompt: {', '.join(foreign)}."
         return Judgement(Verdict.CONTAMINATION, reason, noise_nats=noise_nats)
-    for whose, answer in (("reference", reference), ("candidate", candidate)):
-        defect = defect_of(answer)
-        if defect is not None:
-            reason = defect if whose == "candidate" else f"No reference: {defect}"
-            return Judgement(Verdict.ERROR, reason, noise_nats=noise_nats)
+    if (defect := defect_of(candidate)) is not None:
+        return Judgement(Verdict.ERROR, defect, noise_nats=noise_nats)
+    if (defect := defect_of(reference)) is not None:
+        return Judgement(Verdict.ERROR, f"There is no reference: {defect}", noise_nats=noise_nats)
     if exact:
         return _judge_exact(reference, candidate)
     if not reference.steps or not candidate.steps:
@@ -197,7 +198,13 @@ def _judge_tokens(reference: Answer, candidate: Answer, noise_nats: float) -> Ju
             logprob_diff_nats=moved_nats,
             noise_nats=noise_nats,
         )
-    verdict, reason = _weigh_fork(reference.steps, candidate.steps, fork, limit_nats, moved_nats)
+    verdict, reason = _weigh_fork(reference.steps, candidate.steps, fork, limit_nats)
+    if verdict is Verdict.NEAR_TIE and moved_nats > limit_nats:
+        verdict = Verdict.DRIFT
+        reason = (
+            f"A logprob before the fork moved by {moved_nats:.3f} nat; "
+            f"noise explains {limit_nats:.3f}."
+        )
     return _at_fork(verdict, reason, reference, candidate, fork, noise_nats)
 
 
@@ -206,7 +213,6 @@ def _weigh_fork(
     candidate: Sequence[TokenStep],
     fork: int,
     limit_nats: float,
-    moved_nats: float,
 ) -> tuple[Verdict, str]:
     """Decide what a first difference at ``fork`` means."""
     if fork >= len(reference) or fork >= len(candidate):
@@ -215,30 +221,34 @@ def _weigh_fork(
     if len(top) < 2:
         return Verdict.DRIFT, "The tokens differ, and the reference reports no runner-up."
     ranked = dict(top)
-    gap_nats = top[0][1] - top[1][1]
     if other not in ranked:
         return Verdict.CORRUPTION, (
             f"The reference did not hold this token among its {len(top)} best at the fork."
         )
-    below_nats = top[0][1] - ranked[other]
-    if below_nats > max(CORRUPT_NATS, limit_nats):
+    behind_nats = top[0][1] - ranked[other]
+    if behind_nats > max(CORRUPT_NATS, limit_nats):
         return Verdict.CORRUPTION, (
-            f"The reference held this token for {below_nats:.2f} nat less likely than its choice."
+            f"The reference held this token for {behind_nats:.2f} nat less likely than its best."
         )
     if other not in (top[0][0], top[1][0]):
         return Verdict.DRIFT, "The other token is not the reference's runner-up."
+    gap_nats = top[0][1] - top[1][1]
     if gap_nats > limit_nats:
         return Verdict.DRIFT, (
             f"The two best tokens lie {gap_nats:.3f} nat apart; noise explains {limit_nats:.3f}."
         )
-    if moved_nats > limit_nats:
+    swing_nats = _gap_nats(candidate[fork].top) or 0.0
+    if swing_nats > max(TIE_SWING_NATS, limit_nats):
         return Verdict.DRIFT, (
-            f"A logprob before the fork moved by {moved_nats:.3f} nat; "
-            f"noise explains {limit_nats:.3f}."
+            f"A tie of {gap_nats:.3f} nat turned into a preference of {swing_nats:.3f} nat."
         )
     return Verdict.NEAR_TIE, (
         f"The other token is the runner-up, {gap_nats:.3f} nat behind (limit {limit_nats:.3f})."
     )
+
+
+def _gap_nats(top: Sequence[tuple[str, float]]) -> float | None:
+    return top[0][1] - top[1][1] if len(top) > 1 else None
 
 
 def _at_fork(
@@ -256,7 +266,7 @@ def _at_fork(
         position=fork,
         reference_top=left,
         candidate_top=right,
-        gap_nats=left[0][1] - left[1][1] if len(left) > 1 else None,
+        gap_nats=_gap_nats(left),
         logprob_diff_nats=logprob_diff_nats(reference.steps, candidate.steps),
         noise_nats=noise_nats,
     )

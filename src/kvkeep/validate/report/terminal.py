@@ -1,0 +1,122 @@
+"""Shows a run in a terminal: phases, checks, verdicts, and evidence for whatever failed."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvkeep.validate.arms import ArmsReport
+from kvkeep.validate.runner import Check, Judged, Phase
+from kvkeep.validate.suites.determinism import DeterminismReport
+from kvkeep.validate.verdict import PASSING, Verdict
+
+EVIDENCE_MAX = 5
+"""Failed requests shown in full; the JSON report has all of them."""
+TEXT_CHARS_MAX = 160
+COLORS = {
+    "passed": "bold green",
+    "failed": "bold red",
+    "not-exercised": "bold yellow",
+}
+
+
+def show_determinism(report: DeterminismReport, console: Console) -> None:
+    """Print one determinism run."""
+    mode = "exact" if report.exact else f"A/A noise {report.noise_nats:.4f} nat"
+    title = (
+        f"determinism, cache reset · {report.subject.capabilities.model} · "
+        f"{report.sampling.max_tokens} tokens · {mode}"
+    )
+    console.print(_phase_table(title, report.phases))
+    console.print(_check_table(report.checks))
+    _show_verdicts(report.judged, console)
+    if not report.exact and report.cold_agreement:
+        console.print(f"Against computed answers, for information: {_tally(report.cold_agreement)}")
+    console.print(f"[{COLORS[report.outcome]}]{report.outcome}[/]")
+
+
+def show_arms(report: ArmsReport, console: Console) -> None:
+    """Print one comparison of arms."""
+    title = "arms, exact" if report.exact else "arms"
+    console.print(_phase_table(title, [arm.phase for arm in report.arms]))
+    console.print(_check_table([arm.check for arm in report.arms]))
+    _show_verdicts(report.judged, console)
+    outcome = "passed" if report.passed else outcome_of_arms(report)
+    console.print(f"[{COLORS[outcome]}]{outcome}[/]")
+
+
+def outcome_of_arms(report: ArmsReport) -> str:
+    """``passed``, ``failed`` or ``not-exercised``."""
+    verdicts = {item.judgement.verdict for item in report.judged}
+    if report.passed:
+        return "passed"
+    return "failed" if verdicts - PASSING - {Verdict.NOT_EXERCISED} else "not-exercised"
+
+
+def _phase_table(title: str, phases: Sequence[Phase]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("phase")
+    for head in ("requests", "errors", "first token (median)", "from engine", "from outside"):
+        table.add_column(head, justify="right")
+    table.add_column("stored / loaded", justify="right")
+    for phase in phases:
+        shown = phase.to_dict()
+        ttft_s = shown["ttft_s_median"]
+        daemon = phase.delta.daemon
+        moved = f"{daemon.get('blocks_stored', 0)} / {daemon.get('blocks_loaded', 0)}"
+        table.add_row(
+            phase.name,
+            str(shown["requests"]),
+            str(shown["errors"]),
+            "-" if ttft_s is None else f"{ttft_s * 1000:.0f} ms",
+            f"{phase.delta.local_hit_tokens} tok",
+            f"{phase.delta.external_hit_tokens} tok",
+            f"{moved} blocks" if daemon else "-",
+        )
+    return table
+
+
+def _check_table(checks: Sequence[Check]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    signs = {
+        True: "[green]ok[/]",
+        False: "[red]FAILED[/]",
+        None: "[dim]not checked[/]",
+    }
+    for check in checks:
+        sign = "[yellow]NOT EXERCISED[/]" if check.gate and check.ok is False else signs[check.ok]
+        table.add_row(sign, check.name, f"[dim]{escape(check.detail)}[/]")
+    return table
+
+
+def _tally(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
+
+
+def _show_verdicts(judged: Sequence[Judged], console: Console) -> None:
+    verdicts = [item.judgement.verdict for item in judged]
+    counts = {verdict.value: verdicts.count(verdict) for verdict in Verdict}
+    console.print(f"Verdicts: {_tally(counts)}")
+    silent = PASSING | {Verdict.NOT_EXERCISED}
+    failed = [item for item in judged if item.judgement.verdict not in silent]
+    for item in failed[:EVIDENCE_MAX]:
+        _show_evidence(item, console)
+    if len(failed) > EVIDENCE_MAX:
+        console.print(f"... and {len(failed) - EVIDENCE_MAX} more in the JSON report.")
+
+
+def _show_evidence(item: Judged, console: Console) -> None:
+    judgement = item.judgement
+    console.print(
+        f"[bold red]{judgement.verdict.value}[/] {item.phase}, request {item.index + 1} "
+        f"({item.prompt.prompt_id}): {escape(judgement.reason)}"
+    )
+    if judgement.position is not None:
+        console.print(
+            f"  first difference at token {judgement.position}; "
+            f"reference {escape(str(list(judgement.reference_top)))}, "
+            f"answer {escape(str(list(judgement.candidate_top)))}"
+        )
+    for name, answer in (("reference", item.reference), ("answer", item.candidate)):
+        console.print(f"  {name}: {escape(repr(answer.text[:TEXT_CHARS_MAX]))}")
