@@ -1,0 +1,1 @@
+"""Start, watch and stop a whole stack from one file: daemon and engines."""
