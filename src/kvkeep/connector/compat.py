@@ -3,6 +3,7 @@
 Features are tested for, not version numbers: builds carry names of their own.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,15 @@ TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
 
 HEAD_MAJOR_0_26 = "HND"
 HEAD_MAJOR_0_32 = "LBHNC"
+
+
+def adopt_logging() -> None:
+    """Send kvkeep's messages where vLLM's own go."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("kvkeep")
+    if not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level or logging.INFO)
+        ours.propagate = not theirs.handlers
 
 
 def head_major_layout() -> str:

@@ -14,14 +14,14 @@ import vllm.distributed.kv_transfer.kv_connector.v1.base as base
 from kvkeep.client.link import Link
 from kvkeep.client.prefixes import PrefixClient
 from kvkeep.connector import compat
-from kvkeep.connector.attachment import Attachment
 from kvkeep.connector.identity import Unsupported, check_policy, derive, derive_layout
 from kvkeep.connector.metadata import StepMetadata, StepReport
-from kvkeep.connector.movers import BlockMover, HostMover
 from kvkeep.connector.scheduler_side import SchedulerSide
 from kvkeep.connector.settings import load_settings
-from kvkeep.connector.views import view_engine_memory
-from kvkeep.connector.worker_side import IdleWorkerSide, WorkerSide, touch_pages
+from kvkeep.connector.worker.attachment import Attachment
+from kvkeep.connector.worker.movers import BlockMover, HostMover
+from kvkeep.connector.worker.side import IdleWorkerSide, WorkerSide, touch_pages
+from kvkeep.connector.worker.views import view_engine_memory
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError, InvariantError, RefusedError
 from kvkeep.model.ids import Namespace
@@ -50,6 +50,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             InputError: The configuration is wrong; the engine does not start.
         """
         super().__init__(vllm_config, role, kv_cache_config)
+        compat.adopt_logging()
         if not __debug__:
             raise InputError("kvkeep needs its assertions: start Python without -O")
         source = compat.host_hit_source()
@@ -248,7 +249,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
     def _make_mover(self, memory: Any) -> BlockMover:
         if memory.device.type == "cpu":
             return HostMover(memory, self._settings.copy_threads)
-        from kvkeep.connector.cuda_mover import CudaMover
+        from kvkeep.connector.worker.cuda_mover import CudaMover
 
         return CudaMover(memory)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvkeep.connector.views import EngineMemory
+from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.tiers.shared_memory import PoolView
 from kvkeep.transfer.host_copy import addresses, open_copier
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from kvkeep.connector.attachment import Attachment, MappedPool
-from kvkeep.connector.canary import run_canary
 from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport
-from kvkeep.connector.movers import BlockMover, rank_digests
-from kvkeep.connector.stores import StoreThread
-from kvkeep.connector.views import EngineMemory
+from kvkeep.connector.worker.attachment import Attachment, MappedPool
+from kvkeep.connector.worker.canary import run_canary
+from kvkeep.connector.worker.movers import BlockMover, rank_digests
+from kvkeep.connector.worker.stores import StoreThread
+from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import CorruptDataError
 from kvkeep.model.ids import Namespace

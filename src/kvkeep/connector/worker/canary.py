@@ -9,8 +9,8 @@ was in block 0 is put back.
 import numpy as np
 import torch
 
-from kvkeep.connector.movers import BlockMover, rank_digests
-from kvkeep.connector.views import EngineMemory
+from kvkeep.connector.worker.movers import BlockMover, rank_digests
+from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.model.errors import CorruptDataError
 from kvkeep.tiers.shared_memory import PoolView
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvkeep.client.connection import Connection
-from kvkeep.connector.attachment import Attachment, MappedPool
 from kvkeep.connector.metadata import StoreJob
-from kvkeep.connector.movers import BlockMover
-from kvkeep.connector.views import EngineMemory
+from kvkeep.connector.worker.attachment import Attachment, MappedPool
+from kvkeep.connector.worker.movers import BlockMover
+from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.core.effects import NO_SLOT
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import RefusedError, UnavailableError
