@@ -82,7 +82,7 @@ def absent_imports(imports: set[tuple[str, str]]) -> dict[str, list[str]]:
 
 def test_names_imported_from_vllm_exist_in_every_release() -> None:
     """Outside compat.py, nothing is imported that one of the releases lacks."""
-    sources = [p for p in sorted(CONNECTOR.glob("*.py")) if p.name != "compat.py"]
+    sources = [p for p in sorted(CONNECTOR.rglob("*.py")) if p.name != "compat.py"]
     found = {p.name: absent_imports(imports_in(p.read_text())) for p in sources}
 
     assert {name: absent for name, absent in found.items() if absent} == {}
@@ -285,7 +285,7 @@ def missing(reads: set[tuple[str, str]]) -> dict[str, list[str]]:
 
 def test_attributes_read_off_vllm_exist_in_every_release() -> None:
     """Outside compat.py, nothing is read that one of the releases lacks."""
-    sources = [p for p in sorted(CONNECTOR.glob("*.py")) if p.name != "compat.py"]
+    sources = [p for p in sorted(CONNECTOR.rglob("*.py")) if p.name != "compat.py"]
     found = {p.name: missing(reads_in(p.read_text())) for p in sources}
 
     assert {name: absent for name, absent in found.items() if absent} == {}
