@@ -1,0 +1,1 @@
+"""Measurements that need a GPU host; see README.md beside this file."""
