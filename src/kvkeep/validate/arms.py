@@ -27,8 +27,9 @@ from kvkeep.validate.runner import (
     run_phase,
     served_in,
 )
-from kvkeep.validate.verdict import PASSING, judge, without_exercise
+from kvkeep.validate.verdict import PASSING, Verdict, judge, without_exercise
 
+SCHEMA = "kvkeep.check.arms/1"
 ARM_NAMES = ("cold", "cached", "reset", "other-engine", "restart")
 
 Before = Callable[[], Awaitable[None]]
@@ -108,10 +109,21 @@ class ArmsReport:
             and len(self.arms) > 1
         )
 
+    @property
+    def outcome(self) -> str:
+        """``passed``, ``failed`` or ``not-exercised``; a failure outweighs the rest."""
+        if self.passed:
+            return "passed"
+        verdicts = {item.judgement.verdict for item in self.judged}
+        return "failed" if verdicts - PASSING - {Verdict.NOT_EXERCISED} else "not-exercised"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
+            "schema": SCHEMA,
+            "suite": "arms",
             "exact": self.exact,
+            "outcome": self.outcome,
             "passed": self.passed,
             "arms": [arm.to_dict() for arm in self.arms],
         }

@@ -42,16 +42,7 @@ def show_arms(report: ArmsReport, console: Console) -> None:
     console.print(_phase_table(title, [arm.phase for arm in report.arms]))
     console.print(_check_table([arm.check for arm in report.arms]))
     _show_verdicts(report.judged, console)
-    outcome = "passed" if report.passed else outcome_of_arms(report)
-    console.print(f"[{COLORS[outcome]}]{outcome}[/]")
-
-
-def outcome_of_arms(report: ArmsReport) -> str:
-    """``passed``, ``failed`` or ``not-exercised``."""
-    verdicts = {item.judgement.verdict for item in report.judged}
-    if report.passed:
-        return "passed"
-    return "failed" if verdicts - PASSING - {Verdict.NOT_EXERCISED} else "not-exercised"
+    console.print(f"[{COLORS[report.outcome]}]{report.outcome}[/]")
 
 
 def _phase_table(title: str, phases: Sequence[Phase]) -> Table:

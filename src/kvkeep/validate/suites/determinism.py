@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvkeep.validate.answer import Answer, Prompt
-from kvkeep.validate.capability import Capabilities
 from kvkeep.validate.counters import find_backward, servable_of_one
-from kvkeep.validate.load import Endpoint, ResetReport, Sampling
+from kvkeep.validate.load import ResetReport, Sampling
 from kvkeep.validate.prompts import control_prompts, documents, random_prompts, window_prompts
 from kvkeep.validate.runner import (
     Check,
@@ -32,6 +31,7 @@ from kvkeep.validate.runner import (
     served_in,
 )
 from kvkeep.validate.settings import CheckSettings
+from kvkeep.validate.subject import Subject
 from kvkeep.validate.verdict import (
     PASSING,
     Verdict,
@@ -54,8 +54,6 @@ ALIKE_TOKENS_MAX = 64
 WINDOW_BLOCKS_MIN = 4
 WORDS_PER_TOKEN = 0.6
 """Lower bound for this text, so that windows hold at least `WINDOW_BLOCKS_MIN` blocks."""
-SMALL_ENGINE_BLOCKS_MAX = 128
-"""An engine with no more blocks than this is used for the eviction case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +68,6 @@ class Plan:
     """Asked twice, cold."""
     fresh: tuple[Prompt, ...]
     """Never asked before and, some, shorter than a block."""
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The stack under test."""
-
-    engine: Endpoint
-    capabilities: Capabilities
-    daemon: Endpoint | None = None
-    small_engine: Endpoint | None = None
-    """An engine with tiny GPU memory for the eviction case; optional."""
-    small_capabilities: Capabilities | None = None
 
 
 @dataclass(slots=True)
@@ -245,7 +231,7 @@ class Determinism:
         self._check_tiers(warm_up, phase_2)
         self._check_fresh(first, fresh)
         self._check_last_token(phase_1, phase_2)
-        if self.report.subject.small_engine is not None:
+        if self.report.subject.small is not None:
             await self._run_eviction()
         fallen = find_backward(self._watch.readings)
         self._check("counters never fall", not fallen, ", ".join(fallen) or "all rose or stood")
@@ -442,13 +428,13 @@ class Determinism:
         """P1, P2, P1 on an engine that holds only one of them: P1 has to load again."""
         subject = self.report.subject
         capabilities = subject.small_capabilities
-        if subject.small_engine is None or capabilities is None:
+        if subject.small is None or capabilities is None:
             return
         block_tokens, num_blocks = capabilities.block_tokens, capabilities.num_blocks
         if block_tokens is None or num_blocks is None:
             self._check("eviction", None, "the small engine does not say how large it is")
             return
-        watch = Watch(subject.small_engine, subject.daemon)
+        watch = Watch(subject.small, subject.daemon)
         num_words = max(8, int(0.6 * num_blocks * block_tokens * WORDS_PER_TOKEN))
         one, two = (d.prompt() for d in documents(2, num_words, self.report.settings.seed + 2))
         self._secrets += [*one.secrets, *two.secrets]

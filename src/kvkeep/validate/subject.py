@@ -1,0 +1,113 @@
+"""Opens a stack under test by its addresses and finds out what it can do."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.validate.capability import Capabilities, probe
+from kvkeep.validate.load import Endpoint
+
+SMALL_ENGINE_BLOCKS_MAX = 128
+"""An engine with no more blocks than this is small enough for the eviction case."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a stack under test listens."""
+
+    engine: str
+    daemon: str | None = None
+    """A kvkeep daemon's metrics address, for tier counters."""
+    other: str | None = None
+    """A second engine on the same cache that never saw the prompts."""
+    small: str | None = None
+    """An engine with tiny memory for the eviction case."""
+    model: str | None = None
+    """Model to ask for; None takes what is served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The stack under test, probed."""
+
+    engine: Endpoint
+    capabilities: Capabilities
+    daemon: Endpoint | None = None
+    other: Endpoint | None = None
+    small: Endpoint | None = None
+    small_capabilities: Capabilities | None = None
+
+
+@asynccontextmanager
+async def open_subject(
+    addresses: Addresses, *, timeout_s: float, exact: bool = False
+) -> AsyncIterator[Subject]:
+    """Connect and probe; the connections are closed at the end.
+
+    Args:
+        addresses: Where to connect to.
+        timeout_s: Longest wait for any one read of a response.
+        exact: Equal bits will be demanded, so the engine's settings must allow them.
+
+    Raises:
+        InputError: Something named does not answer, serves another model, can't be exact, or the
+            small engine is not small.
+    """
+    async with AsyncExitStack() as stack:
+
+        async def connect(url: str, name: str) -> tuple[Endpoint, Capabilities]:
+            endpoint = Endpoint(url, name=name, model=addresses.model, timeout_s=timeout_s)
+            await stack.enter_async_context(endpoint)
+            return endpoint, await probe(endpoint, read_settings=exact)
+
+        engine, capabilities = await connect(addresses.engine, "engine")
+        if exact:
+            _require_exact(engine, capabilities)
+        daemon = None
+        if addresses.daemon is not None:
+            address = addresses.daemon.rstrip("/").removesuffix("/metrics").removesuffix("/status")
+            daemon = Endpoint(address, name="daemon", timeout_s=timeout_s)
+            await stack.enter_async_context(daemon)
+            await _require_daemon(daemon)
+        other = small = small_capabilities = None
+        if addresses.other is not None:
+            other, other_capabilities = await connect(addresses.other, "other engine")
+            if exact:
+                _require_exact(other, other_capabilities)
+        if addresses.small is not None:
+            small, small_capabilities = await connect(addresses.small, "small engine")
+            _require_small(small, small_capabilities)
+        yield Subject(engine, capabilities, daemon, other, small, small_capabilities)
+
+
+def _require_exact(endpoint: Endpoint, capabilities: Capabilities) -> None:
+    if not capabilities.dialect.token_ids:
+        raise InputError(
+            f"The exact mode compares token ids and logprobs, and {endpoint.url} reports none."
+        )
+    if capabilities.can_be_exact is False:
+        raise InputError(
+            "The exact mode needs an engine with max_num_seqs=1 and max_num_batched_tokens equal "
+            f"to its block size; {endpoint.url} has {capabilities.max_num_seqs}, "
+            f"{capabilities.max_num_batched_tokens} and blocks of {capabilities.block_tokens}."
+        )
+
+
+def _require_small(endpoint: Endpoint, capabilities: Capabilities) -> None:
+    if (capabilities.num_blocks or 0) > SMALL_ENGINE_BLOCKS_MAX:
+        raise InputError(
+            f"The eviction case needs an engine of at most {SMALL_ENGINE_BLOCKS_MAX} blocks; "
+            f"{endpoint.url} has {capabilities.num_blocks}."
+        )
+
+
+async def _require_daemon(daemon: Endpoint) -> None:
+    try:
+        status = await daemon.get_json("/status")
+    except UnavailableError as error:
+        raise InputError(
+            f"No kvkeep daemon answers at {daemon.url}: name its metrics address. ({error})"
+        ) from error
+    if not isinstance(status, dict) or not isinstance(status.get("counters"), dict):
+        raise InputError(f"{daemon.url}/status has no counters: is it a kvkeep daemon?")
