@@ -73,15 +73,24 @@ class Child:
         return "\n".join(f"  {self.name}| {line[:300]}" for line in lines[-num_lines:])
 
     def stop(self) -> None:
-        """End the whole group, politely first."""
+        """End the whole group, politely first, and wait for all of it: a worker holds the GPU."""
         for how, patience_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
             try:
                 os.killpg(self.process.pid, how)
-                self.process.wait(patience_s)
+                wait_for(f"end of {self.name}", self._is_gone, timeout_s=patience_s)
             except ProcessLookupError:
                 return
-            except subprocess.TimeoutExpired:
+            except RunError:
                 continue
+            return
+
+    def _is_gone(self) -> bool:
+        self.process.poll()
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
 
 @contextmanager
