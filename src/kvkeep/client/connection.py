@@ -1,24 +1,35 @@
 """One greeted connection to a daemon; every call has a deadline.
 
+What the kernel does not take at once is kept and sent along with later calls, so sending never
+waits: a frozen daemon is noticed by the answer that does not come.
+
 Not thread-safe: one thread uses a connection at a time. After an UnavailableError the connection is
 of no more use; its leases end on the daemon's side when it is closed.
 """
 
 import contextlib
 import itertools
+import os
 import select
 import socket
+import struct
+from collections.abc import Callable
 from typing import TypeVar
 
 from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import InputError, RefusedError, UnavailableError
 from kvkeep.protocol import codec
 from kvkeep.protocol import messages as m
-from kvkeep.protocol.frames import FrameReader
+from kvkeep.protocol.frames import FRAME_BYTES_MAX, FrameReader
 
 RECEIVE_BYTES = 1 << 18
 SEND_BUFFER_BYTES = 1 << 20
-"""Room for the largest Acquire of a long prompt, so that a send never waits for a frozen daemon."""
+"""Asked of the kernel, which may give less (net.core.wmem_max)."""
+LOOK_UP_S = 0.1
+"""How often a wait for a greeting looks whether it is still wanted."""
+UNSENT_BYTES_MAX = 2 * FRAME_BYTES_MAX
+"""Kept of what the kernel did not take; a daemon that lets more pile up does not read."""
+_CREDENTIALS = struct.Struct("3i")
 
 Reply = TypeVar("Reply", m.Acquired, m.Reserved, m.Committed, m.Pong, m.Status, m.Cleared)
 
@@ -30,6 +41,7 @@ class Connection:
         self._socket = sock
         self._clock = clock
         self._frames = FrameReader()
+        self._unsent = bytearray()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._request_ids = itertools.count(1)
@@ -37,9 +49,20 @@ class Connection:
 
     @staticmethod
     def open(
-        path: str, hello: m.Hello, timeout_s: float, clock: Clock | None = None
+        path: str,
+        hello: m.Hello,
+        timeout_s: float,
+        clock: Clock | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> "Connection":
         """Connect and greet.
+
+        Args:
+            path: Of the daemon's control socket.
+            hello: The greeting.
+            timeout_s: Longest wait for the answer to it.
+            clock: Monotonic; the system's if None.
+            is_wanted: Asked now and then while waiting; False ends the wait.
 
         Raises:
             UnavailableError: Nobody answers within ``timeout_s``.
@@ -53,24 +76,28 @@ class Connection:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             sock.connect(path)
             sock.setblocking(False)
+            _check_owner(sock, path)
         except OSError as error:
             sock.close()
             raise UnavailableError(f"no daemon answers at {path}: {error}") from error
+        except RefusedError:
+            sock.close()
+            raise
         connection = Connection(sock, clock)
         try:
             connection.send(hello)
-            connection.welcome = connection._greeted(deadline_s)
+            connection.welcome = connection._greeted(deadline_s, is_wanted)
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _greeted(self, deadline_s: float) -> m.Welcome:
+    def _greeted(self, deadline_s: float, is_wanted: Callable[[], bool]) -> m.Welcome:
         while True:
             left_s = deadline_s - self._clock.now_s()
-            if left_s <= 0:
+            if left_s <= 0 or not is_wanted():
                 raise UnavailableError("the daemon does not answer")
-            for message in self.receive(left_s):
+            for message in self.receive(min(left_s, LOOK_UP_S)):
                 if isinstance(message, m.Welcome):
                     return message
 
@@ -82,16 +109,27 @@ class Connection:
         """Send without waiting.
 
         Raises:
-            UnavailableError: The daemon has closed, or reads so slowly that the buffer is full.
+            UnavailableError: The daemon has closed, or does not read.
         """
-        data = codec.encode(message)
+        self._unsent += codec.encode(message)
+        self._flush()
+        if len(self._unsent) > UNSENT_BYTES_MAX:
+            raise UnavailableError("the daemon does not read")
+
+    def _flush(self) -> None:
+        """Give the kernel what it takes."""
         try:
-            if self._socket.send(data) == len(data):
-                return
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
         except OSError as error:
+            # It may have said why before it closed.
+            self._read()
             raise UnavailableError(f"the daemon is gone: {error}") from error
-        # A frame that went out in part can't be taken back: the stream is lost.
-        raise UnavailableError("the daemon does not read")
+        self._poll.modify(
+            self._socket, select.POLLIN | select.POLLOUT if self._unsent else select.POLLIN
+        )
 
     def receive(self, wait_s: float) -> list[m.ToClient]:
         """Messages that have arrived, after waiting up to ``wait_s`` for the first.
@@ -100,8 +138,13 @@ class Connection:
             UnavailableError: The connection is over.
             RefusedError: The daemon said why it ends the session.
         """
+        if self._unsent:
+            self._flush()
         if not self._poll.poll(max(wait_s, 0.0) * 1e3):
             return []
+        return self._read()
+
+    def _read(self) -> list[m.ToClient]:
         try:
             data = self._socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -141,3 +184,18 @@ class Connection:
         """End the session; every lease of it ends with it."""
         with contextlib.suppress(OSError):
             self._socket.close()
+
+
+def _check_owner(sock: socket.socket, path: str) -> None:
+    """Trust no daemon of another user: what it lends goes into this engine's answers.
+
+    Raises:
+        RefusedError: Somebody else listens there.
+    """
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(data)
+    if uid not in (0, os.getuid()):
+        raise RefusedError(
+            f"the daemon at {path} belongs to user {uid}, not to {os.getuid()}: start one of your "
+            "own, or choose another socket"
+        )

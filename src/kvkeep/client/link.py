@@ -93,7 +93,12 @@ class Link:
 
     def _connect(self) -> bool:
         try:
-            connection = Connection.open(self._path, self._hello(), GREETING_TIMEOUT_S)
+            connection = Connection.open(
+                self._path,
+                self._hello(),
+                GREETING_TIMEOUT_S,
+                is_wanted=lambda: not self._stopped.is_set(),
+            )
         except UnavailableError:
             return False
         except RefusedError as error:
@@ -110,6 +115,9 @@ class Link:
             connection.close()
             return False
         with self._lock:
+            if self._stopped.is_set():
+                connection.close()
+                return False
             self.refusal = None
             self.num_opened += 1
             self._wanted.clear()

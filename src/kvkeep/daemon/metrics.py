@@ -35,6 +35,7 @@ COUNTERS = {
     "blocks_recovered": "blocks taken over from an earlier daemon",
     "blocks_dropped": "torn or rotten blocks found then",
     "messages_refused": "messages that were malformed or out of order",
+    "sessions_cut": "sessions ended because the client did not read its answers",
     "device_to_host": "blocks moved from an engine to the pool",
     "host_to_device": "blocks moved from the pool to an engine",
 }

@@ -1,14 +1,19 @@
 """A daemon from its settings to its end."""
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import logging
 import os
+import resource
 import signal
+import socket
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import uvloop
 from aiohttp import web
@@ -18,16 +23,20 @@ from kvkeep.daemon.http import HOST, make_application
 from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.recovery import recover
 from kvkeep.daemon.server import Server, SessionProtocol
-from kvkeep.daemon.settings import DaemonSettings
+from kvkeep.daemon.settings import DaemonSettings, runtime_folder
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import SystemClock
-from kvkeep.model.errors import InputError, RefusedError
+from kvkeep.model.errors import InputError, InvariantError, RefusedError
 from kvkeep.tiers.shared_memory import PoolFile
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 """How often leases are looked at; a lease ends at most this much late."""
+BACKLOG = 256
+"""Connections that wait to be accepted: every engine of a host may come back at once."""
+SPARE_FILES = 256
+"""Descriptors beside those of the sessions: HTTP, watched processes, the pool, the logs."""
 
 
 def run(settings: DaemonSettings) -> None:
@@ -36,16 +45,35 @@ def run(settings: DaemonSettings) -> None:
     Raises:
         InputError: A setting can't be had; nothing was left behind.
         RefusedError: The socket or the pool belongs to another daemon.
+        InvariantError: The daemon contradicted itself and stopped; its blocks are on trial again
+            when it is started anew.
     """
     if not __debug__:
         raise InputError("kvkeep needs its assertions: start Python without -O")
-    lock = _lock_socket(Path(settings.socket_path))
-    pool = PoolFile.open(settings.pool_path, settings.pool_bytes)
-    try:
-        uvloop.run(_serve(settings, pool))
-    finally:
-        Path(settings.socket_path).unlink(missing_ok=True)
-        os.close(lock)
+    _allow_files(settings.sessions_max)
+    path = Path(settings.socket_path)
+    with contextlib.ExitStack() as stack:
+        # What can be refused for little comes before what takes memory.
+        stack.callback(os.close, _lock_socket(path))
+        http = stack.enter_context(_bind_http(settings.metrics_port))
+        pool = PoolFile.open(settings.pool_path, settings.pool_bytes)
+        stack.callback(path.unlink, missing_ok=True)
+        failures: list[BaseException] = []
+        uvloop.run(_serve(settings, pool, http, failures))
+    if failures:
+        raise InvariantError("kvkeep contradicted itself: start the daemon again") from failures[0]
+
+
+def _allow_files(sessions_max: int) -> None:
+    """Raise the limit on open files as far as this user may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * sessions_max + SPARE_FILES
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise InputError(
+            f"sessions_max = {sessions_max} needs {wanted} open files and this user may have "
+            f"{hard}: lower sessions_max, or raise the limit (ulimit -n)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def _lock_socket(path: Path) -> int:
@@ -53,8 +81,14 @@ def _lock_socket(path: Path) -> int:
 
     The lock file stays: were it removed, two daemons could each lock a file of that name.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(path.parent)
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise InputError(
+            f"the socket {path} can't be had ({error.strerror}): choose another socket"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -62,14 +96,47 @@ def _lock_socket(path: Path) -> int:
         raise RefusedError(
             f"another daemon serves the socket {path}: stop it, or choose another socket"
         ) from error
-    if path.exists() and not path.is_socket():
+    if path.is_symlink() or (path.exists() and not path.is_socket()):
         os.close(lock)
         raise InputError(f"{path} exists and is not a socket: choose another socket")
     path.unlink(missing_ok=True)
     return lock
 
 
-async def _serve(settings: DaemonSettings, pool: PoolFile) -> None:
+def _check_private(folder: Path) -> None:
+    """Refuse the default folder if somebody else made it first, as anyone can in /tmp."""
+    found = folder.lstat()
+    is_mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if folder == runtime_folder() and (not is_mine or found.st_mode & 0o077):
+        raise InputError(
+            f"{folder} is not a private folder of this user: remove it, or choose another socket"
+        )
+
+
+def _bind_http(port: int) -> socket.socket:
+    """Take the port before the pool, so that a port in use costs nothing."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((HOST, port))
+        # Two sockets may be bound alike until one of them listens (socket(7), SO_REUSEADDR).
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise InputError(
+            f"metrics_port {port} on {HOST} can't be used ({error.strerror}): choose another, "
+            "or 0 for a free one"
+        ) from error
+    return sock
+
+
+async def _serve(
+    settings: DaemonSettings,
+    pool: PoolFile,
+    http: socket.socket,
+    failures: list[BaseException],
+) -> None:
+    """Serve until told to stop, or until something happens that the core rules out."""
     clock = SystemClock()
     shell = Shell(pool, clock)
     metrics = Metrics(shell, clock)
@@ -78,23 +145,45 @@ async def _serve(settings: DaemonSettings, pool: PoolFile) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
+    loop.set_exception_handler(_stopping_on_defects(stopped, failures))
     runner = web.AppRunner(make_application(metrics), access_log=None)
-    await runner.setup()
     try:
-        port = await _listen_http(runner, settings.metrics_port)
         num_ready, num_dropped = recover(shell, pool, verify=settings.verify_on_start)
         metrics.count("blocks_recovered", num_ready)
         metrics.count("blocks_dropped", num_dropped)
+        await runner.setup()
+        await web.SockSite(runner, http).start()
         listener = await _listen(loop, settings.socket_path, lambda: SessionProtocol(server))
-        _announce(settings, pool, port)
-        ticking = loop.create_task(_tick(shell))
+        _announce(settings, pool, http.getsockname()[1])
+        ticks = _begin_ticks(loop, shell)
         await stopped.wait()
-        ticking.cancel()
+        ticks()
         listener.close()
         server.close()
+        # Sessions say goodbye in the loop's next turn.
+        await asyncio.sleep(0)
     finally:
         await runner.cleanup()
         shell.close()
+
+
+def _stopping_on_defects(
+    stopped: asyncio.Event, failures: list[BaseException]
+) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What the loop does with an exception that nobody caught.
+
+    It ends the connection it came from. If it came out of the core, nothing that the daemon
+    remembers can be trusted any more: it ends, and its successor believes only the pool.
+    """
+
+    def take(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        loop.default_exception_handler(context)
+        if isinstance(error, InvariantError):
+            failures.append(error)
+            stopped.set()
+
+    return take
 
 
 async def _listen(
@@ -102,22 +191,13 @@ async def _listen(
 ) -> asyncio.AbstractServer:
     before = os.umask(0o177)
     try:
-        return await loop.create_unix_server(factory, path, backlog=256)
-    finally:
-        os.umask(before)
-
-
-async def _listen_http(runner: web.AppRunner, port: int) -> int:
-    site = web.TCPSite(runner, HOST, port)
-    try:
-        await site.start()
+        return await loop.create_unix_server(factory, path, backlog=BACKLOG)
     except OSError as error:
         raise InputError(
-            f"metrics_port {port} on {HOST} can't be used ({error.strerror}): choose another, "
-            "or 0 for a free one"
+            f"the socket {path} can't be had ({error.strerror}): choose another socket"
         ) from error
-    bound: int = runner.addresses[0][1]
-    return bound
+    finally:
+        os.umask(before)
 
 
 def _announce(settings: DaemonSettings, pool: PoolFile, port: int) -> None:
@@ -133,7 +213,18 @@ def _announce(settings: DaemonSettings, pool: PoolFile, port: int) -> None:
     sys.stdout.flush()
 
 
-async def _tick(shell: Shell) -> None:
-    while True:
-        await asyncio.sleep(TICK_S)
+def _begin_ticks(loop: asyncio.AbstractEventLoop, shell: Shell) -> Callable[[], None]:
+    """Tell the core the time, again and again; returns what ends that."""
+    handle: asyncio.TimerHandle | None = None
+
+    def tick() -> None:
+        nonlocal handle
+        handle = loop.call_later(TICK_S, tick)
         shell.handle(on.TimePassed())
+
+    def end() -> None:
+        assert handle is not None
+        handle.cancel()
+
+    tick()
+    return end

@@ -71,7 +71,7 @@ class SessionProtocol(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._holder = Holder(0, 0)
         self._role = ""
-        self._request_id = 0
+        self._engine_id = ""
 
     # ---- asyncio
 
@@ -95,6 +95,8 @@ class SessionProtocol(asyncio.Protocol):
         try:
             for payload in self._frames.feed(data):
                 self._receive(codec.decode_to_daemon(payload))
+                if self._transport.is_closing():
+                    return
         except (InputError, RefusedError) as error:
             self._server.metrics.count("messages_refused")
             log.warning("session refused. pid=%d reason=%s", self._holder.pid, error)
@@ -118,6 +120,7 @@ class SessionProtocol(asyncio.Protocol):
     def _send(self, message: m.Message) -> None:
         assert self._transport is not None
         if self._transport.get_write_buffer_size() > WRITE_BUFFER_BYTES_MAX:
+            self._server.metrics.count("sessions_cut")
             log.warning("client does not read its answers. pid=%d", self._holder.pid)
             self._transport.abort()
             return
@@ -154,7 +157,14 @@ class SessionProtocol(asyncio.Protocol):
                 self._clear(message)
 
     def _deadline_s(self, lease_s: float) -> float:
-        return self._server.clock.now_s() + min(lease_s, self._server.settings.lease_s_max)
+        lease_s_max = self._server.settings.lease_s_max
+        if lease_s > lease_s_max:
+            # A shorter lease than it asked for would leave the client reading what is not lent.
+            raise RefusedError(
+                f"a lease of {lease_s} s was asked for and lease_s_max is {lease_s_max}: "
+                "raise lease_s_max of the daemon, or lower lease_s of the engine"
+            )
+        return self._server.clock.now_s() + lease_s
 
     def _hello(self, message: m.Hello) -> None:
         if message.version not in SUPPORTED:
@@ -183,20 +193,29 @@ class SessionProtocol(asyncio.Protocol):
     def _session_role(self, message: m.Hello) -> None:
         if message.layout is None:
             return
-        layout = message.layout
-        self._shell.open_layout(
-            KvLayout(
-                layout.num_layers,
-                layout.num_heads,
-                layout.page_bytes,
-                layout.block_tokens,
-                layout.dtype,
-                layout.page_format,
-            )
-        )
-        self._role = "worker"
+        self._shell.open_layout(_layout(message.layout))
+        self._role, self._engine_id = "worker", message.engine_id
         self._shell.num_workers += 1
-        self._shell.handle(on.HolderQuiet(self._holder.pid))
+        if self._speaks_for_process():
+            self._shell.handle(on.HolderQuiet(self._holder.pid))
+        if self._holder.pid:
+            self._shell.watch(self._holder.pid)
+
+    def _speaks_for_process(self) -> bool:
+        """Whether this worker's greeting proves that no copy of its process is in motion.
+
+        It does not where the process holds a worker of another engine, nor where the kernel
+        could not name the process, because it lives in a process namespace of its own.
+        """
+        pid = self._holder.pid
+        return pid != 0 and not any(
+            other.is_worker_of(pid) and other._engine_id != self._engine_id
+            for other in self._server.sessions
+        )
+
+    def is_worker_of(self, pid: int) -> bool:
+        """Whether this is a worker's session, of that process."""
+        return self._role == "worker" and self._holder.pid == pid
 
     def _lend_canary_slot(self) -> int:
         node = self._shell.node
@@ -272,3 +291,10 @@ class SessionProtocol(asyncio.Protocol):
             (reply.num_cleared, reply.num_kept) if isinstance(reply, do.ReplyCleared) else (0, 0)
         )
         self._send(m.Cleared(message.request_id, cleared, kept))
+
+
+def _layout(wire: m.Layout) -> KvLayout:
+    try:
+        return KvLayout(*(getattr(wire, name) for name in wire.__struct_fields__))
+    except ValueError as error:
+        raise InputError(f"this engine's blocks can't be kept: {error}") from error

@@ -17,20 +17,22 @@ from kvkeep.model.errors import InputError
 ENVIRONMENT_PREFIX = "KVKEEP_"
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
           "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*$", re.IGNORECASE)
+_COMPLAINT = re.compile(r"^(.*) - at `\$\.(\w+)`$")
+"""How msgspec words what does not fit."""
 SOCKET_PATH_BYTES_MAX = 107
 """``sun_path`` of Linux, less its terminating zero (unix(7))."""
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: object) -> int:
     """A size such as ``2GiB``, ``512 MiB`` or ``1073741824`` in bytes.
 
     Raises:
         InputError: Not a size.
     """
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         return text
-    match = _SIZE.match(text)
+    match = _SIZE.match(text) if isinstance(text, str) else None
     if match is None or match[2].lower() not in _UNITS:
         raise InputError(f"{text!r} is not a size: write a number and a unit, such as 2GiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
@@ -61,6 +63,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a restarted daemon checks the digest of every block it takes over."""
 
     def __post_init__(self) -> None:
+        if "\0" in self.socket + self.pool:
+            raise ValueError("a path holds no zero byte: write another socket or pool")
         if len(self.socket_path.encode()) > SOCKET_PATH_BYTES_MAX:
             raise ValueError(
                 f"socket has more than {SOCKET_PATH_BYTES_MAX} bytes, the limit of Unix sockets: "
@@ -99,24 +103,40 @@ def load_settings(
         values.update(_read_file(file))
     fields = {field.name for field in msgspec.structs.fields(DaemonSettings)}
     for name, text in environment.items():
-        if (
-            name.startswith(ENVIRONMENT_PREFIX)
-            and name.removeprefix(ENVIRONMENT_PREFIX).lower() in fields
-        ):
-            values[name.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
+        if name.startswith(ENVIRONMENT_PREFIX):
+            field = name.removeprefix(ENVIRONMENT_PREFIX).lower()
+            if field not in fields:
+                raise InputError(
+                    f"the environment's {name} is not a setting of the daemon: unset it, "
+                    f"or choose from {', '.join(sorted(fields))}"
+                )
+            values[field] = text
     values.update(flags)
-    if "pool_bytes" in values:
-        values["pool_bytes"] = parse_bytes(values["pool_bytes"])
-    unknown = sorted(set(values) - fields)
+    unknown = sorted(str(name) for name in values if name not in fields)
     if unknown:
         raise InputError(
             f"{unknown[0]!r} is not a setting of the daemon: "
             f"choose from {', '.join(sorted(fields))}"
         )
+    if "pool_bytes" in values:
+        values["pool_bytes"] = parse_bytes(values["pool_bytes"])
     try:
         return msgspec.convert(values, DaemonSettings, strict=False)
     except msgspec.ValidationError as error:
-        raise InputError(f"setting out of range: {error}") from error
+        raise InputError(_name_field(str(error), values)) from error
+
+
+def _name_field(complaint: str, values: Mapping[str, object]) -> str:
+    """Put first what the user wrote, as it stands in the file."""
+    match = _COMPLAINT.match(complaint)
+    if match is None:
+        return complaint
+    said, name = match[1], match[2]
+    return f"{name} = {values.get(name)!r} can't be: {said[0].lower()}{said[1:]}"
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -124,8 +144,8 @@ def _read_file(file: Path) -> dict[str, Any]:
         values = msgspec.yaml.decode(file.read_bytes())
     except OSError as error:
         raise InputError(f"{file} can't be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        raise InputError(f"{file} is not YAML: {error}") from error
+    except (msgspec.DecodeError, ValueError) as error:
+        raise InputError(f"{file} is not YAML: {_on_one_line(error)}") from error
     if not isinstance(values, dict):
         raise InputError(
             f"{file} is not a mapping of settings: write lines such as 'pool_bytes: 2GiB'"

@@ -7,14 +7,15 @@ sessions' own writers; watching a process costs one descriptor (pidfd_open, Linu
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
+from kvkeep.core.blocks import BlockState
 from kvkeep.core.eviction.lru import LruPolicy
 from kvkeep.core.node import NodeState
 from kvkeep.model.clock import Clock
-from kvkeep.model.errors import RefusedError
+from kvkeep.model.errors import InvariantError, RefusedError
 from kvkeep.model.layout import KvLayout
 from kvkeep.tiers.shared_memory import PoolFile
 from kvkeep.tiers.slot_header import SlotState
@@ -62,11 +63,11 @@ class Shell:
         assert geometry is not None
         self.node = NodeState(geometry.num_slots, geometry.layout.num_heads, LruPolicy())
 
-    def recover(self, is_intact: Callable[[int], bool]) -> tuple[int, int]:
+    def recover(self, find_intact: Callable[[Sequence[int]], Set[int]]) -> tuple[int, int]:
         """Rebuild the ledger from the headers of a pool that an earlier daemon left.
 
         Args:
-            is_intact: Whether the bytes of a slot match its digests.
+            find_intact: Which of the given slots hold bytes that match their digests.
 
         Returns:
             Blocks taken over, and blocks found torn or rotten and dropped.
@@ -74,25 +75,37 @@ class Shell:
         if self.pool.geometry is None:
             return 0, 0
         self._begin_node()
-        num_ready = num_dropped = 0
-        for slot, header in self.pool.scan():
-            if header.state is SlotState.WRITING:
+        assert self.node is not None
+        found = list(self.pool.scan())
+        intact = find_intact([slot for slot, h in found if h and h.state is SlotState.READY])
+        num_dropped = 0
+        for slot, header in found:
+            if header is not None and header.state is SlotState.WRITING:
                 self.handle(on.WriteRecovered(slot, header.pid))
-            elif header.key is not None and is_intact(slot):
+            elif header is not None and header.key is not None and slot in intact:
                 self.handle(on.BlockRecovered(header.key, slot))
-                num_ready += 1
             else:
                 self.pool.mark(slot, SlotState.FREE, None)
                 num_dropped += 1
-        assert self.node is not None
         self.node.check()
-        return num_ready, num_dropped
+        return self.node.ledger.num_by_state[BlockState.READY], num_dropped
 
     def handle(self, event: on.Event) -> Reply | None:
-        """Feed the core one event and carry out its effects; return the reply, if it has one."""
+        """Feed the core one event and carry out its effects; return the reply, if it has one.
+
+        Raises:
+            InvariantError: The core failed; from now on nothing is lent any more.
+        """
         node = self.node
         if node is None:
             return None
+        try:
+            return self._advance(node, event)
+        except Exception as error:
+            self.node = None
+            raise InvariantError(f"event failed. event={type(event).__name__}") from error
+
+    def _advance(self, node: NodeState, event: on.Event) -> Reply | None:
         reply: Reply | None = None
         for effect in node.handle(event, now_s=self._clock.now_s()):
             if isinstance(effect, Reply):
@@ -112,11 +125,15 @@ class Shell:
             case do.MarkFree(slot):
                 self.pool.mark(slot, SlotState.FREE, None)
             case do.WatchProcess(pid):
-                self._watch(pid)
+                self.watch(pid)
 
     # ---- processes
 
-    def _watch(self, pid: int) -> None:
+    def watch(self, pid: int) -> None:
+        """Take note of a process's end, which proves that it writes no more.
+
+        A worker is watched from its greeting on: later its number may be another process's.
+        """
         if pid in self._watched:
             return
         loop = asyncio.get_running_loop()

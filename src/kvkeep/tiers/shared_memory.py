@@ -15,6 +15,7 @@ import fcntl
 import json
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from kvkeep.model.errors import InputError, RefusedError, UnavailableError
 from kvkeep.model.ids import HASH_BYTES, BlockHash, BlockKey, Namespace
@@ -32,6 +34,7 @@ from kvkeep.tiers.slot_header import (
     KEY_DTYPE,
     SlotHeader,
     SlotState,
+    is_checked,
     pack_header,
     unpack_header,
 )
@@ -40,6 +43,10 @@ FILE_HEADER_BYTES = 4096
 _FILE_MAGIC = b"kvkeep pool 1\n\0\0"
 _FILE_FIELDS = struct.Struct("<16s16sQI")
 """Magic, pool id, generation, length of the JSON that follows."""
+_FILE_CHECK = struct.Struct("<Q")
+"""XXH3-64 of the fields and the JSON, behind them."""
+SLOTS_MAX = 1 << 20
+"""A terabyte of blocks of a megabyte; the ledger keeps some hundred bytes on each."""
 _ALIGN = 2 << 20
 """Payloads start at a huge page."""
 _MADV_POPULATE_WRITE = 23
@@ -60,14 +67,14 @@ class Geometry:
 
     @staticmethod
     def fit(layout: KvLayout, pool_bytes: int) -> "Geometry":
-        """As many slots as ``pool_bytes`` holds.
+        """As many slots as ``pool_bytes`` holds, at most ``SLOTS_MAX``.
 
         Raises:
             InputError: Not even one fits.
         """
         stride = -(-(HEADER_BYTES + DIGEST_BYTES * layout.num_pages) // 64) * 64
         room = pool_bytes - FILE_HEADER_BYTES - _ALIGN
-        num_slots = room // (layout.block_bytes + stride)
+        num_slots = min(room // (layout.block_bytes + stride), SLOTS_MAX)
         if num_slots < 2:
             raise InputError(
                 f"the pool of {pool_bytes} bytes holds no two blocks of {layout.block_bytes} "
@@ -78,8 +85,15 @@ class Geometry:
 
 
 def _map(fd: int, num_bytes: int) -> mmap.mmap:
-    """Map a pool with huge pages where the system gives them, every page present."""
-    mapping = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    """Map a pool with huge pages where the system gives them, every page present.
+
+    Raises:
+        UnavailableError: The memory is not there.
+    """
+    try:
+        mapping = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    except (OSError, ValueError) as error:
+        raise UnavailableError(f"the pool can't be mapped: {error}") from error
     # A kernel without transparent huge pages is slower, not wrong.
     with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -99,13 +113,12 @@ def _map(fd: int, num_bytes: int) -> mmap.mmap:
 class PoolView:
     """A mapped pool: typed windows on its headers, digests and payloads.
 
-    ``close`` fails while numpy views of it are alive; the process's end unmaps it anyway.
+    The mapping, and the descriptor it keeps, go with the last array that shows a part of it.
     """
 
-    def __init__(self, fd: int, mapping: mmap.mmap, geometry: Geometry, pool_id: bytes) -> None:
+    def __init__(self, mapping: mmap.mmap, geometry: Geometry, pool_id: bytes) -> None:
         self.geometry = geometry
         self.pool_id = pool_id
-        self._fd = fd
         self._mapping = mapping
         self.num_bytes = len(mapping)
         self._bytes = np.frombuffer(mapping, dtype=np.uint8)
@@ -128,7 +141,7 @@ class PoolView:
         """Map the pool that a daemon named.
 
         Raises:
-            UnavailableError: It is gone, or is no longer that pool: ask the daemon again.
+            UnavailableError: It is gone, is no longer that pool, or is another user's.
         """
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -137,14 +150,13 @@ class PoolView:
         try:
             geometry = _named_geometry(fd, pool_id)
             mapping = _map(fd, os.fstat(fd).st_size)
-        except BaseException:
+        finally:
             os.close(fd)
-            raise
-        return PoolView(fd, mapping, geometry, pool_id)
+        return PoolView(mapping, geometry, pool_id)
 
     def is_whole(self) -> bool:
         """False once the file was cut: touching its end would be fatal."""
-        return os.fstat(self._fd).st_size >= self.num_bytes
+        return self._mapping.size() >= self.num_bytes
 
     def readable(
         self,
@@ -153,7 +165,10 @@ class PoolView:
         group_idx: int,
         hashes: Sequence[BlockHash],
     ) -> npt.NDArray[np.bool_]:
-        """Which of these slots hold exactly these blocks now.
+        """Which of these slots hold exactly these blocks now, with the digests written for them.
+
+        What a flipped bit in a header or a digest, or a header, digests or bytes of another slot
+        would lead to, is found here or by the digests.
 
         Args:
             slots: int64 ``[num_blocks]``.
@@ -174,7 +189,16 @@ class PoolView:
             & _bytes_equal(found["namespace"], mine)
             & _bytes_equal(found["block_hash"], wanted)
         )
-        return is_readable
+        return is_readable & self._checked(slots)
+
+    def _checked(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these slots' headers and digests are as the daemon saw them at the commit."""
+        stride = self.geometry.header_stride
+        length = HEADER_BYTES + DIGEST_BYTES * self.geometry.layout.num_pages
+        window = memoryview(self._mapping)
+        starts = (FILE_HEADER_BYTES + slots * stride).tolist()
+        checked = [is_checked(window[start : start + length]) for start in starts]
+        return np.array(checked, dtype=np.bool_)
 
     def page_addresses(
         self, slots: npt.NDArray[np.int64], first_head: int, num_heads: int
@@ -193,12 +217,6 @@ class PoolView:
         start = self.geometry.payload_offset + slot * size
         return self._bytes[start : start + size]
 
-    def close(self) -> None:
-        """Give the file descriptor back; the mapping goes with the last view of it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
 
 def _bytes_equal(
     found: npt.NDArray[np.void], wanted: npt.NDArray[np.uint8]
@@ -216,14 +234,19 @@ class _FileHeader:
 
 
 def _read_file_header(fd: int) -> _FileHeader | None:
-    """The first page of a pool file; None if it isn't one, or is cut."""
+    """The first page of a pool file; None if it isn't one, is rotten, or is cut."""
     page = os.pread(fd, FILE_HEADER_BYTES, 0)
     if len(page) < FILE_HEADER_BYTES:
         return None
     magic, pool_id, generation, length = _FILE_FIELDS.unpack_from(page)
     if magic.rstrip(b"\0") != _FILE_MAGIC.rstrip(b"\0"):
         return None
-    text = page[_FILE_FIELDS.size : _FILE_FIELDS.size + length]
+    end = _FILE_FIELDS.size + length
+    if end + _FILE_CHECK.size > FILE_HEADER_BYTES:
+        return None
+    if _FILE_CHECK.unpack_from(page, end)[0] != xxhash.xxh3_64_intdigest(page[:end]):
+        return None
+    text = page[_FILE_FIELDS.size : end]
     try:
         fields = json.loads(text) if length else None
         geometry = None if fields is None else _geometry(fields)
@@ -237,6 +260,8 @@ def _read_file_header(fd: int) -> _FileHeader | None:
 
 
 def _named_geometry(fd: int, pool_id: bytes) -> Geometry:
+    if os.fstat(fd).st_uid not in (0, os.getuid()):
+        raise UnavailableError("the pool belongs to another user")
     found = _read_file_header(fd)
     if found is None or found.pool_id != pool_id or found.geometry is None:
         raise UnavailableError("the file is not the pool that the daemon named")
@@ -258,7 +283,7 @@ class PoolFile:
         self._mapping = mapping
         self.num_bytes = len(mapping)
         self._sequence = 0
-        self._payload_bytes = 0
+        self._payload_bytes = self._digest_bytes = 0
         self.generation = 1 if found is None else found.generation + 1
         self.pool_id = os.urandom(16) if found is None else found.pool_id
         self.geometry: Geometry | None = None if found is None else found.geometry
@@ -268,14 +293,15 @@ class PoolFile:
     def open(path: Path, pool_bytes: int) -> "PoolFile":
         """Create the pool, or take over what an earlier daemon left.
 
-        A file that is not a pool, is cut, or has another size is replaced: its blocks were a cache.
+        A pool that is cut, rotten, or of another size is replaced: its blocks were a cache. A file
+        that never was a pool is left alone.
 
         Raises:
             RefusedError: Another daemon holds it; nothing was changed.
-            InputError: There is not so much memory; nothing was changed.
+            InputError: There is not so much memory, or the path can't be had; nothing was changed.
+            UnavailableError: The memory went while it was taken; the pool is gone.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = _open_private(path)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -286,10 +312,15 @@ class PoolFile:
             found = _read_file_header(fd)
             if found is None or os.fstat(fd).st_size != pool_bytes:
                 found = None
+                _check_replaceable(path, fd)
                 _check_room(path, fd, pool_bytes)
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, pool_bytes)
-            mapping = _map(fd, pool_bytes)
+            try:
+                mapping = _map(fd, pool_bytes)
+            except UnavailableError:
+                path.unlink(missing_ok=True)
+                raise
         except BaseException:
             os.close(fd)
             raise
@@ -299,8 +330,10 @@ class PoolFile:
         text = b""
         if self.geometry is not None:
             self._payload_bytes = self.geometry.layout.block_bytes
+            self._digest_bytes = DIGEST_BYTES * self.geometry.layout.num_pages
             text = json.dumps(asdict(self.geometry)).encode()
         page = _FILE_FIELDS.pack(_FILE_MAGIC, self.pool_id, self.generation, len(text)) + text
+        page += _FILE_CHECK.pack(xxhash.xxh3_64_intdigest(page))
         self._mapping[: len(page)] = page
 
     def format(self, layout: KvLayout) -> Geometry:
@@ -322,37 +355,43 @@ class PoolFile:
     def mark(
         self, slot: int, state: SlotState, key: BlockKey | None, *, lease_id: int = 0, pid: int = 0
     ) -> None:
-        """Write a slot's header."""
+        """Write a slot's header; one that becomes ready has its digests by now."""
         assert self.geometry is not None
         self._sequence += 1
         header = SlotHeader(
             state, self.generation, lease_id, self._payload_bytes, key, pid, self._sequence
         )
         start = FILE_HEADER_BYTES + slot * self.geometry.header_stride
-        packed = pack_header(header)
-        self._mapping[start : start + len(packed)] = packed
+        behind = start + HEADER_BYTES
+        if state is SlotState.READY:
+            digests = self._mapping[behind : behind + self._digest_bytes]
+            self._mapping[start:behind] = pack_header(header, digests)
+        else:
+            self._mapping[start:behind] = pack_header(header)
 
-    def scan(self) -> Iterator[tuple[int, SlotHeader]]:
-        """Every slot whose header can be read and that is not free, oldest header first."""
+    def scan(self) -> Iterator[tuple[int, SlotHeader | None]]:
+        """Every slot that was written to, oldest header first; None for a header that is rotten."""
         if self.geometry is None:
             return
-        found: list[tuple[int, SlotHeader]] = []
+        found: list[tuple[int, SlotHeader | None]] = []
         window = memoryview(self._mapping)
+        length = HEADER_BYTES + self._digest_bytes
         for slot in range(self.geometry.num_slots):
             start = FILE_HEADER_BYTES + slot * self.geometry.header_stride
-            header = unpack_header(window[start : start + HEADER_BYTES])
-            if header is not None and header.state is not SlotState.FREE:
+            header = unpack_header(window[start : start + length])
+            is_used = any(window[start : start + HEADER_BYTES]) if header is None else header.state
+            if is_used:
                 found.append((slot, header))
         window.release()
-        found.sort(key=lambda item: item[1].sequence)
-        if found:
+        found.sort(key=lambda item: -1 if item[1] is None else item[1].sequence)
+        if found and found[-1][1] is not None:
             self._sequence = found[-1][1].sequence
         yield from found
 
     def view(self) -> PoolView:
         """Windows on the payloads, for verification in this process."""
         assert self.geometry is not None
-        return PoolView(os.dup(self._fd), self._mapping, self.geometry, self.pool_id)
+        return PoolView(self._mapping, self.geometry, self.pool_id)
 
     def close(self) -> None:
         """Give the lock back; the file and its blocks stay."""
@@ -365,15 +404,57 @@ class PoolFile:
         self.path.unlink(missing_ok=True)
 
 
+def _open_private(path: Path) -> int:
+    """Open or create a file that only this user can touch.
+
+    Raises:
+        InputError: It can't be had.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise InputError(
+            f"the pool {path} can't be opened ({error.strerror}): choose another path"
+        ) from error
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+        os.close(fd)
+        raise InputError(f"the pool {path} is not a file of this user: choose another path")
+    # Whoever can write the pool can write what engines compute with.
+    os.fchmod(fd, 0o600)
+    return fd
+
+
+def _check_replaceable(path: Path, fd: int) -> None:
+    """Refuse to overwrite what is neither empty nor a pool."""
+    start = os.pread(fd, FILE_HEADER_BYTES, 0)
+    if start.startswith(_FILE_MAGIC.rstrip(b"\0")) or not any(start):
+        return
+    raise InputError(f"{path} exists and is not a pool: choose another path, or remove it")
+
+
 def _check_room(path: Path, fd: int, pool_bytes: int) -> None:
     """Refuse a pool that the file system or the machine can't hold."""
-    stat = os.statvfs(path.parent)
-    free = stat.f_bavail * stat.f_frsize + os.fstat(fd).st_blocks * 512
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, what = min((free, f"free on {path.parent}"), (memory, "of memory on this machine"))
+    folder = os.statvfs(path.parent)
+    mine = os.fstat(fd).st_blocks * 512
+    free = folder.f_bavail * folder.f_frsize + mine
+    limits = [(free, f"free on {path.parent}")]
+    limits.append((os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of memory here"))
+    limits.append((_available_bytes() + mine, "of memory that nobody uses"))
+    limit, what = min(limits)
     if pool_bytes > limit:
         if os.fstat(fd).st_size == 0:
             path.unlink(missing_ok=True)
         raise InputError(
             f"pool_bytes = {pool_bytes} is more than the {limit} bytes {what}: lower pool_bytes"
         )
+
+
+def _available_bytes() -> int:
+    """What the kernel would give without killing anyone (MemAvailable, proc_meminfo(5))."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) << 10
+    return 1 << 62

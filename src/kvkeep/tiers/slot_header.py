@@ -1,24 +1,26 @@
-"""The header in front of every slot of the pool, and the file's own first page.
+"""The header in front of every slot of the pool, and the digests behind it.
 
     offset  bytes  field
-    0       4      magic "KVKS"
-    4       2      version of this format
-    6       1      state: 0 free, 1 writing, 2 ready
-    7       1      zero
-    8       8      generation of the daemon that wrote it
-    16      8      write lease
-    24      8      payload bytes
-    32      32     namespace
-    64      32     block hash
-    96      2      group
-    98      2      zero
-    100     4      pid of the writer
-    104     8      sequence: grows with every header written
-    112     8      XXH3-64 of bytes 0..111
+    0       8      XXH3-64 of all that follows: bytes 8..127, and of a ready slot the digests too
+    8       4      magic "KVKS"
+    12      2      version of this format
+    14      1      state: 0 free, 1 writing, 2 ready
+    15      1      zero
+    16      8      generation of the daemon that wrote it
+    24      8      write lease
+    32      8      payload bytes
+    40      32     namespace
+    72      32     block hash
+    104     2      group
+    106     2      zero
+    108     4      pid of the writer
+    112     8      sequence: grows with every header written
     120     8      zero
     128     16 n   XXH3-128 of each head page, canonical byte order
 
 Only the daemon writes the first 128 bytes; only the holder of the write lease writes the digests.
+The check of a ready slot binds them to the key: bytes and digests that are right, but another
+block's, are found too.
 """
 
 import struct
@@ -34,15 +36,16 @@ MAGIC = b"KVKS"
 FORMAT_VERSION = 1
 HEADER_BYTES = 128
 DIGEST_BYTES = 16
-_FIELDS = struct.Struct("<4sHBBQQQ32s32sHHIQ")
+CHECK_BYTES = 8
+_FIELDS = struct.Struct("<4sHBBQQQ32s32sHHIQQ")
 _CHECK = struct.Struct("<Q")
 _ZERO_KEY = b"\0" * 32
 
 KEY_DTYPE = np.dtype(
     {
-        "names": ["state", "payload_bytes", "namespace", "block_hash", "group_idx"],
-        "formats": ["u1", "<u8", "V32", "V32", "<u2"],
-        "offsets": [6, 24, 32, 64, 96],
+        "names": ["check", "state", "payload_bytes", "namespace", "block_hash", "group_idx"],
+        "formats": ["<u8", "u1", "<u8", "V32", "V32", "<u2"],
+        "offsets": [0, 14, 32, 40, 72, 104],
         "itemsize": HEADER_BYTES,
     }
 )
@@ -71,8 +74,13 @@ class SlotHeader:
     sequence: int
 
 
-def pack_header(header: SlotHeader) -> bytes:
-    """The first 120 bytes of a slot's header."""
+def pack_header(header: SlotHeader, digests: bytes | memoryview = b"") -> bytes:
+    """The ``HEADER_BYTES`` in front of a slot.
+
+    Args:
+        header: What to write.
+        digests: Those behind it, ``DIGEST_BYTES`` each; they count for a ready slot only.
+    """
     key = header.key
     fields = _FIELDS.pack(
         MAGIC,
@@ -88,20 +96,34 @@ def pack_header(header: SlotHeader) -> bytes:
         0,
         header.pid,
         header.sequence,
+        0,
     )
-    return fields + _CHECK.pack(xxhash.xxh3_64_intdigest(fields))
+    check = xxhash.xxh3_64(fields)
+    if header.state is SlotState.READY:
+        check.update(digests)
+    return _CHECK.pack(check.intdigest()) + fields
 
 
 def unpack_header(data: bytes | memoryview) -> SlotHeader | None:
-    """Read a header; None if it is torn, rotten, of another version, or never written."""
-    fields = bytes(data[: _FIELDS.size])
+    """Read a header; None if it is torn, rotten, of another version, or never written.
+
+    Args:
+        data: The header and the digests behind it.
+    """
     magic, version, state, _, generation, lease_id, payload, namespace, block_hash, group_idx, _, \
-        pid, sequence = _FIELDS.unpack(fields)  # fmt: skip
+        pid, sequence, _ = _FIELDS.unpack_from(data, CHECK_BYTES)  # fmt: skip
     if magic != MAGIC or version != FORMAT_VERSION or state > SlotState.READY:
         return None
-    if _CHECK.unpack_from(data, _FIELDS.size)[0] != xxhash.xxh3_64_intdigest(fields):
+    covered = data if state == SlotState.READY else data[:HEADER_BYTES]
+    if not is_checked(covered):
         return None
     key = None
     if state != SlotState.FREE:
         key = BlockKey(Namespace(namespace), BlockHash(block_hash), group_idx)
     return SlotHeader(SlotState(state), generation, lease_id, payload, key, pid, sequence)
+
+
+def is_checked(data: bytes | memoryview) -> bool:
+    """Whether a header, together with the digests if its slot is ready, is as it was written."""
+    check: int = _CHECK.unpack_from(data)[0]
+    return check == xxhash.xxh3_64_intdigest(data[CHECK_BYTES:])
