@@ -24,6 +24,8 @@
 #define LINE_BYTES 64
 /* What a thread takes at a time: about 25 us of work, so that no thread waits long for the last. */
 #define CHUNK_BYTES ((size_t)256 << 10)
+/* What a thread must have to do to be worth starting. */
+#define THREAD_CHUNKS 2
 /* How far ahead a page is fetched that is digested where it lies. */
 #define STREAM_DISTANCE 512
 
@@ -209,7 +211,8 @@ static Py_ssize_t run_unlocked(job_t *job, size_t num_threads, const Py_buffer *
     size_t num_chunks = job->num_pages / step + (job->num_pages % step != 0);
     if (num_chunks == 0)
         return 0;
-    num_threads = num_threads < num_chunks ? num_threads : num_chunks;
+    size_t num_useful = num_chunks < 2 * THREAD_CHUNKS ? 1 : num_chunks / THREAD_CHUNKS;
+    num_threads = num_threads < num_useful ? num_threads : num_useful;
     if (job->page_bytes > PY_SSIZE_T_MAX / THREADS_MAX - LINE_BYTES) {
         PyErr_NoMemory();
         return -1;

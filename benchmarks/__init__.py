@@ -1,0 +1,1 @@
+"""What `make bench` measures: one module per question, one JSON line per figure."""

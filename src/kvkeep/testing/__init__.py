@@ -1,0 +1,1 @@
+"""Contracts and doubles for people who write tiers, copiers and policies."""
