@@ -1,0 +1,217 @@
+"""Command lines and environments of what a stack starts: the daemon, vLLM, TensorRT-LLM.
+
+Pure: nothing is started here. The command line of ``trtllm-serve`` follows its documentation and
+is unit tested, but has not been run: it needs a GPU and its own installation.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import kvkeep
+from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
+from kvkeep.model.errors import InputError
+from kvkeep.stack.machine import HOST, compute_cpus, kv_cache_bytes
+from kvkeep.stack.models import Model
+from kvkeep.stack.spec import EngineSpec, StackSpec
+
+LOOPBACK_ENVIRONMENT: Mapping[str, str] = {
+    # Each of these components would otherwise take the address of the machine's first network.
+    "VLLM_HOST_IP": HOST,
+    "GLOO_SOCKET_IFNAME": "lo",
+    "UCX_NET_DEVICES": "lo",
+    "UCX_TLS": "tcp,self,sysv,posix,cma",
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
+    "MC_TCP_BIND_ADDRESS": HOST,
+}
+CONNECTOR_NAME = "KvkeepConnector"
+CONNECTOR_MODULE = "kvkeep.connector.plugin"
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """What starts one process."""
+
+    command: list[str]
+    environment: dict[str, str]
+    files: dict[str, str] = {}
+    """Text by name of files that the command reads, in the folder it runs in."""
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """What an engine is told beside its own fields."""
+
+    spec: StackSpec
+    model: Model
+    port: int
+    socket: str
+    """The daemon's control socket; empty where there is none."""
+    gpu: bool = False
+
+
+def launch_daemon(spec: StackSpec, *, metrics_port: int | None = None) -> Launch:
+    """Start the daemon with every setting in a file: the environment has been heard already."""
+    settings = msgspec.to_builtins(spec.daemon_settings(metrics_port=metrics_port))
+    own = {ENVIRONMENT_PREFIX + name.upper() for name in DaemonSettings.__struct_fields__}
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    return Launch(
+        command=[sys.executable, "-m", "kvkeep", "daemon", "--config", "daemon.yaml"],
+        environment=_with_kvkeep(environment),
+        files={"daemon.yaml": json.dumps(settings, indent=2) + "\n"},  # JSON is YAML
+    )
+
+
+def launch_engine(engine: EngineSpec, placement: Placement) -> Launch:
+    """Start one engine with whichever program it takes.
+
+    Raises:
+        InputError: That program is not installed, or the cores can't be split.
+    """
+    if find_program(engine) == "trtllm":
+        return _launch_trtllm(engine, placement)
+    return _launch_vllm(engine, placement)
+
+
+def find_program(engine: EngineSpec) -> str:
+    """``vllm`` or ``trtllm``: as told, else whichever is installed.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    installed = {
+        "vllm": importlib.util.find_spec("vllm") is not None,
+        "trtllm": shutil.which("trtllm-serve") is not None,
+    }
+    wanted = [engine.server] if engine.server != "auto" else list(installed)
+    for program in wanted:
+        if installed[program]:
+            return program
+    name = {"vllm": "vLLM", "trtllm": "TensorRT-LLM (trtllm-serve)"}.get(engine.server, "vLLM")
+    raise InputError(
+        f"engine {engine.name}: {name} is not installed here; install it "
+        "(`pip install kvkeep[vllm]` brings vLLM for CPUs), or name a running engine's url."
+    )
+
+
+def kv_transfer_config(engine: EngineSpec, socket: str) -> dict[str, Any] | None:
+    """What vLLM is told about its connector; None for no connector."""
+    if engine.connector == "none":
+        return None
+    if not isinstance(engine.connector, str):
+        return engine.connector
+    return {
+        "kv_connector": CONNECTOR_NAME,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_both",
+        # Recomputing placeholders of a cartridge would give fluent nonsense, so that fails.
+        "kv_load_failure_policy": "fail" if engine.cartridges else "recompute",
+        "kv_connector_extra_config": {
+            **engine.connector_settings,
+            "socket": socket,
+            **({"cartridges": True} if engine.cartridges else {}),
+        },
+    }
+
+
+def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
+    spec = placement.spec
+    flags: dict[str, object | None] = {
+        "--model": placement.model.location,
+        "--served-model-name": spec.model_name,
+        "--host": HOST,
+        "--port": placement.port,
+        "--block-size": engine.block_tokens,
+        "--max-model-len": engine.max_model_len,
+        "--max-num-seqs": engine.max_num_seqs,
+        "--max-num-batched-tokens": engine.max_num_batched_tokens,
+        "--dtype": engine.dtype,
+        "--tensor-parallel-size": engine.tensor_parallel if engine.tensor_parallel > 1 else None,
+        "--num-gpu-blocks-override": engine.num_gpu_blocks_override,
+        "--kv-cache-memory-bytes": kv_cache_bytes(engine, gpu=placement.gpu),
+    }
+    transfer = kv_transfer_config(engine, placement.socket)
+    if transfer is not None:
+        flags["--kv-transfer-config"] = json.dumps(transfer)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for flag, value in flags.items():
+        if value is not None:
+            command += [flag, str(value)]
+    command.append("--enable-prompt-tokens-details")
+    if engine.eager:
+        command.append("--enforce-eager")
+    return Launch(
+        command=[*command, *engine.args], environment=_vllm_environment(engine, placement)
+    )
+
+
+def _vllm_environment(engine: EngineSpec, placement: Placement) -> dict[str, str]:
+    own = {
+        **LOOPBACK_ENVIRONMENT,
+        # For POST /reset_prefix_cache; the address is loopback.
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if placement.model.is_local:
+        own["HF_HUB_OFFLINE"] = "1"
+    if not placement.gpu:
+        own["VLLM_CPU_OMP_THREADS_BIND"] = compute_cpus(engine)
+    # On a CPU this variable, whole GiB only, would win over --kv-cache-memory-bytes
+    # (vllm 0.32, platforms/cpu.py).
+    environment = {name: v for name, v in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    return _with_kvkeep({**environment, **own, **engine.env})
+
+
+def _launch_trtllm(engine: EngineSpec, placement: Placement) -> Launch:
+    """Start TensorRT-LLM, which serves a model under the name of its folder or id.
+
+    Source: the documentation of trtllm-serve, release 1.1.
+    """
+    flags: dict[str, object | None] = {
+        "--host": HOST,
+        "--port": placement.port,
+        "--max_seq_len": engine.max_model_len,
+        "--max_batch_size": engine.max_num_seqs,
+        "--max_num_tokens": engine.max_num_batched_tokens,
+        "--tp_size": engine.tensor_parallel if engine.tensor_parallel > 1 else None,
+    }
+    cache: dict[str, object] = {
+        "enable_block_reuse": True,
+        "tokens_per_block": engine.block_tokens,
+    }
+    if engine.num_gpu_blocks_override is not None:
+        cache["max_tokens"] = engine.num_gpu_blocks_override * engine.block_tokens
+    options: dict[str, object] = {"kv_cache_config": cache}
+    if engine.dtype is not None:
+        options["dtype"] = engine.dtype
+    if isinstance(engine.connector, dict):
+        options["kv_connector_config"] = engine.connector
+    command = ["trtllm-serve", placement.model.location]
+    for flag, value in flags.items():
+        if value is not None:
+            command += [flag, str(value)]
+    file = f"{engine.name}.trtllm.yaml"
+    offline = {"HF_HUB_OFFLINE": "1"} if placement.model.is_local else {}
+    return Launch(
+        command=[*command, "--extra_llm_api_options", file, *engine.args],
+        environment={**os.environ, **LOOPBACK_ENVIRONMENT, **offline, **engine.env},
+        files={file: json.dumps(options, indent=2) + "\n"},
+    )
+
+
+def _with_kvkeep(environment: Mapping[str, str]) -> dict[str, str]:
+    """Make kvkeep importable in the child, also where it runs from a folder of sources."""
+    found = dict(environment)
+    try:
+        importlib.metadata.distribution("kvkeep")
+    except importlib.metadata.PackageNotFoundError:
+        sources = str(Path(kvkeep.__file__).parent.parent)
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, [sources, found.get("PYTHONPATH")]))
+    return found

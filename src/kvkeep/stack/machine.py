@@ -1,0 +1,211 @@
+"""What this machine has: memory, cores, free ports; and whether a stack fits.
+
+Everything here only asks. It is checked before anything is started, so that a stack that can't
+run leaves nothing behind.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from kvkeep.model.errors import InputError
+from kvkeep.stack.models import Model
+from kvkeep.stack.spec import EngineSpec, StackSpec
+from kvkeep.tiers.shared_memory import FILE_HEADER_BYTES
+from kvkeep.tiers.slot_header import DIGEST_BYTES, HEADER_BYTES
+
+HOST = "127.0.0.1"
+CPU_KV_CACHE_BYTES = 1 << 30
+"""An engine's own KV cache on a CPU where nobody says otherwise; vLLM would take 90 % of the
+machine (vllm 0.32, v1/worker/cpu_worker.py)."""
+SHM = Path("/dev/shm")
+_DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+_POOL_SLACK_BYTES = 4 << 20
+"""Payloads of a pool begin at a huge page, 2 MiB; twice that covers every rounding."""
+
+
+def has_gpu() -> bool:
+    """Whether an engine would run on a GPU here."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def memory_bytes() -> int:
+    """Memory this process may use: the machine's, or less in a container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(limit).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_port_free(port: int) -> bool:
+    """Whether a server could listen on this port of 127.0.0.1 now."""
+    with socket.socket() as probe:
+        # As servers do: a port that a connection of an ended server still lingers on is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def show_bytes(num_bytes: int) -> str:
+    """A size for a person, such as ``2 GiB``."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f}".removesuffix(".0") + f" {name}"
+    return f"{num_bytes} bytes"
+
+
+def kv_cache_bytes(engine: EngineSpec, *, gpu: bool) -> int | None:
+    """Memory for an engine's own KV cache, default applied; None leaves it to the engine."""
+    if engine.kv_cache_bytes is not None or gpu:
+        return engine.kv_cache_bytes
+    return CPU_KV_CACHE_BYTES
+
+
+def compute_cpus(engine: EngineSpec, allowed: Iterable[int] | None = None) -> str:
+    """Cores of an engine's threads, one list per tensor-parallel rank, as ``0,1|2,3``.
+
+    Raises:
+        InputError: The cores can't be split over the ranks.
+    """
+    if isinstance(engine.cpus, str):
+        return engine.cpus
+    given = engine.cpus is not None
+    cores = engine.cpus or sorted(os.sched_getaffinity(0) if allowed is None else allowed)
+    share, rest = divmod(len(cores), engine.tensor_parallel)
+    if share == 0 or (rest and given):
+        raise InputError(
+            f"engine {engine.name}: {len(cores)} cores can't be split over "
+            f"{engine.tensor_parallel} tensor-parallel ranks; name a multiple of them in cpus."
+        )
+    ranks = [cores[idx * share : (idx + 1) * share] for idx in range(engine.tensor_parallel)]
+    return "|".join(",".join(map(str, rank)) for rank in ranks)
+
+
+def size_pool(spec: StackSpec, model: Model) -> StackSpec:
+    """Turn a pool's size in blocks into one in bytes.
+
+    Raises:
+        InputError: The model's shape is not known here.
+    """
+    num_blocks = spec.daemon.pool_blocks
+    if num_blocks is None:
+        return spec
+    engine = next((engine for engine in spec.engines if engine.url is None), spec.engines[0])
+    try:
+        shape = json.loads((Path(model.location) / "config.json").read_text())
+        num_layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
+        num_heads = shape.get("num_key_value_heads") or heads
+        head_dim = shape.get("head_dim") or shape["hidden_size"] // heads
+        dtype = engine.dtype or shape.get("dtype") or shape["torch_dtype"]
+        scalar_bytes = _DTYPE_BYTES[dtype]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"daemon.pool_blocks = {num_blocks}: the size of a block of this model is not known "
+            "here; set daemon.pool_bytes instead."
+        ) from error
+    num_pages = num_layers * num_heads
+    block_bytes = num_pages * 2 * head_dim * scalar_bytes * engine.block_tokens
+    stride = -(-(HEADER_BYTES + DIGEST_BYTES * num_pages) // 64) * 64
+    pool_bytes = FILE_HEADER_BYTES + _POOL_SLACK_BYTES + num_blocks * (block_bytes + stride)
+    daemon = msgspec.structs.replace(spec.daemon, pool_bytes=max(pool_bytes, 1 << 24))
+    return msgspec.structs.replace(spec, daemon=daemon)
+
+
+def check_machine(spec: StackSpec) -> None:
+    """Refuse a stack that this machine can't run.
+
+    Raises:
+        InputError: One sentence that names the field and the mend; nothing was changed.
+    """
+    _check_memory(spec)
+    _check_cpus(spec)
+    ports = {"daemon.metrics_port": spec.daemon.metrics_port if spec.daemon.enabled else 0}
+    ports |= {f"engines[{idx}].port": engine.port for idx, engine in enumerate(spec.engines)}
+    for field, port in ports.items():
+        if port and not is_port_free(port):
+            raise InputError(
+                f"{field} = {port}: another program uses this TCP port; stop it, choose another "
+                "port, or 0 for a free one."
+            )
+    needs_daemon = any(engine.uses_kvkeep for engine in spec.engines)
+    if needs_daemon and not spec.daemon.enabled and not Path(spec.socket_path).is_socket():
+        raise InputError(
+            f"daemon.socket = {spec.socket_path}: no daemon listens there; start one, or set "
+            "daemon.enabled: true."
+        )
+
+
+def _check_memory(spec: StackSpec) -> None:
+    total = memory_bytes()
+    gpu = has_gpu()
+    pool_bytes = spec.daemon.pool_bytes if spec.daemon.enabled else 0
+    if pool_bytes > total:
+        raise InputError(
+            f"daemon.pool_bytes = {show_bytes(pool_bytes)}: this machine has "
+            f"{show_bytes(total)} of memory; choose less."
+        )
+    if pool_bytes:
+        pool = spec.daemon_settings().pool_path
+        room = shutil.disk_usage(pool.parent).free if pool.parent.is_dir() else pool_bytes
+        if pool.is_file():
+            room += pool.stat().st_blocks * 512
+        if pool_bytes > room:
+            raise InputError(
+                f"daemon.pool_bytes = {show_bytes(pool_bytes)}: {pool.parent} has "
+                f"{show_bytes(room)} free; choose less, or enlarge it."
+            )
+    own = [
+        0 if gpu or engine.url else kv_cache_bytes(engine, gpu=gpu) or 0 for engine in spec.engines
+    ]
+    if pool_bytes + sum(own) > total:
+        largest = max(range(len(own)), key=own.__getitem__)
+        raise InputError(
+            f"engines[{largest}].kv_cache_bytes = {show_bytes(own[largest])}: the pool and the "
+            f"engines' caches together are {show_bytes(pool_bytes + sum(own))}, and this machine "
+            f"has {show_bytes(total)}; choose less."
+        )
+
+
+def _check_cpus(spec: StackSpec) -> None:
+    allowed = os.sched_getaffinity(0)
+    for idx, engine in enumerate(spec.engines):
+        if engine.cpus is None:
+            continue
+        field = f"engines[{idx}].cpus = {engine.cpus}"
+        text = compute_cpus(engine, allowed)
+        if not re.fullmatch(r"\d+(-\d+)?([,|]\d+(-\d+)?)*", text):
+            if text in ("auto", "nobind"):
+                continue
+            raise InputError(f"{field}: write cores such as 0-1, with | between ranks.")
+        if text.count("|") + 1 != engine.tensor_parallel:
+            raise InputError(
+                f"{field}: tensor_parallel is {engine.tensor_parallel}; "
+                "write as many lists, with | between them."
+            )
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
+            missing = sorted(set(range(int(first), int(last or first) + 1)) - allowed)
+            if missing:
+                cores = ",".join(map(str, sorted(allowed)))
+                raise InputError(f"{field}: there is no core {missing[0]} here, only {cores}.")

@@ -1,0 +1,198 @@
+"""A small process between a stack and one of its processes: nothing outlives it. A program.
+
+Run as ``python -m kvkeep.stack.reaper CHANNEL_FD GRACE_S COMMAND...``. It starts COMMAND in a
+session of its own, and is the parent of whatever COMMAND's descendants leave behind (Linux'
+"subreaper"), in whichever session they hide. It ends them all, first politely, then by force, when
+
+* it gets SIGTERM (its owner wants the process stopped),
+* its owner's end of the channel closes (the owner died, by whatever signal), or
+* COMMAND itself ended.
+
+The channel is a socket: the reaper writes ``{"pid", "start_ticks"}``, later ``{"code"}``. PDEATHSIG
+alone would not do: it fires when the *thread* that started a child ends, and does not reach
+grandchildren. Single-threaded; standard library only, so that it starts fast and stays small.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+ORPHAN_GRACE_S = 5.0
+"""Time to end well where the owner is dead: nobody waits for the result."""
+SWEEP_S = 0.05
+CHECK_OWNER_S = 1.0
+"""The channel tells at once; the owner's pid is asked as well, for a fork may hold the channel."""
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot; None if there is none, or only its body.
+
+    With the pid it names a process for good: a pid alone is given out again.
+    Source: proc(5), /proc/pid/stat, fields 3 and 22.
+    """
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Fields of /proc/pid/stat from the third on: state, parent, group, session, ..."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            # The command in parentheses may hold anything, so count from its end.
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def descendants(root: int) -> Iterator[int]:
+    """Every process below ``root``, bodies included."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (fields := _stat(int(entry))) is not None:
+            children.setdefault(int(fields[1]), []).append(int(entry))
+    found = list(children.get(root, ()))
+    while found:
+        pid = found.pop()
+        yield pid
+        found.extend(children.get(pid, ()))
+
+
+class Reaper:
+    """Runs one command and ends everything that came of it."""
+
+    def __init__(self, channel: socket.socket, command: list[str]) -> None:
+        """Start the command.
+
+        Raises:
+            OSError: It can't be started.
+        """
+        self._channel = channel
+        self._owner = os.getppid()
+        self._code: int | None = None
+        self._stop_asked = False
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._ask_stop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        # In a session of its own, so that a terminal's Ctrl-C reaches the owner only.
+        self._pid = subprocess.Popen(
+            command,
+            start_new_session=True,
+            # Single-threaded, so this is safe; it covers a SIGKILL of the reaper itself.
+            preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+        ).pid
+        self._tell({"pid": self._pid, "start_ticks": start_ticks(self._pid)})
+
+    def _ask_stop(self, *_: object) -> None:
+        self._stop_asked = True
+
+    def _tell(self, what: dict[str, object]) -> None:
+        with contextlib.suppress(OSError):  # the owner is gone; that is seen elsewhere
+            self._channel.sendall(json.dumps(what).encode() + b"\n")
+
+    def run(self, grace_s: float) -> int:
+        """Wait for one of the three reasons to end, then end everything; returns the exit code."""
+        while self._code is None and not self._stop_asked:
+            if self._is_owner_gone(self._wait(CHECK_OWNER_S)):
+                grace_s = min(grace_s, ORPHAN_GRACE_S)
+                break
+            self._reap()
+        if self._code is None:
+            self._stop(grace_s)
+        self._kill_rest()
+        code = self._code if self._code is not None else 1
+        self._tell({"code": code})
+        return code
+
+    def _wait(self, timeout_s: float) -> bool:
+        """Wait for a signal or for news on the channel; True for the latter."""
+        ready, _, _ = select.select([self._channel, self._wake_read], [], [], timeout_s)
+        if self._wake_read in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+        return self._channel in ready
+
+    def _is_owner_gone(self, has_news: bool) -> bool:
+        if has_news:
+            try:
+                return self._channel.recv(4096) == b""
+            except ConnectionError:
+                return True
+        return os.getppid() != self._owner
+
+    def _reap(self) -> None:
+        """Wait for every child that ended, our own and adopted ones."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self._pid:
+                self._code = os.waitstatus_to_exitcode(status)
+
+    def _stop(self, grace_s: float) -> None:
+        """Ask the command to end, and wait for it."""
+        for number in (signal.SIGTERM, signal.SIGCONT):  # a frozen process hears no SIGTERM
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, number)
+        end_s = time.perf_counter() + grace_s
+        while self._code is None and (left_s := end_s - time.perf_counter()) > 0:
+            self._wait_quietly(min(left_s, CHECK_OWNER_S))
+            self._reap()
+
+    def _wait_quietly(self, timeout_s: float) -> None:
+        select.select([self._wake_read], [], [], timeout_s)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+
+    def _kill_rest(self) -> None:
+        """Kill whatever is left, again and again, for it may fork meanwhile."""
+        while True:
+            self._reap()
+            left = list(descendants(os.getpid()))
+            if not left:
+                return
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            self._wait_quietly(SWEEP_S)
+
+
+def main() -> None:
+    """Run what the command line says."""
+    if len(sys.argv) < 4:
+        sys.exit("usage: python -m kvkeep.stack.reaper CHANNEL_FD GRACE_S COMMAND...")
+    with socket.socket(fileno=int(sys.argv[1])) as channel:
+        channel.set_inheritable(False)
+        try:
+            reaper = Reaper(channel, sys.argv[3:])
+        except OSError as error:
+            text = f"{sys.argv[3]} can't be started: {error.strerror}"
+            channel.sendall(json.dumps({"error": text}).encode() + b"\n")
+            sys.exit(127)
+        code = reaper.run(float(sys.argv[2]))
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()

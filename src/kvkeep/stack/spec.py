@@ -1,0 +1,278 @@
+"""What a stack file may say, and what each field means; docs/stack-file.md is the user's view.
+
+Values and checks that need nothing but the values. What depends on the machine (memory, cores,
+ports) is checked in `kvkeep.stack.machine`; who wins between flag, environment and file is decided
+in `kvkeep.stack.precedence`.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import platformdirs
+
+from kvkeep.connector.settings import load_settings as load_connector_settings
+from kvkeep.daemon.settings import SOCKET_PATH_BYTES_MAX, DaemonSettings, runtime_folder
+from kvkeep.daemon.settings import load_settings as load_daemon_settings
+from kvkeep.model.errors import InputError
+from kvkeep.stack.models import DEFAULT_MODEL
+
+ENGINES_MAX = 64
+BLOCK_TOKENS_UNIT = 32
+"""vLLM's CPU build and its fastest GPU kernels take blocks in multiples of this (vllm 0.32,
+platforms/cpu.py), and kvkeep's hash chain is compared across engines in the same unit."""
+START_TIMEOUT_S = 300.0
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+# What engines.py sets from fields: given a second time it would silently win or be refused late.
+_OWN_FLAGS = {
+    "--model": "the stack's model",
+    "--served-model-name": "the stack's served_model_name",
+    "--host": "nothing: engines listen on 127.0.0.1",
+    "--port": "port",
+    "--block-size": "block_tokens",
+    "--max-model-len": "max_model_len",
+    "--max-num-seqs": "max_num_seqs",
+    "--max-num-batched-tokens": "max_num_batched_tokens",
+    "--dtype": "dtype",
+    "--tensor-parallel-size": "tensor_parallel",
+    "--num-gpu-blocks-override": "num_gpu_blocks_override",
+    "--kv-cache-memory-bytes": "kv_cache_bytes",
+    "--kv-transfer-config": "connector",
+}
+
+
+class DaemonSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The kvkeep daemon of a stack."""
+
+    enabled: bool = True
+    """False: no daemon is started; engines use the one at ``socket``, or none."""
+    pool_bytes: Annotated[int, msgspec.Meta(ge=1 << 24, le=1 << 46)] = 2 << 30
+    """Size of the shared-memory pool in bytes; the file may say ``2GiB``."""
+    pool_blocks: Count | None = None
+    """Size of the pool in blocks of the first engine instead; needs a local model."""
+    socket: str = ""
+    """Path of the control socket; empty: one in the stack's state folder."""
+    metrics_port: Port = 0
+    """TCP port on 127.0.0.1 for metrics and status; 0 takes a free one."""
+    keep_pool: bool = False
+    """Whether the pool stays in memory when the stack goes down, for the next ``up``."""
+    settings: dict[str, Any] = {}
+    """Any further setting of the daemon, passed on."""
+
+
+class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One engine of a stack: started here, or running already where ``url`` is given."""
+
+    name: Name
+    url: str | None = None
+    """Address of an engine that already runs; then no field below is used."""
+    server: Literal["auto", "vllm", "trtllm"] = "auto"
+    """Program to start; ``auto`` takes the one that is installed."""
+    port: Port = 0
+    """TCP port on 127.0.0.1; 0 takes a free one."""
+    kv_cache_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 46)] | None = None
+    """Memory for the engine's own KV cache in bytes; None: 1 GiB on a CPU, the engine's choice
+    on a GPU."""
+    cpus: str | list[int] | None = None
+    """Cores of its compute threads, such as ``[0, 1]`` or ``0-1``, with ``|`` between
+    tensor-parallel ranks; None: all."""
+    block_tokens: Count = 32
+    """Tokens per block."""
+    max_model_len: Count | None = None
+    """Longest sequence, in tokens."""
+    max_num_seqs: Count | None = None
+    """Sequences computed at once."""
+    max_num_batched_tokens: Count | None = None
+    """Tokens computed in one step."""
+    dtype: str | None = None
+    """Data type of weights and KV; None: as the model says."""
+    tensor_parallel: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    num_gpu_blocks_override: Count | None = None
+    """Blocks of the engine's own KV cache, whatever its memory would hold."""
+    eager: bool = True
+    """False compiles the model at start: slower to start, and needs a C++ compiler."""
+    connector: Literal["kvkeep", "none"] | dict[str, Any] = "kvkeep"
+    """``kvkeep``, ``none``, or the engine's whole kv-transfer-config."""
+    connector_settings: dict[str, Any] = {}
+    """Further settings of kvkeep's connector."""
+    cartridges: bool = False
+    """Serves prepended cartridges: a load that fails must fail the request."""
+    args: list[str] = []
+    """Further arguments of the engine's program."""
+    env: dict[str, str] = {}
+    """Further environment variables of the engine; they win."""
+
+    @property
+    def uses_kvkeep(self) -> bool:
+        """Whether this stack gives the engine kvkeep's connector."""
+        return self.url is None and self.connector == "kvkeep"
+
+
+class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One stack: daemon and engines, with every default applied."""
+
+    name: Name
+    model: str = DEFAULT_MODEL
+    """``smollm2``, a folder, or a Hugging Face id."""
+    served_model_name: str = ""
+    """Name clients ask for; empty: ``model`` as it was given."""
+    state_dir: str = ""
+    """Folder for logs, sockets and what ``down`` needs; empty: one in the user's state folder."""
+    start_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = START_TIMEOUT_S
+    """Longest wait for one process to be ready, in seconds."""
+    exact: bool = False
+    """Every step computes one block of one sequence, so that a hit is equal to the bit."""
+    daemon: DaemonSpec = DaemonSpec()
+    engines: Annotated[list[EngineSpec], msgspec.Meta(min_length=1, max_length=ENGINES_MAX)]
+    check: dict[str, Any] = {}
+    """Settings of ``kvkeep check`` for this stack; it checks them itself."""
+
+    @property
+    def state_path(self) -> Path:
+        """Folder of this stack's logs and state, default applied."""
+        return Path(self.state_dir).expanduser() if self.state_dir else default_state_dir(self.name)
+
+    @property
+    def model_name(self) -> str:
+        """What clients send as ``model``."""
+        return self.served_model_name or self.model
+
+    @property
+    def socket_path(self) -> str:
+        """The daemon's control socket, default applied."""
+        if self.daemon.socket:
+            return str(Path(self.daemon.socket).expanduser())
+        path = str(self.state_path / "daemon.sock")
+        if len(path.encode()) <= SOCKET_PATH_BYTES_MAX:
+            return path
+        return str(runtime_folder() / f"{self.name}.sock")
+
+    def daemon_settings(self, *, metrics_port: int | None = None) -> DaemonSettings:
+        """What the daemon is told.
+
+        Raises:
+            InputError: ``daemon.settings`` holds something the daemon does not take.
+        """
+        port = self.daemon.metrics_port if metrics_port is None else metrics_port
+        own = {
+            "pool_bytes": self.daemon.pool_bytes,
+            "socket": self.socket_path,
+            "metrics_port": port,
+        }
+        for field in own.keys() & self.daemon.settings.keys():
+            raise InputError(f"daemon.settings.{field}: write it as daemon.{field} instead.")
+        try:
+            return load_daemon_settings(None, {}, {**self.daemon.settings, **own})
+        except InputError as error:
+            raise InputError(f"daemon.settings: {error}") from error
+
+
+def default_state_dir(name: str) -> Path:
+    """Where the stack of this name keeps its state unless its file says otherwise."""
+    return Path(platformdirs.user_state_dir("kvkeep")) / "stacks" / name
+
+
+def make_exact(spec: StackSpec) -> StackSpec:
+    """Give every engine the limits that ``exact`` stands for.
+
+    Raises:
+        InputError: A limit is given and is another.
+    """
+    if not spec.exact:
+        return spec
+    engines = []
+    for idx, engine in enumerate(spec.engines):
+        wanted = {"max_num_batched_tokens": engine.block_tokens, "max_num_seqs": 1}
+        for field, value in wanted.items():
+            given = getattr(engine, field)
+            if given not in (None, value):
+                raise InputError(
+                    f"engines[{idx}].{field} = {given}: exact mode needs {value}; "
+                    "leave it out, or set exact: false."
+                )
+        engines.append(msgspec.structs.replace(engine, **wanted))
+    return msgspec.structs.replace(spec, engines=engines)
+
+
+def check_spec(spec: StackSpec) -> None:
+    """Check what the types alone can't.
+
+    Raises:
+        InputError: One sentence that names the field and the mend.
+    """
+    spec.daemon_settings()
+    names: dict[str, int] = {}
+    ports: dict[int, str] = {}
+    if spec.daemon.metrics_port:
+        ports[spec.daemon.metrics_port] = "daemon.metrics_port"
+    for idx, engine in enumerate(spec.engines):
+        field = f"engines[{idx}]"
+        if engine.name in names:
+            raise InputError(
+                f"{field}.name = {engine.name}: engines[{names[engine.name]}] has this name too; "
+                "give each engine its own."
+            )
+        names[engine.name] = idx
+        if engine.port in ports:
+            raise InputError(
+                f"{field}.port = {engine.port}: {ports[engine.port]} is the same; choose another, "
+                "or 0 for a free one."
+            )
+        if engine.port:
+            ports[engine.port] = f"{field}.port"
+        _check_engine(engine, field)
+        _check_tier(spec, engine, field)
+
+
+def _check_engine(engine: EngineSpec, field: str) -> None:
+    if engine.url is not None:
+        if not re.fullmatch(r"https?://[^\s/]+/?", engine.url):
+            raise InputError(
+                f"{field}.url = {engine.url}: write an address such as http://127.0.0.1:8000."
+            )
+        if engine.port:
+            raise InputError(f"{field}.port: leave it out, url already holds the port.")
+        return
+    if engine.block_tokens % BLOCK_TOKENS_UNIT:
+        raise InputError(
+            f"{field}.block_tokens = {engine.block_tokens}: use a multiple of {BLOCK_TOKENS_UNIT}."
+        )
+    if engine.server == "trtllm" and engine.connector == "kvkeep":
+        raise InputError(
+            f"{field}.connector = kvkeep: kvkeep has no connector for TensorRT-LLM; "
+            "set connector: none, or server: vllm."
+        )
+    for argument in engine.args:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in _OWN_FLAGS:
+            raise InputError(f"{field}.args has {flag}: the field for it is {_OWN_FLAGS[flag]}.")
+    if engine.connector != "kvkeep" and engine.connector_settings:
+        raise InputError(
+            f"{field}.connector_settings: only connector: kvkeep has settings; leave them out."
+        )
+    _check_connector_settings(engine, field)
+
+
+def _check_connector_settings(engine: EngineSpec, field: str) -> None:
+    for name in ("socket", "cartridges"):
+        if name in engine.connector_settings:
+            place = "daemon.socket" if name == "socket" else f"{field}.cartridges"
+            raise InputError(f"{field}.connector_settings.{name}: write it as {place} instead.")
+    try:
+        load_connector_settings({**engine.connector_settings, "socket": "unused"})
+    except InputError as error:
+        raise InputError(f"{field}.connector_settings: {error}") from error
+
+
+def _check_tier(spec: StackSpec, engine: EngineSpec, field: str) -> None:
+    if engine.uses_kvkeep and not spec.daemon.enabled and not spec.daemon.socket:
+        raise InputError(
+            f"{field}.connector = kvkeep: there is no tier to keep blocks in, for the daemon is "
+            "disabled; set daemon.enabled: true, name the socket of a running daemon in "
+            "daemon.socket, or set connector: none."
+        )
