@@ -11,7 +11,7 @@ from enum import Enum
 
 from kvkeep.core.eviction.base import EvictionPolicy
 from kvkeep.model.errors import InvariantError
-from kvkeep.model.ids import BlockHash, BlockKey, Namespace
+from kvkeep.model.ids import UNKNOWN_PID, BlockHash, BlockKey, Namespace
 
 
 class BlockState(Enum):
@@ -49,6 +49,7 @@ TRANSITIONS: dict[BlockState, dict[Move, BlockState]] = {
         Move.WRITE_FINISHED: BlockState.READY,
         Move.WRITE_FAILED: BlockState.FREE,
         Move.WRITER_LOST: BlockState.FENCED,
+        Move.DOOMED: BlockState.FENCED,
     },
     BlockState.READY: {
         Move.EVICTED: BlockState.FREE,
@@ -74,6 +75,7 @@ class Slot:
         "num_writers",
         "state",
         "story",
+        "writer_pid",
         "writing_heads",
     )
 
@@ -88,7 +90,9 @@ class Slot:
         self.writing_heads = 0
         """Bit ``i`` is set while a write lease covers KV head ``i``."""
         self.num_writers = 0
-        """Write leases on it whose holders are not known to be done with it."""
+        """Writers that are not known to be done with it: leases, and those of a recovery."""
+        self.writer_pid = UNKNOWN_PID
+        """The process that writes it or last wrote it; unknown if there were several."""
         self.story: deque[Move] = deque(maxlen=STORY_MOVES_MAX)
 
     def move(self, move: Move) -> None:
@@ -185,10 +189,10 @@ class BlockLedger:
         self._move(slot, Move.WRITE_FAILED)
         self._release(slot)
 
-    def fence(self, slot: Slot) -> None:
-        """Put a slot out of reach: its writer is lost and may still write."""
+    def fence(self, slot: Slot, why: Move = Move.WRITER_LOST) -> None:
+        """Put a slot out of reach: nobody wants its block, and its writer may still write."""
         self._drop(slot)
-        self._move(slot, Move.WRITER_LOST)
+        self._move(slot, why)
 
     def unfence(self, slot: Slot) -> None:
         """Free a fenced slot: its writer is proven quiet."""
@@ -202,8 +206,8 @@ class BlockLedger:
         slot = self.slots[slot_idx]
         if self.find(key) is not None:
             return False
-        del self._free[slot_idx]
         self._move(slot, Move.RECOVERED)
+        del self._free[slot_idx]
         self._put(key, slot)
         self._policy.added(slot_idx)
         return True
@@ -211,8 +215,8 @@ class BlockLedger:
     def recover_writing(self, slot_idx: int) -> Slot:
         """Fence a slot that was being written when the last daemon died."""
         slot = self.slots[slot_idx]
-        del self._free[slot_idx]
         self._move(slot, Move.RECOVERED_WRITING)
+        del self._free[slot_idx]
         return slot
 
     # ---- reading
@@ -262,7 +266,11 @@ class BlockLedger:
 
     def ready_slots(self) -> list[Slot]:
         """Every READY slot, by index."""
-        return [slot for slot in self.slots if slot.state is BlockState.READY]
+        return self._slots_in(BlockState.READY)
+
+    def writing_slots(self) -> list[Slot]:
+        """Every WRITING slot, by index."""
+        return self._slots_in(BlockState.WRITING)
 
     @property
     def num_free(self) -> int:
@@ -270,6 +278,9 @@ class BlockLedger:
         return len(self._free)
 
     # ---- inside
+
+    def _slots_in(self, state: BlockState) -> list[Slot]:
+        return [slot for slot in self.slots if slot.state is state]
 
     def _forget(self, slot: Slot) -> None:
         self._drop(slot)
@@ -295,6 +306,7 @@ class BlockLedger:
             raise InvariantError(f"a slot in use was freed. slot={slot.idx}")
         slot.key = None
         slot.missing_heads = slot.writing_heads = 0
+        slot.writer_pid = UNKNOWN_PID
         self._free[slot.idx] = None
 
     def check(self) -> None:

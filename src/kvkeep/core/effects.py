@@ -59,6 +59,7 @@ class MarkWriting:
     key: BlockKey
     lease_id: LeaseId
     pid: int
+    """Whom a recovery has to wait for; ``UNKNOWN_PID`` once a second process writes here too."""
 
 
 @dataclass(frozen=True, slots=True)

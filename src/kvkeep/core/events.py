@@ -77,6 +77,7 @@ class HolderQuiet:
     """Proof that no copy of this process, begun before now, is still in motion."""
 
     pid: int
+    """``UNKNOWN_PID`` proves nothing: others that can't be told apart share it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,14 @@ class BlockRecovered:
 
 @dataclass(frozen=True, slots=True)
 class WriteRecovered:
-    """A slot was being written when the daemon died; its writer may still be at it."""
+    """A slot was being written when the daemon died; this process may still be at it.
+
+    Once for each process that may be: the slot stays behind its fence until all of them are quiet.
+    """
 
     slot: int
     pid: int
+    """``UNKNOWN_PID`` keeps the slot fenced for as long as this daemon lives."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ from typing import Any
 
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
-from kvkeep.core.blocks import BlockLedger, BlockState, Slot
+from kvkeep.core.blocks import BlockLedger, BlockState, Move, Slot
 from kvkeep.core.eviction.base import EvictionPolicy
 from kvkeep.core.leases import LeaseTable, ReadLease, WriteLease
-from kvkeep.model.ids import BlockKey, LeaseId
+from kvkeep.model.ids import UNKNOWN_PID, BlockKey, LeaseId
 
 LEASES_MAX = 1 << 16
-"""Read and write leases at once; an engine holds one of each per request in flight."""
+"""Read leases at once, and as many for writing; an engine has one of each per request in flight."""
 
 NO_LEASE = LeaseId(0)
 
@@ -112,9 +112,13 @@ class NodeState:
 
     def _store_asked(self, event: on.StoreAsked, _now_s: float) -> list[do.Effect]:
         keys = [BlockKey(event.namespace, h, event.group_idx) for h in event.hashes]
+        is_heads = event.head_mask and not event.head_mask & ~self.ledger.all_heads
+        if not is_heads or len(self.writes) >= LEASES_MAX:
+            slot_idxs = [do.NO_SLOT] * len(keys)
+            return [do.ReplyStore(event.reply_to, NO_LEASE, slot_idxs, event.deadline_s)]
         effects = self._make_room(keys)
         granted: list[Slot] = []
-        slot_idxs: list[int] = []
+        slot_idxs = []
         lease_id = LeaseId(self._last_lease_id + 1)
         for key in keys:
             known = self.ledger.find(key)
@@ -123,8 +127,12 @@ class NodeState:
             if slot is None:
                 continue
             granted.append(slot)
-            if known is None:
-                effects.append(do.MarkWriting(slot.idx, key, lease_id, event.holder.pid))
+            pid = event.holder.pid
+            if slot.num_writers > 1 and slot.writer_pid != pid:
+                pid = UNKNOWN_PID  # one pid can't tell a recovery to wait for two processes
+            if known is None or slot.writer_pid != pid:
+                slot.writer_pid = pid
+                effects.append(do.MarkWriting(slot.idx, key, lease_id, pid))
         if not granted:
             return [*effects, do.ReplyStore(event.reply_to, NO_LEASE, slot_idxs, event.deadline_s)]
         lease = WriteLease(
@@ -138,7 +146,7 @@ class NodeState:
 
     def _make_room(self, keys: list[BlockKey]) -> list[do.Effect]:
         """Evict for the blocks without a slot, but never stored ones of the same sequence."""
-        found = [self.ledger.find(key) for key in keys]
+        found = [self.ledger.find(key) for key in dict.fromkeys(keys)]
         num_missing = found.count(None) - self.ledger.num_free
         if num_missing <= 0:
             return []
@@ -157,7 +165,7 @@ class NodeState:
                 self.counters["stores_without_room"] += 1
                 return None
         wanted = slot.missing_heads & ~slot.writing_heads
-        if slot.state is not BlockState.WRITING or head_mask & ~wanted or not head_mask:
+        if slot.state is not BlockState.WRITING or head_mask & ~wanted:
             return None
         slot.writing_heads |= head_mask
         slot.num_writers += 1
@@ -239,6 +247,8 @@ class NodeState:
         return effects + self._lose(self.writes.of_session(event.holder))
 
     def _holder_quiet(self, event: on.HolderQuiet, _now_s: float) -> list[do.Effect]:
+        if event.pid == UNKNOWN_PID:
+            return []
         running = [lease for lease in self.writes if lease.holder.pid == event.pid]
         for lease in running:
             self.writes.end(lease)
@@ -247,8 +257,10 @@ class NodeState:
         for lease in [*running, *lost.values()]:
             effects += self._quiet(lease)
         for slot in self._lost_slots.pop(event.pid, []):
-            self.ledger.unfence(slot)
-            effects.append(do.MarkFree(slot.idx))
+            slot.num_writers -= 1
+            if slot.num_writers == 0:
+                self.ledger.unfence(slot)
+                effects.append(do.MarkFree(slot.idx))
         return effects
 
     # ---- recovery, corruption, clearing, time
@@ -259,7 +271,10 @@ class NodeState:
         return [do.MarkFree(event.slot)]
 
     def _write_recovered(self, event: on.WriteRecovered, _now_s: float) -> list[do.Effect]:
-        slot = self.ledger.recover_writing(event.slot)
+        slot = self.ledger.slots[event.slot]
+        if slot.state is not BlockState.FENCED:
+            self.ledger.recover_writing(event.slot)
+        slot.num_writers += 1
         self._lost_slots.setdefault(event.pid, []).append(slot)
         return [do.WatchProcess(event.pid)]
 
@@ -280,10 +295,16 @@ class NodeState:
         return self._doom(dict.fromkeys(bad))
 
     def _clear_asked(self, event: on.ClearAsked, _now_s: float) -> list[do.Effect]:
-        ready = self.ledger.ready_slots()
+        ready, writing = self.ledger.ready_slots(), self.ledger.writing_slots()
         num_lent = sum(1 for slot in ready if slot.num_pins)
         effects = self._doom(ready)
-        num_kept = num_lent + self.ledger.num_by_state[BlockState.WRITING]
+        for slot in writing:
+            if slot.num_writers:
+                # The header stays: whoever recovers it has to wait for the writer as well.
+                self.ledger.fence(slot, Move.DOOMED)
+            else:
+                effects += self._give_up(slot)
+        num_kept = num_lent + sum(1 for slot in writing if slot.num_writers)
         return [*effects, do.ReplyCleared(event.reply_to, len(ready) - num_lent, num_kept)]
 
     def _time_passed(self, _event: on.TimePassed, now_s: float) -> list[do.Effect]:
@@ -291,12 +312,14 @@ class NodeState:
         self.counters["leases_expired"] += len(late_reads) + len(late_writes)
         effects = self._end_reads(late_reads) + self._lose(late_writes)
         for idx in [idx for idx, deadline_s in self._incomplete.items() if deadline_s <= now_s]:
-            del self._incomplete[idx]
-            slot = self.ledger.slots[idx]
-            if slot.state is BlockState.WRITING and slot.num_writers == 0:
-                self.ledger.fail_write(slot)
-                effects.append(do.MarkFree(idx))
+            effects += self._give_up(self.ledger.slots[idx])
         return effects
+
+    def _give_up(self, slot: Slot) -> list[do.Effect]:
+        """Free an incomplete slot that nobody writes any more."""
+        del self._incomplete[slot.idx]
+        self.ledger.fail_write(slot)
+        return [do.MarkFree(slot.idx)]
 
     def check(self) -> None:
         """Assert every invariant of the node; O(slots), for tests and after a recovery."""
@@ -310,6 +333,13 @@ class NodeState:
         for write in [*self.writes, *lost]:
             for slot in write.slots:
                 writers[slot.idx] += 1
+        for lost_slots in self._lost_slots.values():
+            for slot in lost_slots:
+                writers[slot.idx] += 1
         for slot in self.ledger.slots:
             assert slot.num_pins == pins[slot.idx], f"pins and leases differ. slot={slot.idx}"
             assert slot.num_writers == writers[slot.idx], f"writers differ. slot={slot.idx}"
+            # Whatever is not FREE or READY has someone, or a deadline, that ends it.
+            is_abandoned = slot.state is BlockState.WRITING and not slot.num_writers
+            assert is_abandoned == (slot.idx in self._incomplete), f"no end. slot={slot.idx}"
+            assert slot.num_writers or slot.state is not BlockState.FENCED, f"slot={slot.idx}"

@@ -4,7 +4,7 @@ vLLM's block hashes depend on a seed per process, on its version and on its hash
 (vllm 0.26, v1/core/kv_cache_utils.py), so nothing is stored under them.
 
     root    = H(namespace, "kvkeep chain 1", request extras)       keyed with the tenant's secret
-    hash[i] = H(hash[i-1], int32 little-endian ids of block i, block extras)
+    hash[i] = H(hash[i-1], int32 little-endian ids of block i)              keyed likewise
 """
 
 import hashlib

@@ -18,6 +18,9 @@ LeaseId = NewType("LeaseId", int)
 HASH_BYTES = 32
 """Width of a block hash and of a namespace, in bytes."""
 
+UNKNOWN_PID = 0
+"""Instead of a process id: nobody knows which process, or there were several."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockKey:
@@ -47,4 +50,4 @@ class Holder:
     session_id: int
     """Connection, counted by the daemon; never reused within a generation."""
     pid: int
-    """Process at the other end, from the socket's peer credentials; 0 if unknown."""
+    """Process at the other end, from the socket's peer credentials; may be ``UNKNOWN_PID``."""

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from kvkeep.model.errors import InputError
 from kvkeep.model.ids import Namespace
 
 NUM_PAGES_MAX = 1 << 16
@@ -42,9 +43,9 @@ class KvLayout:
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "page_bytes", "block_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. {name}={getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1. {name}={getattr(self, name)}")
         if self.num_pages > NUM_PAGES_MAX or self.page_bytes > PAGE_BYTES_MAX:
-            raise ValueError(f"layout out of range. pages={self.num_pages} page={self.page_bytes}")
+            raise InputError(f"layout out of range. pages={self.num_pages} page={self.page_bytes}")
 
     @property
     def num_pages(self) -> int:
