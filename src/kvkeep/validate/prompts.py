@@ -139,7 +139,7 @@ def documents(
     Random(seed).shuffle(starts)
     made = []
     for i, secret in enumerate(make_secrets(num, seed)):
-        # Past the end of the list passages repeat, shifted so that no two are equal.
+        # Past the end of the list passages overlap; numbers and code words still tell them apart.
         start = (starts[i % len(starts)] + i // len(starts) * 7) % (len(source) - num_words + 1)
         passage = " ".join(source[start : start + num_words])
         opening = _OPENING.format(number=i + 1, secret=secret)

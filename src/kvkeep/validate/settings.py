@@ -121,7 +121,7 @@ def _parsed(name: str, value: Any, source: str) -> Any:
         return numbers
     if kind.startswith("str"):
         return str(value)
-    convert: Callable[[Any], float] = float if kind.startswith("float") else int
+    convert: Callable[[Any], float] = float if spec.type is float else int
     parts = _parts(value)
     if len(parts) != 1:
         raise InputError(f"{source} takes one number, not {value!r}.")

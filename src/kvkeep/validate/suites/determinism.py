@@ -232,7 +232,7 @@ class Determinism:
         self._check_fresh(first, fresh)
         self._check_last_token(phase_1, phase_2)
         if self.report.subject.small is not None:
-            await self._run_eviction()
+            await self._run_eviction(warm_up)
         fallen = find_backward(self._watch.readings)
         self._check("counters never fall", not fallen, ", ".join(fallen) or "all rose or stood")
         return self.report
@@ -424,7 +424,7 @@ class Determinism:
             f"{len(whole)} of {len(known)} answers reused the whole prompt",
         )
 
-    async def _run_eviction(self) -> None:
+    async def _run_eviction(self, warm_up: Phase) -> None:
         """P1, P2, P1 on an engine that holds only one of them: P1 has to load again."""
         subject = self.report.subject
         capabilities = subject.small_capabilities
@@ -435,7 +435,8 @@ class Determinism:
             self._check("eviction", None, "the small engine does not say how large it is")
             return
         watch = Watch(subject.small, subject.daemon)
-        num_words = max(8, int(0.6 * num_blocks * block_tokens * WORDS_PER_TOKEN))
+        # Each takes more than half of the engine, so that it holds one of them only.
+        num_words = max(8, int(0.6 * num_blocks * block_tokens / _tokens_per_word(warm_up)))
         one, two = (d.prompt() for d in documents(2, num_words, self.report.settings.seed + 2))
         self._secrets += [*one.secrets, *two.secrets]
         passes = [
@@ -457,3 +458,10 @@ class Determinism:
 def _of_kind(phase: Phase, kind: str) -> list[Answer]:
     pairs = zip(phase.prompts, phase.answers, strict=True)
     return [answer for prompt, answer in pairs if prompt.kind == kind]
+
+
+def _tokens_per_word(phase: Phase) -> float:
+    """How this model's tokenizer cuts the phase's longest prompt; 1 or more."""
+    pairs = zip(phase.prompts, phase.answers, strict=True)
+    tokens, words = max((a.prompt_tokens or 0, len(p.text.split())) for p, a in pairs)
+    return max(1.0, tokens / max(1, words))

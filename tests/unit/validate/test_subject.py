@@ -1,0 +1,83 @@
+"""Subjects: what cannot be checked is refused before anything is asked of it."""
+
+import httpx
+import pytest
+
+from kvkeep.model.errors import InputError
+from kvkeep.testing.fake_engine import FakeEngine, FakeStore
+from kvkeep.testing.fake_transport import fake_transport
+from kvkeep.validate.subject import Addresses, open_subject
+
+
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEngine]:
+    """Fake engines by host name, reached by every client that is made."""
+    engines: dict[str, FakeEngine] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host not in engines:
+            raise httpx.ConnectError("refused", request=request)
+        return fake_transport(engines[request.url.host]).handle_request(request)
+
+    class Client(httpx.AsyncClient):
+        def __init__(self, base_url: str, timeout: httpx.Timeout, transport: object) -> None:
+            super().__init__(
+                base_url=base_url, timeout=timeout, transport=httpx.MockTransport(answer)
+            )
+
+    monkeypatch.setattr(httpx, "AsyncClient", Client)
+    return engines
+
+
+async def test_a_whole_stack_is_opened(hosts: dict[str, FakeEngine]) -> None:
+    """Engine, second engine, small engine and daemon are probed, and closed at the end."""
+    store = FakeStore()
+    hosts |= {"a": FakeEngine(store=store), "b": FakeEngine(store=store)}
+    hosts["s"] = FakeEngine(store=store, num_blocks=20)
+    addresses = Addresses("http://a", "http://a/metrics", "http://b", "http://s")
+
+    async with open_subject(addresses, timeout_s=5, exact=True) as subject:
+        assert subject.capabilities.can_be_exact
+        assert subject.other is not None
+        assert subject.small_capabilities is not None
+        assert subject.small_capabilities.num_blocks == 20
+        assert subject.daemon is not None
+        assert subject.daemon.url == "http://a"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "said"),
+    [
+        (Addresses("http://nobody"), "No server answers at http://nobody"),
+        (Addresses("http://a", model="other"), "does not serve 'other'"),
+        (Addresses("http://a", daemon="http://nobody"), "No kvkeep daemon answers"),
+        (Addresses("http://a", daemon="http://alone"), "No kvkeep daemon answers"),
+        (Addresses("http://a", other="http://nobody"), "No server answers"),
+        (Addresses("http://a", small="http://a"), "at most 128 blocks"),
+    ],
+)
+async def test_a_stack_that_cannot_be_checked_is_refused(
+    hosts: dict[str, FakeEngine], addresses: Addresses, said: str
+) -> None:
+    """One sentence says which part is missing or unfit."""
+    hosts |= {"a": FakeEngine(store=FakeStore()), "alone": FakeEngine()}
+
+    with pytest.raises(InputError, match=said):
+        async with open_subject(addresses, timeout_s=5):
+            pytest.fail("opened")
+
+
+async def test_an_engine_that_cannot_be_exact_is_refused(hosts: dict[str, FakeEngine]) -> None:
+    """The exact mode is refused where the engine's chunks end off its blocks."""
+
+    class Chunked(FakeEngine):
+        def _server_info(self):  # type: ignore[no-untyped-def]
+            reply = super()._server_info()
+            reply.pieces = [(0.0, reply.body.replace(b'tokens": 16', b'tokens": 2048'))]
+            return reply
+
+    hosts["a"] = Chunked()
+
+    with pytest.raises(InputError, match="max_num_seqs=1 and max_num_batched_tokens"):
+        async with open_subject(Addresses("http://a"), timeout_s=5, exact=True):
+            pytest.fail("opened")
