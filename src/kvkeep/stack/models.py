@@ -195,7 +195,7 @@ def _run_converter(source: Path, target: Path, task: Task) -> None:
         UnavailableError: It failed, with the last line of what it said.
     """
     log = target.parent / f"{target.name.strip('.')}.log"
-    command = [sys.executable, "-m", "kvkeep.stack.convert_gguf", str(source), str(target)]
+    command = [sys.executable, "-m", "kvkeep.stack.programs.convert_gguf", str(source), str(target)]
     with (
         log.open("w") as errors,
         subprocess.Popen(

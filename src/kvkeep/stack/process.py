@@ -14,13 +14,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import UnavailableError
-from kvkeep.stack.reaper import start_ticks
+from kvkeep.stack.programs.reaper import start_ticks
 
 STOP_GRACE_S = 15.0
 """Time a process has to end after SIGTERM before it is killed."""
@@ -98,7 +98,9 @@ class StackProcess:
         try:
             with self._channel.makefile("rb") as lines:
                 line = lines.readline()
-            said = json.loads(line) if line else {"error": "its reaper ended at once"}
+            said: dict[str, Any] = (
+                json.loads(line) if line else {"error": "its reaper ended at once"}
+            )
         except (TimeoutError, ConnectionError) as error:
             said = {"error": f"its reaper is silent ({error})"}
         if "error" in said:
@@ -172,9 +174,9 @@ class StackProcess:
 
 
 def _reaper_command(channel: int, command: Sequence[str]) -> list[str]:
-    # -S and -E: it needs nothing but the standard library, and starts in half the time.
-    program = str(Path(__file__).with_name("reaper.py"))
-    return [sys.executable, "-S", "-E", program, str(channel), str(STOP_GRACE_S), *command]
+    # Isolated and without site: it needs the standard library only, and starts in half the time.
+    program = str(Path(__file__).parent / "programs" / "reaper.py")
+    return [sys.executable, "-I", "-S", program, str(channel), str(STOP_GRACE_S), *command]
 
 
 def _tail(log: BinaryIO, start: int) -> bytes:
@@ -222,7 +224,9 @@ def _session_members(leader: ProcessId) -> list[int]:
         if not entry.isdigit():
             continue
         try:
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            fields = (
+                Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            )
         except OSError:
             continue
         is_body = fields[0] in ("Z", "X")

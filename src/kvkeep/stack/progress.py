@@ -22,6 +22,7 @@ class Task:
     def __init__(self, title: str, bars: Bars | None, *, quiet: bool, steps: int | None) -> None:
         self._title, self._bars, self._quiet = title, bars, quiet
         self._doing = ""
+        self._is_finished = False
         self._task: TaskID | None = None
         if bars is not None:
             self._task = bars.add_task(title, total=steps, doing="")
@@ -35,7 +36,10 @@ class Task:
         self._doing = doing
 
     def finish(self, outcome: str) -> None:
-        """Show the end of it."""
+        """Show the end of it; only the first call counts."""
+        if self._is_finished:
+            return
+        self._is_finished = True
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, total=1, completed=1)
         self.say(outcome)
@@ -93,6 +97,6 @@ class Progress:
             try:
                 yield task
             except BaseException:
-                task.finish("failed")
+                task.finish("stopped")
                 raise
             task.finish(f"done in {self._clock.now_s() - begun_s:.1f} s")

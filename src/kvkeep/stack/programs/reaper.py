@@ -1,6 +1,6 @@
 """A small process between a stack and one of its processes: nothing outlives it. A program.
 
-Run as ``python -m kvkeep.stack.reaper CHANNEL_FD GRACE_S COMMAND...``. It starts COMMAND in a
+Run as ``python -I -S reaper.py CHANNEL_FD GRACE_S COMMAND...``. It starts COMMAND in a
 session of its own, and is the parent of whatever COMMAND's descendants leave behind (Linux'
 "subreaper"), in whichever session they hide. It ends them all, first politely, then by force, when
 
@@ -53,7 +53,7 @@ def start_ticks(pid: int) -> int | None:
 def _stat(pid: int) -> list[str] | None:
     """Fields of /proc/pid/stat from the third on: state, parent, group, session, ..."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"/proc/{pid}/stat", errors="replace") as file:
             # The command in parentheses may hold anything, so count from its end.
             return file.read().rpartition(")")[2].split()
     except OSError:
@@ -93,12 +93,13 @@ class Reaper:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         # In a session of its own, so that a terminal's Ctrl-C reaches the owner only.
-        self._pid = subprocess.Popen(
+        self._child = subprocess.Popen(
             command,
             start_new_session=True,
-            # Single-threaded, so this is safe; it covers a SIGKILL of the reaper itself.
-            preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
-        ).pid
+            # There are no threads, so this is safe; it covers a SIGKILL of the reaper itself.
+            preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
+        )
+        self._pid = self._child.pid
         self._tell({"pid": self._pid, "start_ticks": start_ticks(self._pid)})
 
     def _ask_stop(self, *_: object) -> None:
@@ -124,11 +125,11 @@ class Reaper:
 
     def _wait(self, timeout_s: float) -> bool:
         """Wait for a signal or for news on the channel; True for the latter."""
-        ready, _, _ = select.select([self._channel, self._wake_read], [], [], timeout_s)
-        if self._wake_read in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_read, 4096)
-        return self._channel in ready
+        channel = self._channel.fileno()
+        ready, _, _ = select.select([channel, self._wake_read], [], [], timeout_s)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        return channel in ready
 
     def _is_owner_gone(self, has_news: bool) -> bool:
         if has_news:
@@ -148,7 +149,7 @@ class Reaper:
             if pid == 0:
                 return
             if pid == self._pid:
-                self._code = os.waitstatus_to_exitcode(status)
+                self._code = self._child.returncode = os.waitstatus_to_exitcode(status)
 
     def _stop(self, grace_s: float) -> None:
         """Ask the command to end, and wait for it."""
@@ -181,7 +182,7 @@ class Reaper:
 def main() -> None:
     """Run what the command line says."""
     if len(sys.argv) < 4:
-        sys.exit("usage: python -m kvkeep.stack.reaper CHANNEL_FD GRACE_S COMMAND...")
+        sys.exit("usage: reaper.py CHANNEL_FD GRACE_S COMMAND...")
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         channel.set_inheritable(False)
         try:

@@ -1,8 +1,8 @@
 """Turn one GGUF file into a folder of safetensors, tokenizer and chat template: a program.
 
-Run as ``python -m kvkeep.stack.convert_gguf SOURCE TARGET``, always in a process of its own, since
-it loads torch and transformers. It prints one JSON line per step begun, ``{"step", "steps",
-"doing"}``, and writes only into TARGET, which must be an empty folder.
+Run as ``python -m kvkeep.stack.programs.convert_gguf SOURCE TARGET``, always in a process of its
+own, since it loads torch and transformers. It prints one JSON line per step begun, ``{"step",
+"steps", "doing"}``, and writes only into TARGET, which must be an empty folder.
 """
 
 import importlib
@@ -86,7 +86,7 @@ def tidy_tokenizer_settings(path: Path, context_tokens: int) -> None:
 def main() -> None:
     """Convert what the command line names."""
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m kvkeep.stack.convert_gguf SOURCE.gguf TARGET_FOLDER")
+        sys.exit("usage: python -m kvkeep.stack.programs.convert_gguf SOURCE.gguf TARGET_FOLDER")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     convert(Path(sys.argv[1]), Path(sys.argv[2]))
 

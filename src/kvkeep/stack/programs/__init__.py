@@ -1,0 +1,1 @@
+"""Programs that a stack runs as processes of their own; nothing imports torch but here."""

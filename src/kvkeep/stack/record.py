@@ -1,0 +1,240 @@
+"""What runs, written down in the stack's state folder for other processes to read and to end.
+
+One process, the stack's supervisor, writes ``stack.json`` while it holds the folder's lock;
+whoever gets the lock knows that the supervisor is gone, and may clear what it left.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from kvkeep.model.clock import SystemClock
+from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.stack.process import REAPER_SPARE_S, STOP_GRACE_S, ProcessId, end_session
+
+RECORD_NAME = "stack.json"
+LOCK_NAME = "stack.lock"
+POLL_S = 0.05
+DOWN_TIMEOUT_S = 2 * (STOP_GRACE_S + REAPER_SPARE_S) + 10.0
+"""Engines end at once, then the daemon; each may take its whole grace."""
+
+State = Literal["starting", "ready", "stopping", "failed"]
+
+
+class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that the stack started."""
+
+    name: str
+    process: ProcessId
+    reaper: ProcessId
+    log: str
+
+
+class DaemonRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the daemon is."""
+
+    socket: str
+    metrics_url: str
+    pool: str
+    keep_pool: bool
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an engine is."""
+
+    name: str
+    url: str
+    pid: int | None
+    """None for an engine that ran already."""
+
+
+class StackRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One stack as it is now."""
+
+    name: str
+    state: State
+    supervisor: ProcessId
+    model: str
+    """Name that clients ask for."""
+    error: str = ""
+    """Why it failed, as a sentence."""
+    doing: dict[str, str] = {}
+    """What each process is doing while the stack starts."""
+    daemon: DaemonRecord | None = None
+    engines: list[EngineRecord] = []
+    processes: list[ProcessRecord] = []
+    """In the order of their start."""
+
+
+def write_record(folder: Path, record: StackRecord) -> None:
+    """Replace the record at once: a reader sees the old one or the new one."""
+    path = folder / RECORD_NAME
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+    partial.rename(path)
+
+
+def read_record(folder: Path) -> StackRecord | None:
+    """What was written last; None where nothing was, or another version's."""
+    try:
+        return msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=StackRecord)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+class FolderLock:
+    """Held by the one supervisor of a state folder; also a context manager."""
+
+    def __init__(self, file: int) -> None:
+        self._file: int | None = file
+
+    @staticmethod
+    def taken(folder: Path, *, wait_s: float = 0.0) -> "FolderLock":
+        """Take the lock, waiting at most ``wait_s`` seconds.
+
+        Raises:
+            InputError: Another process has it.
+        """
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        clock = SystemClock()
+        end_s = clock.now_s() + wait_s
+        while not _try_lock(file):
+            if clock.now_s() >= end_s:
+                os.close(file)
+                raise InputError(_in_use(folder))
+            time.sleep(POLL_S)
+        return FolderLock(file)
+
+    def give_back(self) -> None:
+        """Let another process have it. Idempotent."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _in_use(folder: Path) -> str:
+    record = read_record(folder)
+    if record is None:
+        return f"Another kvkeep uses {folder}: wait for it, or choose another state_dir."
+    return (
+        f"The stack {record.name} is up already (process {record.supervisor.pid}): "
+        f"`kvkeep down {record.name}` stops it."
+    )
+
+
+def clear(folder: Path) -> list[str]:
+    """End and remove what a stack left whose supervisor is gone. The caller holds the lock.
+
+    A pid that belongs to another process by now is left alone.
+
+    Returns:
+        Names of the processes that still ran.
+    """
+    record = read_record(folder)
+    if record is None:
+        return []
+    ended = []
+    for entry in reversed(record.processes):
+        if entry.process.is_alive() or entry.reaper.is_alive():
+            ended.append(entry.name)
+        _end(entry)
+    if record.daemon is not None:
+        _remove_files(record.daemon)
+    (folder / RECORD_NAME).unlink(missing_ok=True)
+    return ended
+
+
+def _remove_files(daemon: DaemonRecord) -> None:
+    """Remove a dead daemon's socket and pool; a living one, not ours, holds locks on them."""
+    if not _is_locked(Path(f"{daemon.socket}.lock")):
+        with contextlib.suppress(OSError):
+            Path(daemon.socket).unlink()
+    if not daemon.keep_pool and not _is_locked(Path(daemon.pool)):
+        Path(daemon.pool).unlink(missing_ok=True)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(file)
+    finally:
+        os.close(file)
+
+
+def _end(entry: ProcessRecord) -> None:
+    """End one process with all it started: by its reaper, or without where that is gone too."""
+    if entry.reaper.is_alive():
+        os.kill(entry.reaper.pid, signal.SIGTERM)
+        if not wait_for_end(entry.reaper, STOP_GRACE_S + REAPER_SPARE_S):
+            os.kill(entry.reaper.pid, signal.SIGKILL)
+    end_session(entry.process)
+
+
+def wait_for_end(process: ProcessId, timeout_s: float) -> bool:
+    """Wait until a process is gone; False if it is not."""
+    clock = SystemClock()
+    end_s = clock.now_s() + timeout_s
+    while process.is_alive():
+        if clock.now_s() > end_s:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def bring_down(folder: Path) -> list[str]:
+    """Stop the stack of a state folder, whoever runs it, and clear what crashed ones left.
+
+    Idempotent: without a stack nothing happens.
+
+    Returns:
+        Names of what was stopped, in the order of their stop.
+
+    Raises:
+        UnavailableError: It would not stop; ``kvkeep down`` may be run again.
+    """
+    record = read_record(folder)
+    if record is None and not (folder / LOCK_NAME).exists():
+        return []
+    running = []
+    if record is not None:
+        running = [entry.name for entry in reversed(record.processes) if entry.process.is_alive()]
+        _stop_supervisor(record.supervisor)
+    try:
+        with FolderLock.taken(folder, wait_s=DOWN_TIMEOUT_S):
+            return list(dict.fromkeys([*running, *clear(folder)]))
+    except InputError as error:
+        raise UnavailableError(f"The stack would not stop: {error}") from error
+
+
+def _stop_supervisor(supervisor: ProcessId) -> None:
+    if not supervisor.is_alive() or supervisor.pid == os.getpid():
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(supervisor.pid, signal.SIGTERM)
+        os.kill(supervisor.pid, signal.SIGCONT)
+        if not wait_for_end(supervisor, DOWN_TIMEOUT_S):
+            os.kill(supervisor.pid, signal.SIGKILL)

@@ -1,0 +1,278 @@
+"""A whole stack: started in order, watched, stopped in reverse order; nothing outlives it.
+
+    with Stack(load_spec("stack.yaml")) as stack:
+        httpx.post(f"{stack.engines['a'].url}/v1/completions", ...)
+
+Blocking; one thread at a time may use a stack. It sets no signal handlers: whoever runs it turns
+a signal into an exception, and the ``with`` block does the rest. If this process is killed
+outright, the reapers see it and end what they watch.
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from kvkeep.model.errors import InputError, KvkeepError
+from kvkeep.stack.engines import Launch, Placement, launch_daemon, launch_engine
+from kvkeep.stack.machine import HOST, check_machine, free_port, has_gpu, size_pool
+from kvkeep.stack.models import Model, check_model, resolve_model
+from kvkeep.stack.parts import DaemonPart, EnginePart, Part, await_ready
+from kvkeep.stack.process import ProcessId, StackProcess, this_process
+from kvkeep.stack.progress import Progress
+from kvkeep.stack.record import (
+    DaemonRecord,
+    EngineRecord,
+    FolderLock,
+    ProcessRecord,
+    StackRecord,
+    State,
+    clear,
+    write_record,
+)
+from kvkeep.stack.spec import EngineSpec, StackSpec
+
+Launcher = Callable[[EngineSpec, Placement], Launch]
+
+
+class Stack:
+    """One running stack; a context manager that is used once.
+
+    ``engines`` holds the engines by name, in the order of the file. What `stop` removes: every
+    process, the socket, the record, and the pool unless ``daemon.keep_pool``; logs stay.
+    """
+
+    def __init__(
+        self,
+        spec: StackSpec,
+        *,
+        state_dir: Path | None = None,
+        progress: Progress | None = None,
+        launcher: Launcher = launch_engine,
+    ) -> None:
+        """Prepare a stack; nothing is checked or started yet.
+
+        Args:
+            spec: From `kvkeep.stack.precedence.load_spec`.
+            state_dir: Folder for logs and state instead of the spec's.
+            progress: Where to show how far the start is; silent without.
+            launcher: Makes an engine's command line; for engines kvkeep does not know.
+        """
+        folder = (state_dir or spec.state_path).expanduser().resolve()
+        self.spec = msgspec.structs.replace(spec, state_dir=str(folder))
+        self.folder = folder
+        self.engines: dict[str, EnginePart] = {}
+        self._daemon: DaemonPart | None = None
+        self._progress = progress or Progress(quiet=True)
+        self._launcher = launcher
+        self._lock: FolderLock | None = None
+        self._state: State = "starting"
+        self._error = ""
+        self._doing: dict[str, str] = {}
+
+    @property
+    def daemon(self) -> DaemonPart:
+        """The stack's daemon.
+
+        Raises:
+            InputError: The stack has none of its own.
+        """
+        if self._daemon is None:
+            raise InputError(
+                f"The stack {self.spec.name} has no daemon of its own: set daemon.enabled: true."
+            )
+        return self._daemon
+
+    @property
+    def has_daemon(self) -> bool:
+        """Whether `daemon` may be asked for."""
+        return self._daemon is not None
+
+    @property
+    def model_name(self) -> str:
+        """What clients send as ``model``."""
+        return self.spec.model_name
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the daemon, then all engines at once, and return when each gave a token.
+
+        Raises:
+            InputError: The stack can't run on this machine, or runs already; nothing was changed.
+            UnavailableError: Something did not start; everything is stopped again, the logs and a
+                record that says why stay.
+        """
+        assert self._lock is None, "a stack is started once"
+        self._lock = FolderLock.taken(self.folder)
+        try:
+            self._start()
+        except BaseException as error:
+            # Also Ctrl-C and SIGTERM: a half-started stack is stopped before anything else.
+            reason = str(error) if isinstance(error, KvkeepError) else "It was interrupted."
+            self._fail(reason)
+            raise
+
+    def _start(self) -> None:
+        clear(self.folder)
+        self._write()
+        check_model(self.spec.model)
+        if any(engine.url is None for engine in self.spec.engines):
+            model = self._resolve_model()
+            self.spec = size_pool(self.spec, model)
+        else:
+            model = Model(location=self.spec.model, is_local=False)
+        check_machine(self.spec)
+        with self._progress:
+            if self.spec.daemon.enabled:
+                self._start_daemon()
+            self._start_engines(model)
+        self._state, self._doing = "ready", {}
+        self._write()
+
+    def _resolve_model(self) -> Model:
+        self._say("model", "making sure that it is there")
+        return resolve_model(self.spec.model, progress=self._progress)
+
+    def _start_daemon(self) -> None:
+        Path(self.spec.socket_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._daemon = DaemonPart(
+            lambda port: launch_daemon(self.spec, metrics_port=port),
+            self.folder,
+            start_timeout_s=self.spec.start_timeout_s,
+            changed=self._write,
+        )
+        self._daemon.begin()
+        self._await([self._daemon])
+
+    def _start_engines(self, model: Model) -> None:
+        ports = {0, *(engine.port for engine in self.spec.engines)}
+        for engine in self.spec.engines:
+            self.engines[engine.name] = self._make_engine(engine, model, ports)
+        for part in self.engines.values():
+            part.begin()
+        self._await(list(self.engines.values()))
+
+    def _make_engine(self, engine: EngineSpec, model: Model, ports: set[int]) -> EnginePart:
+        port = engine.port
+        while not engine.port and port in ports:
+            port = free_port()
+        ports.add(port)
+        part = EnginePart(
+            engine.name,
+            engine.url or f"http://{HOST}:{port}",
+            model=None if engine.url else self.spec.model_name,
+            start_timeout_s=self.spec.start_timeout_s,
+            changed=self._write,
+        )
+        if engine.url is None:
+            socket = self.spec.socket_path if engine.uses_kvkeep else ""
+            placement = Placement(
+                spec=self.spec, model=model, port=port, socket=socket, gpu=has_gpu()
+            )
+            part.will_start(lambda: self._launcher(engine, placement), self.folder)
+        return part
+
+    def _await(self, parts: list[Part]) -> None:
+        await_ready(parts, self.spec.start_timeout_s, self._progress, self._say)
+
+    def _say(self, name: str, doing: str) -> None:
+        self._doing[name] = doing
+        self._write()
+
+    def ended(self) -> list[Part]:
+        """Find the parts whose process ended without having been told to."""
+        return [
+            part
+            for part in self._parts()
+            if part.process is not None and not part.process.is_running()
+        ]
+
+    def _parts(self) -> list[Part]:
+        """Everything that was made, in the order of the start."""
+        return [*([self._daemon] if self._daemon else []), *self.engines.values()]
+
+    def stop(self) -> None:
+        """Stop everything in reverse order of the start. Idempotent."""
+        if self._lock is None:
+            return
+        self._state = "stopping"
+        self._write()
+        self._end_processes()
+        clear(self.folder)
+        self._unlock()
+
+    def _end_processes(self) -> None:
+        """Engines together, for each takes a while, then the daemon they talk to."""
+        engines = [p.process for p in reversed(self.engines.values()) if p.process is not None]
+        for process in engines:
+            process.ask_stop()
+        for process in engines:
+            process.stop()
+        if self._daemon is not None:
+            self._daemon.stop()
+
+    def _fail(self, reason: str) -> None:
+        self._end_processes()
+        clear(self.folder)
+        self._state, self._error = "failed", reason
+        self._daemon, self.engines = None, {}
+        with contextlib.suppress(OSError):  # a full disk must not hide the reason
+            self._write()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.give_back()
+            self._lock = None
+
+    def _write(self) -> None:
+        write_record(self.folder, self.record())
+
+    def record(self) -> StackRecord:
+        """The stack as it is now, as it is written down."""
+        return StackRecord(
+            name=self.spec.name,
+            state=self._state,
+            supervisor=this_process(),
+            model=self.spec.model_name,
+            error=self._error,
+            doing=dict(self._doing),
+            daemon=self._daemon_record(),
+            engines=[
+                EngineRecord(name=part.name, url=part.url, pid=_pid(part.process))
+                for part in self.engines.values()
+            ],
+            processes=[
+                entry for part in self._parts() if (entry := _process_record(part)) is not None
+            ],
+        )
+
+    def _daemon_record(self) -> DaemonRecord | None:
+        if self._daemon is None:
+            return None
+        return DaemonRecord(
+            socket=self.spec.socket_path,
+            metrics_url=self._daemon.metrics_url if self._daemon.was_ready else "",
+            pool=str(self.spec.daemon_settings().pool_path),
+            keep_pool=self.spec.daemon.keep_pool,
+        )
+
+
+def _pid(process: StackProcess | None) -> int | None:
+    return process.id.pid if process is not None and process.id is not None else None
+
+
+def _process_record(part: Part) -> ProcessRecord | None:
+    process = part.process
+    if process is None or process.id is None:
+        return None
+    reaper = process.reaper_id or ProcessId(0, 0)
+    return ProcessRecord(name=part.title, process=process.id, reaper=reaper, log=str(process.log))
