@@ -29,12 +29,18 @@ from kvkeep.model.errors import InputError, RefusedError, UnavailableError
 from kvkeep.model.ids import HASH_BYTES, BlockHash, BlockKey, Namespace
 from kvkeep.model.layout import KvLayout
 from kvkeep.tiers.slot_header import (
+    BLOCK_HASH_WORDS,
+    CHECK_BYTES,
+    CHECK_WORD,
     DIGEST_BYTES,
+    FORMAT_WORD,
+    GROUP_WORD,
     HEADER_BYTES,
-    KEY_DTYPE,
+    NAMESPACE_WORDS,
+    PAYLOAD_BYTES_WORD,
+    READY_FORMAT,
     SlotHeader,
     SlotState,
-    is_checked,
     pack_header,
     unpack_header,
 )
@@ -126,7 +132,8 @@ class PoolView:
         shape, stride = geometry.num_slots, geometry.header_stride
         start = FILE_HEADER_BYTES
         region = self._bytes[start : start + shape * stride].reshape(shape, stride)
-        self._keys = region[:, :HEADER_BYTES].view(KEY_DTYPE)[:, 0]
+        self._headers = region[:, :HEADER_BYTES].view(np.uint64)
+        """uint64 ``[num_slots, HEADER_BYTES / 8]``: compared eight bytes at a time."""
         layout = geometry.layout
         tables = region[:, HEADER_BYTES : HEADER_BYTES + layout.num_pages * DIGEST_BYTES]
         self.digests: Digests = np.lib.stride_tricks.as_strided(
@@ -179,26 +186,27 @@ class PoolView:
         Returns:
             bool ``[num_blocks]``.
         """
-        found = self._keys[slots]
-        wanted = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
-        mine = np.frombuffer(namespace, dtype=np.uint8)
+        found = self._headers[slots]
+        wanted = np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(-1, HASH_BYTES // 8)
         is_readable: npt.NDArray[np.bool_] = (
-            (found["state"] == SlotState.READY)
-            & (found["payload_bytes"] == self.geometry.layout.block_bytes)
-            & (found["group_idx"] == group_idx)
-            & _bytes_equal(found["namespace"], mine)
-            & _bytes_equal(found["block_hash"], wanted)
+            (found[:, BLOCK_HASH_WORDS] == wanted).all(axis=1)
+            & (found[:, NAMESPACE_WORDS] == np.frombuffer(namespace, dtype=np.uint64)).all(axis=1)
+            & (found[:, FORMAT_WORD] == READY_FORMAT)
+            & (found[:, PAYLOAD_BYTES_WORD] == np.uint64(self.geometry.layout.block_bytes))
+            & (found[:, GROUP_WORD] == np.uint64(group_idx))
         )
-        return is_readable & self._checked(slots)
+        return is_readable & self._checked(slots, found[:, CHECK_WORD])
 
-    def _checked(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def _checked(
+        self, slots: npt.NDArray[np.int64], checks: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.bool_]:
         """Which of these slots' headers and digests are as the daemon saw them at the commit."""
-        stride = self.geometry.header_stride
-        length = HEADER_BYTES + DIGEST_BYTES * self.geometry.layout.num_pages
-        window = memoryview(self._mapping)
-        starts = (FILE_HEADER_BYTES + slots * stride).tolist()
-        checked = [is_checked(window[start : start + length]) for start in starts]
-        return np.array(checked, dtype=np.bool_)
+        length = HEADER_BYTES + DIGEST_BYTES * self.geometry.layout.num_pages - CHECK_BYTES
+        starts = FILE_HEADER_BYTES + slots * self.geometry.header_stride + CHECK_BYTES
+        window, digest = memoryview(self._mapping), xxhash.xxh3_64_intdigest
+        found = [digest(window[start : start + length]) for start in starts.tolist()]
+        checked: npt.NDArray[np.bool_] = np.array(found, dtype=np.uint64) == checks
+        return checked
 
     def page_addresses(
         self, slots: npt.NDArray[np.int64], first_head: int, num_heads: int
@@ -207,23 +215,15 @@ class PoolView:
         layout = self.geometry.layout
         heads = np.arange(first_head, first_head + num_heads, dtype=np.int64)
         pages = np.arange(layout.num_layers, dtype=np.int64)[:, None] * layout.num_heads + heads
-        start = self.base_address + self.geometry.payload_offset
-        offsets = slots[:, None, None] * layout.block_bytes + pages[None] * layout.page_bytes
-        return (offsets + start).astype(np.uint64)
+        starts = slots * layout.block_bytes + (self.base_address + self.geometry.payload_offset)
+        offsets = (pages * layout.page_bytes).astype(np.uint64)
+        return starts.astype(np.uint64)[:, None, None] + offsets
 
     def payload(self, slot: int) -> npt.NDArray[np.uint8]:
         """A slot's bytes: uint8 ``[block_bytes]``, a window, not a copy."""
         size = self.geometry.layout.block_bytes
         start = self.geometry.payload_offset + slot * size
         return self._bytes[start : start + size]
-
-
-def _bytes_equal(
-    found: npt.NDArray[np.void], wanted: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.bool_]:
-    rows = np.ascontiguousarray(found).view(np.uint8).reshape(-1, HASH_BYTES)
-    equal: npt.NDArray[np.bool_] = (rows == wanted).all(axis=1)
-    return equal
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,16 +41,6 @@ _FIELDS = struct.Struct("<4sHBBQQQ32s32sHHIQQ")
 _CHECK = struct.Struct("<Q")
 _ZERO_KEY = b"\0" * 32
 
-KEY_DTYPE = np.dtype(
-    {
-        "names": ["check", "state", "payload_bytes", "namespace", "block_hash", "group_idx"],
-        "formats": ["<u8", "u1", "<u8", "V32", "V32", "<u2"],
-        "offsets": [0, 14, 32, 40, 72, 104],
-        "itemsize": HEADER_BYTES,
-    }
-)
-"""What a reader compares, of many headers at once."""
-
 
 class SlotState(IntEnum):
     """What the bytes of a slot mean."""
@@ -58,6 +48,20 @@ class SlotState(IntEnum):
     FREE = 0
     WRITING = 1
     READY = 2
+
+
+# What a reader compares, of many headers at once: their words of eight bytes, little-endian.
+CHECK_WORD = 0
+FORMAT_WORD = 1
+PAYLOAD_BYTES_WORD = 4
+NAMESPACE_WORDS = slice(5, 9)
+BLOCK_HASH_WORDS = slice(9, 13)
+GROUP_WORD = 13
+"""The group alone: the pid behind it is zero in a ready slot."""
+READY_FORMAT = np.frombuffer(
+    struct.pack("<4sHBB", MAGIC, FORMAT_VERSION, SlotState.READY, 0), dtype=np.uint64
+)
+"""Magic, version and state of every ready slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +118,10 @@ def unpack_header(data: bytes | memoryview) -> SlotHeader | None:
         pid, sequence, _ = _FIELDS.unpack_from(data, CHECK_BYTES)  # fmt: skip
     if magic != MAGIC or version != FORMAT_VERSION or state > SlotState.READY:
         return None
-    covered = data if state == SlotState.READY else data[:HEADER_BYTES]
-    if not is_checked(covered):
+    covered = data[CHECK_BYTES:] if state == SlotState.READY else data[CHECK_BYTES:HEADER_BYTES]
+    if _CHECK.unpack_from(data)[0] != xxhash.xxh3_64_intdigest(covered):
         return None
     key = None
     if state != SlotState.FREE:
         key = BlockKey(Namespace(namespace), BlockHash(block_hash), group_idx)
     return SlotHeader(SlotState(state), generation, lease_id, payload, key, pid, sequence)
-
-
-def is_checked(data: bytes | memoryview) -> bool:
-    """Whether a header, together with the digests if its slot is ready, is as it was written."""
-    check: int = _CHECK.unpack_from(data)[0]
-    return check == xxhash.xxh3_64_intdigest(data[CHECK_BYTES:])
