@@ -8,7 +8,9 @@ import contextlib
 import fcntl
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +23,8 @@ from kvkeep.stack.process import REAPER_SPARE_S, STOP_GRACE_S, ProcessId, end_se
 RECORD_NAME = "stack.json"
 LOCK_NAME = "stack.lock"
 POLL_S = 0.05
+APPEAR_S = 5.0
+"""Time that a `kvkeep up` which was started together with a `kvkeep wait` has to show itself."""
 DOWN_TIMEOUT_S = 2 * (STOP_GRACE_S + REAPER_SPARE_S) + 10.0
 """Engines end at once, then the daemon; each may take its whole grace."""
 
@@ -238,3 +242,68 @@ def _stop_supervisor(supervisor: ProcessId) -> None:
         os.kill(supervisor.pid, signal.SIGCONT)
         if not wait_for_end(supervisor, DOWN_TIMEOUT_S):
             os.kill(supervisor.pid, signal.SIGKILL)
+
+
+def await_record(
+    folder: Path,
+    timeout_s: float,
+    *,
+    supervisor: subprocess.Popen[bytes] | None = None,
+    said: Callable[[str], None] = lambda doing: None,
+) -> StackRecord:
+    """Wait until the stack of a state folder is ready.
+
+    Args:
+        folder: State folder.
+        timeout_s: Longest wait, in seconds.
+        supervisor: The child whose record counts; without, anybody's does, and there must be one
+            within ``APPEAR_S``.
+        said: Told what the stack does, when that changes.
+
+    Raises:
+        UnavailableError: It failed, ended, or was not ready in time.
+    """
+    clock = SystemClock()
+    begun_s = clock.now_s()
+    doing = ""
+    while True:
+        record = read_record(folder)
+        if record is not None and supervisor is not None:
+            record = record if record.supervisor.pid == supervisor.pid else None
+        if record is not None and record.state == "ready" and record.supervisor.is_alive():
+            return record
+        waited_s = clock.now_s() - begun_s
+        # What is there at first may be an earlier run's: the next one is given time to show.
+        if supervisor is not None or waited_s >= APPEAR_S:
+            _require_hope(folder, record, supervisor)
+        if waited_s > timeout_s:
+            raise UnavailableError(f"The stack was not ready after {timeout_s:g} s: {doing}.")
+        now = ", ".join(f"{name} {what}" for name, what in record.doing.items()) if record else ""
+        if now and now != doing:
+            doing = now
+            said(doing)
+        time.sleep(POLL_S)
+
+
+def _require_hope(
+    folder: Path, record: StackRecord | None, supervisor: subprocess.Popen[bytes] | None
+) -> None:
+    """Refuse to wait where nobody will make the stack ready.
+
+    Raises:
+        UnavailableError: The reason; empty where the supervisor ended without a record.
+    """
+    if record is not None and record.state == "failed":
+        raise UnavailableError(record.error)
+    if supervisor is not None:
+        if supervisor.poll() is not None:
+            raise UnavailableError("")
+    elif record is None:
+        raise UnavailableError(
+            f"No stack is up or starting in {folder}: start it with `kvkeep up`."
+        )
+    elif not record.supervisor.is_alive():
+        raise UnavailableError(
+            f"The stack {record.name} crashed: its supervisor is gone; `kvkeep down {record.name}` "
+            "clears what it left."
+        )

@@ -1,0 +1,195 @@
+"""``kvkeep up``: start a stack, and keep it up until Ctrl-C, or let it run behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from kvkeep.cli.target import describe, show
+from kvkeep.model.errors import UnavailableError
+from kvkeep.stack.machine import check_machine
+from kvkeep.stack.models import check_model
+from kvkeep.stack.precedence import load_spec
+from kvkeep.stack.process import telling_line
+from kvkeep.stack.progress import Progress
+from kvkeep.stack.record import FolderLock, StackRecord, await_record
+from kvkeep.stack.spec import StackSpec
+from kvkeep.stack.supervisor import Stack
+
+WATCH_S = 0.5
+DAEMON_RESTARTS_MAX = 3
+"""A daemon that keeps dying has a cause; engines go on without it."""
+EXIT_INTERRUPTED = 130
+SLACK_S = 30.0
+"""Beyond the stack's own time-outs, before its supervisor itself counts as stuck."""
+MODEL_TIMEOUT_S = 600.0
+"""A first start may convert the model."""
+
+FLAGS: Mapping[str, tuple[str, str]] = {
+    "--model": ("model", "Model: smollm2, a folder, or a Hugging Face id."),
+    "--port": ("engines.0.port", "Port of the first engine."),
+    "--pool-bytes": ("daemon.pool_bytes", "Size of the daemon's pool, such as 2GiB."),
+    "--state-dir": ("state_dir", "Folder for logs and state."),
+    "--start-timeout": ("start_timeout_s", "Longest wait for one process, in seconds."),
+}
+"""Field by flag, and its help."""
+
+
+def _field_options(command: click.decorators.FC) -> click.decorators.FC:
+    for flag, (_, text) in reversed(list(FLAGS.items())):
+        command = click.option(flag, help=text)(command)
+    return command
+
+
+@click.command()
+@click.argument("stack_file", metavar="STACK.yaml", type=click.Path(path_type=Path))
+@click.option("--detach", is_flag=True, help="Return when ready; `kvkeep down` stops it.")
+@click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE", help="Set any field.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@_field_options
+def up(
+    stack_file: Path,
+    detach: bool,
+    sets: Sequence[str],
+    as_json: bool,
+    quiet: bool,
+    **flags: str | None,
+) -> None:
+    """Start the daemon and the engines of STACK.yaml, and stop them all at the end.
+
+    Exit code 0 after a stop that was asked for, 2 if it could not start or an engine ended.
+    """
+    texts = [*sets]
+    for flag, (field, _) in FLAGS.items():
+        value = flags[flag.removeprefix("--").replace("-", "_")]
+        texts += [f"{field}={value}"] if value is not None else []
+    spec = load_spec(stack_file, texts)
+    if detach:
+        record = _run_behind(spec, stack_file, texts, quiet)
+        _print(record, spec.state_path.resolve(), as_json)
+        return
+    sys.exit(_run(spec, as_json, quiet))
+
+
+def _print(record: StackRecord, folder: Path, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(describe(record, folder)))
+    else:
+        show(record, folder)
+    sys.stdout.flush()
+
+
+class _Interrupted(BaseException):
+    """SIGTERM, SIGHUP or Ctrl-C; not an Exception, so that nothing on the way swallows it."""
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Turn the first signal into an exception; later ones must not disturb the stop."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise _Interrupted
+
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _run(spec: StackSpec, as_json: bool, quiet: bool) -> int:
+    """Run a stack until a signal; returns the exit code."""
+    is_ready = False
+    try:
+        with _signals_raise(), Stack(spec, progress=Progress(quiet=quiet)) as stack:
+            _print(stack.record(), stack.folder, as_json)
+            is_ready = True
+            if not as_json:
+                click.echo("Ctrl-C stops it.")
+            _watch(stack)
+    except _Interrupted:
+        return 0 if is_ready else EXIT_INTERRUPTED
+
+
+def _watch(stack: Stack) -> NoReturn:
+    """Restart a daemon that ends; give up when an engine ends.
+
+    Raises:
+        UnavailableError: An engine ended.
+    """
+    restarts_left = DAEMON_RESTARTS_MAX
+    has_given_up = False
+    while True:
+        time.sleep(WATCH_S)
+        for part in stack.ended():
+            assert part.process is not None
+            if part.name != "daemon":
+                raise UnavailableError(f"{part.title} ended: {part.process.why_failed()}")
+            if restarts_left > 0:
+                restarts_left -= 1
+                click.echo(f"the daemon ended and is restarted (log: {part.process.log})", err=True)
+                stack.daemon.restart()
+            elif not has_given_up:
+                has_given_up = True
+                click.echo(f"the daemon stays down: {part.process.why_failed()}", err=True)
+
+
+def _run_behind(
+    spec: StackSpec, stack_file: Path, texts: Sequence[str], quiet: bool
+) -> StackRecord:
+    """Start a supervisor that outlives this command, and wait until the stack is ready.
+
+    Raises:
+        InputError: The stack can't run here, or is up already; nothing was changed.
+        UnavailableError: It did not start; everything is stopped again.
+    """
+    folder = spec.state_path.resolve()
+    check_model(spec.model)
+    FolderLock.taken(folder).give_back()
+    check_machine(spec)
+    log = folder / "logs" / "supervisor.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "kvkeep", "up", str(stack_file), "--quiet", "--json"]
+    for text in texts:
+        command += ["--set", text]
+    with log.open("wb") as output:
+        supervisor = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    longest_s = MODEL_TIMEOUT_S + 2 * spec.start_timeout_s + SLACK_S
+    try:
+        with (
+            _signals_raise(),
+            Progress(quiet=quiet) as progress,
+            progress.task(f"stack {spec.name}") as task,
+        ):
+            return await_record(folder, longest_s, supervisor=supervisor, said=task.say)
+    except _Interrupted:
+        supervisor.terminate()
+        supervisor.wait()
+        sys.exit(EXIT_INTERRUPTED)
+    except UnavailableError as error:
+        supervisor.terminate()
+        supervisor.wait()
+        if str(error):
+            raise
+        # It ended before it wrote a record, and said why where its output goes.
+        said = telling_line(log.read_text(errors="replace")).removeprefix("kvkeep up: ")
+        raise UnavailableError(said) from error
