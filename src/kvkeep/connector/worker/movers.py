@@ -86,9 +86,9 @@ class HostMover:
                 engine's own threads little.
         """
         self._memory = memory
-        # The engine waits for its loads, so they may use every core that the process was given,
-        # though vLLM binds its own threads to some.
-        num_threads = copy_threads or min(COPY_THREADS_MAX, os.cpu_count() or 1)
+        # The engine's own compute threads still spin on their cores when a load begins; a copy
+        # that is preempted by one takes longer than one thread alone (docs/decisions/0003).
+        num_threads = copy_threads or max(1, min(COPY_THREADS_MAX, (os.cpu_count() or 1) // 2))
         self._loader = open_copier(num_threads=num_threads)
         self._storer = open_copier()
 
