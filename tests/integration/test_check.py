@@ -20,16 +20,17 @@ SHORT = ("--max-iterations", "3", "--word-count", "60", "--max-tokens", "8", "--
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., str]]:
+def start_all() -> Iterator[Callable[..., list[str]]]:
     """Starts fake engines and gives their addresses; they end with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def launch(*arguments: str) -> str:
+    def launch(*arguments: str) -> list[str]:
         command = [sys.executable, "-m", "kvkeep.testing.fake_engine", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout is not None
-        return str(json.loads(process.stdout.readline())["url"])
+        urls: list[str] = json.loads(process.stdout.readline())["urls"]
+        return urls
 
     yield launch
     for process in started:
@@ -37,6 +38,12 @@ def start() -> Iterator[Callable[..., str]]:
         assert process.wait(10) == 0
         assert process.stdout is not None
         process.stdout.close()
+
+
+@pytest.fixture
+def start(start_all: Callable[..., list[str]]) -> Callable[..., str]:
+    """Starts one fake engine and gives its address."""
+    return lambda *arguments: start_all(*arguments)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +142,40 @@ def test_a_reset_that_never_comes_fails_arms(start: Callable[..., str]) -> None:
     assert "could not be reset" in result.stderr
 
 
+def stack_of(urls: list[str], folder: Path) -> Path:
+    """A stack file of engines that run already."""
+    path = folder / "stack.yaml"
+    engines = "".join(f"  - {{name: e{i}, url: '{url}'}}\n" for i, url in enumerate(urls))
+    head = f"model: fake/model\nstate_dir: {folder}/state\ndaemon: {{enabled: false}}\n"
+    path.write_text(f"{head}exact: true\nengines:\n{engines}")
+    return path
+
+
+def test_a_stack_file_is_checked(start_all: Callable[..., list[str]], tmp_path: Path) -> None:
+    """A stack file names engines and exactness; its second engine is the other one."""
+    stack, path = stack_of(start_all("--num-engines", "2"), tmp_path), tmp_path / "report.json"
+    arguments = ["--arms", "cold,reset,other-engine", "--num-prompts", "3"]
+
+    result = determinism("--stack", str(stack), *arguments, "--json", str(path), *SHORT)
+
+    assert result.exit_code == 0, result.output
+    run = report_of(path)["runs"][0]
+    assert run["exact"] is True
+    assert [arm["name"] for arm in run["arms"]] == ["cold", "fill", "reset", "other-engine"]
+
+
+def test_a_stack_whose_engines_are_alone_is_not_exercised(
+    start_all: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """A stack file with kvkeep switched off ends with exit code 1."""
+    stack, path = stack_of(start_all("--alone"), tmp_path), tmp_path / "report.json"
+
+    result = determinism("--stack", str(stack), "--json", str(path), *SHORT)
+
+    assert result.exit_code == 1
+    assert report_of(path)["runs"][0]["outcome"] == "not-exercised"
+
+
 def closed_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -157,6 +198,7 @@ def closed_port() -> int:
         (("--url", "{url}", "--shakespeare-url", "file:///no/such"), "can't be read"),
         (("--url", "{url}", "--small-url", "{url}"), "at most 128 blocks"),
         (("--stack", "no-such-file.yaml"), "no-such-file.yaml"),
+        (("--daemon-metrics", "{url}"), "goes with --url"),
     ],
 )
 def test_bad_input_is_one_sentence(

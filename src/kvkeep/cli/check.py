@@ -3,8 +3,10 @@
 import asyncio
 import os
 import secrets
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from kvkeep.validate.prompts import documents, fetch_words, load_words
 from kvkeep.validate.report.json_file import write_json
 from kvkeep.validate.report.terminal import show_arms, show_determinism
 from kvkeep.validate.settings import PROFILES, CheckSettings, is_set, resolve
+from kvkeep.validate.started import own_spec, spec_from_file, started
 from kvkeep.validate.subject import Addresses, Subject, open_subject
 from kvkeep.validate.suites.determinism import (
     Determinism,
@@ -121,22 +124,41 @@ def _check(
     """Settle what to check, check it, and report; returns the exit code."""
     if stack is not None and url is not None:
         raise InputError("Give either --stack or --url, not both.")
-    settings = resolve(flags, os.environ, None, profile)
-    if url is None and settings.server_port is not None:
-        url = f"http://127.0.0.1:{settings.server_port}"
-    if url is None:
-        raise InputError("Name what to check: --stack FILE, or --url of a running engine.")
-    addresses = Addresses(
-        url, given["daemon_metrics"], given["other_url"], given["small_url"], settings.model_id
-    )
+    exact = given["exact"]
+    spec = spec_from_file(stack, flags, exact=exact) if stack is not None else None
+    settings = resolve(flags, os.environ, spec.check if spec else None, profile)
     job = Job(
         settings=settings,
-        exact=bool(given["exact"]),
+        exact=bool(spec.exact if spec else exact),
         arms=_names(given["arms"]),
         num_prompts=given["num_prompts"],
         words_fixed=profile != "local" or is_set("word_count", flags, os.environ),
     )
-    return run_job(job, addresses, console, json_path)
+    if url is not None:
+        addresses = Addresses(
+            url, given["daemon_metrics"], given["other_url"], given["small_url"], settings.model_id
+        )
+        return run_job(job, addresses, console, json_path)
+    stray = [name for name in ("daemon_metrics", "other_url", "small_url") if given[name]]
+    if stray:
+        raise InputError(f"--{stray[0].replace('_', '-')} goes with --url; a stack file says it.")
+    spec = spec or own_spec(settings, os.environ, exact=job.exact)
+    with _terminated_as_interrupt(), started(spec, quiet=console.quiet) as ready:
+        return run_job(job, ready.addresses, console, json_path, restart=ready.restart)
+
+
+@contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that what was started is stopped."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Job:

@@ -99,8 +99,12 @@ class Endpoint:
         self.model = model
         self.timeout_s = timeout_s
         self.dialect = dialect or Dialect()
+        # Engines are near; a proxy of the environment would only stand between.
         self._client = httpx.AsyncClient(
-            base_url=self.url, timeout=httpx.Timeout(timeout_s), transport=transport
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout_s),
+            transport=transport,
+            trust_env=False,
         )
 
     async def __aenter__(self) -> Self:

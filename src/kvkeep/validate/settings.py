@@ -39,7 +39,9 @@ class CheckSettings:
     shakespeare_interval: int = field(default=1, metadata={"env": "KVBM_SHAKESPEARE_INTERVAL"})
     random_interval: int = field(default=7, metadata={"env": "KVBM_RANDOM_INTERVAL"})
     http_timeout_s: float = field(default=30.0, metadata={"env": "KVBM_HTTP_TIMEOUT"})
-    shakespeare_url: str | None = field(default=None, metadata={"env": "KVBM_SHAKESPEARE_URL"})
+    shakespeare_url: str | None = field(
+        default=None, metadata={"env": "KVBM_SHAKESPEARE_URL", "unset": "the shipped plays"}
+    )
     """Where the long text comes from; None takes the shipped plays."""
     concurrent_requests: tuple[int, ...] = field(
         default=(3,), metadata={"env": "KVBM_CONCURRENT_REQUESTS"}
@@ -101,6 +103,25 @@ def resolve(
         if value is not None and value != ():
             chosen[name] = _parsed(name, value, f"--{name.removesuffix('_s').replace('_', '-')}")
     return CheckSettings(**chosen)
+
+
+def environment_table() -> str:
+    """The table of docs/check.md: every environment name with its two defaults."""
+    lines = ["| variable | local default | `--profile reference` |", "|---|---|---|"]
+    reference = resolve({}, {}, profile="reference")
+    for variable, name in ENVIRONMENT.items():
+        unset = CheckSettings.__dataclass_fields__[name].metadata.get("unset", "the stack's")
+        local, theirs = (
+            _shown(getattr(settings, name), unset) for settings in (CheckSettings(), reference)
+        )
+        lines.append(f"| `{variable}` | {local} | {theirs} |")
+    return "\n".join(lines)
+
+
+def _shown(value: Any, unset: str) -> str:
+    if value is None:
+        return unset
+    return f"`{','.join(map(str, value)) if isinstance(value, tuple) else value}`"
 
 
 def is_set(name: str, flags: Mapping[str, Any], environ: Mapping[str, str]) -> bool:

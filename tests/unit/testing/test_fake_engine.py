@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from kvkeep.testing.fake_engine import FakeEngine, FakeStore, Faults, Timing, token_id
+from kvkeep.testing.fake_engine import FakeEngine, Timing
+from kvkeep.testing.fake_kv import FakeStore, Faults, token_id
 
 WORDS = [f"w{i}" for i in range(70)]
 

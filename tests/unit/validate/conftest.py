@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvkeep.testing.fake_engine import FakeEngine, FakeStore
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.testing.fake_transport import fake_transport
 from kvkeep.validate import load, runner
 from kvkeep.validate.load import Endpoint

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from kvkeep.model.errors import InputError, UnavailableError
-from kvkeep.testing.fake_engine import FakeEngine, FakeStore, Faults
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_kv import FakeStore, Faults
 from kvkeep.validate.arms import ARM_NAMES, ArmsReport, compare_arms, standard_arms
 from kvkeep.validate.load import Endpoint, Sampling
 from kvkeep.validate.prompts import documents

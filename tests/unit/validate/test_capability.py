@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from kvkeep.model.errors import InputError
-from kvkeep.testing.fake_engine import FakeEngine, FakeStore
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.testing.fake_transport import fake_transport
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Dialect, Endpoint

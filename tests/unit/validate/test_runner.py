@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from kvkeep.model.errors import UnavailableError
-from kvkeep.testing.fake_engine import FakeEngine, FakeStore
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.validate import runner
 from kvkeep.validate.answer import Answer, Prompt
 from kvkeep.validate.counters import Counters

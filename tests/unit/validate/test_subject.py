@@ -1,10 +1,13 @@
 """Subjects: what cannot be checked is refused before anything is asked of it."""
 
+from typing import Any
+
 import httpx
 import pytest
 
 from kvkeep.model.errors import InputError
-from kvkeep.testing.fake_engine import FakeEngine, FakeStore
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.testing.fake_transport import fake_transport
 from kvkeep.validate.subject import Addresses, open_subject
 
@@ -20,10 +23,8 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEngine]:
         return fake_transport(engines[request.url.host]).handle_request(request)
 
     class Client(httpx.AsyncClient):
-        def __init__(self, base_url: str, timeout: httpx.Timeout, transport: object) -> None:
-            super().__init__(
-                base_url=base_url, timeout=timeout, transport=httpx.MockTransport(answer)
-            )
+        def __init__(self, **more: Any) -> None:
+            super().__init__(**{**more, "transport": httpx.MockTransport(answer)})
 
     monkeypatch.setattr(httpx, "AsyncClient", Client)
     return engines

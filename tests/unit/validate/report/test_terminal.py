@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvkeep.testing.fake_engine import FakeEngine, FakeStore, Faults
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_kv import FakeStore, Faults
 from kvkeep.validate.arms import compare_arms, standard_arms
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint, Sampling

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from kvkeep.testing.fake_engine import FakeEngine, FakeStore, Faults
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_kv import FakeStore, Faults
 from kvkeep.validate.answer import Prompt
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint, Sampling
