@@ -394,10 +394,16 @@ class PoolFile:
         return PoolView(self._mapping, self.geometry, self.pool_id)
 
     def close(self) -> None:
-        """Give the lock back; the file and its blocks stay."""
+        """Give the lock back; the file and its blocks stay. Closing twice does nothing."""
+        if self._fd < 0:
+            return
         # The mapping holds a duplicate of the descriptor, and with it the lock: unlock by name.
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)
+        self._fd = -1
+        # While somebody shows parts of it, it stays until they let go.
+        with contextlib.suppress(BufferError):
+            self._mapping.close()
 
     def remove(self) -> None:
         """Delete the file; mapped engines keep their memory until they let go."""
