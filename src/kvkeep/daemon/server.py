@@ -294,7 +294,4 @@ class SessionProtocol(asyncio.Protocol):
 
 
 def _layout(wire: m.Layout) -> KvLayout:
-    try:
-        return KvLayout(*(getattr(wire, name) for name in wire.__struct_fields__))
-    except ValueError as error:
-        raise InputError(f"this engine's blocks can't be kept: {error}") from error
+    return KvLayout(*(getattr(wire, name) for name in wire.__struct_fields__))
