@@ -13,10 +13,12 @@ from kvkeep.model.errors import InvariantError, KvkeepError
 
 EXIT_REFUSED = 2
 COMMANDS: Mapping[str, str] = {
+    "demo": "kvkeep.cli.demo:demo",
     "up": "kvkeep.cli.up:up",
     "wait": "kvkeep.cli.wait:wait",
     "down": "kvkeep.cli.down:down",
     "check": "kvkeep.cli.check:check",
+    "status": "kvkeep.cli.status:status",
     "daemon": "kvkeep.cli.daemon:daemon",
 }
 """``module:function`` by command, in the order in which a newcomer needs them."""
