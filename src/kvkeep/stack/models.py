@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,18 +196,26 @@ def _run_converter(source: Path, target: Path, task: Task) -> None:
         UnavailableError: It failed, with the last line of what it said.
     """
     log = target.parent / f"{target.name.strip('.')}.log"
-    command = [sys.executable, "-m", "kvkeep.stack.programs.convert_gguf", str(source), str(target)]
+    module = "kvkeep.stack.programs.convert_gguf"
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+            [sys.executable, "-m", module, str(source), str(target)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         ) as process,
     ):
+        timer = threading.Timer(CONVERSION_TIMEOUT_S, process.kill)
+        timer.start()
         try:
             for line in process.stdout or ():
                 _show(line, task)
-            code = process.wait(CONVERSION_TIMEOUT_S)
+            code = process.wait()
         finally:
+            # Also where a signal became an exception: the converter must not go on alone.
+            timer.cancel()
             process.kill()
     if code != 0:
         lines = log.read_text().strip().splitlines() or [f"it ended with code {code}"]

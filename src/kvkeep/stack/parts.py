@@ -31,6 +31,8 @@ DOING = (
     ("Initializing a V1 LLM engine", "starting the engine"),
 )
 PROBE_EVERY_S = 0.25
+SAY_EVERY_S = 0.5
+"""What an engine does is read off its log, which costs more than a look at its process."""
 
 Changed = Callable[[], None]
 
@@ -289,17 +291,18 @@ def await_ready(
     begun_s = clock.now_s()
     with contextlib.ExitStack() as shown, progress:
         tasks = [(part, shown.enter_context(progress.task(part.title))) for part in parts]
-        doing = ["" for _ in tasks]
+        said_s = -SAY_EVERY_S
         while tasks:
-            for idx, (part, task) in reversed(list(enumerate(tasks))):
-                now = "ready" if _is_done(part) else part.doing()
-                if now != doing[idx]:
-                    doing[idx] = now
-                    said(part.name, now)
-                    task.say(now)
-                if now == "ready":
+            is_time_to_say = clock.now_s() - said_s >= SAY_EVERY_S
+            for part, task in tuple(tasks):
+                if _is_done(part):
+                    said(part.name, "ready")
                     task.finish(f"ready after {clock.now_s() - begun_s:.1f} s")
-                    del tasks[idx], doing[idx]
+                    tasks.remove((part, task))
+                elif is_time_to_say and task.say(doing := part.doing()):
+                    said(part.name, doing)
+            if is_time_to_say:
+                said_s = clock.now_s()
             if tasks and clock.now_s() > begun_s + timeout_s:
                 raise UnavailableError(_too_late(tasks[0][0], timeout_s))
             if tasks:

@@ -27,13 +27,18 @@ class Task:
         if bars is not None:
             self._task = bars.add_task(title, total=steps, doing="")
 
-    def say(self, doing: str, *, steps_done: int | None = None) -> None:
-        """Show what is being done now; a line is printed only when the text changes."""
+    def say(self, doing: str, *, steps_done: int | None = None) -> bool:
+        """Show what is being done now; a line is printed only when the text changes.
+
+        Returns:
+            Whether the text changed.
+        """
+        has_changed, self._doing = doing != self._doing, doing
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, doing=doing, completed=steps_done)
-        elif doing != self._doing and not self._quiet:
+        elif has_changed and not self._quiet:
             print(f"{self._title}: {doing}", file=sys.stderr, flush=True)
-        self._doing = doing
+        return has_changed
 
     def finish(self, outcome: str) -> None:
         """Show the end of it; only the first call counts."""

@@ -249,7 +249,7 @@ def await_record(
     timeout_s: float,
     *,
     supervisor: subprocess.Popen[bytes] | None = None,
-    said: Callable[[str], None] = lambda doing: None,
+    said: Callable[[str], object] = lambda doing: None,
 ) -> StackRecord:
     """Wait until the stack of a state folder is ready.
 

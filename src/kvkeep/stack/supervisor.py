@@ -138,8 +138,10 @@ class Stack:
         self._write()
 
     def _resolve_model(self) -> Model:
-        self._say("model", "making sure that it is there")
-        return resolve_model(self.spec.model, progress=self._progress)
+        self._say("model", "is looked for, and converted the first time")
+        model = resolve_model(self.spec.model, progress=self._progress)
+        self._doing.clear()
+        return model
 
     def _start_daemon(self) -> None:
         Path(self.spec.socket_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -5,9 +5,11 @@ own, since it loads torch and transformers. It prints one JSON line per step beg
 "steps", "doing"}``, and writes only into TARGET, which must be an empty folder.
 """
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,9 @@ def main() -> None:
     """Convert what the command line names."""
     if len(sys.argv) != 3:
         sys.exit("usage: python -m kvkeep.stack.programs.convert_gguf SOURCE.gguf TARGET_FOLDER")
+    # Whoever waits for the result may be killed; going on would write into a folder that the next
+    # one takes for its own. (prctl(2): PR_SET_PDEATHSIG is 1.)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     convert(Path(sys.argv[1]), Path(sys.argv[2]))
 

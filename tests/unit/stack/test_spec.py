@@ -1,0 +1,66 @@
+"""Paths and defaults that follow from a stack's values."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvkeep.daemon.settings import SOCKET_PATH_BYTES_MAX
+from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, default_state_dir
+
+
+def spec(**fields: object) -> StackSpec:
+    return msgspec.structs.replace(StackSpec(name="s", engines=[EngineSpec(name="a")]), **fields)
+
+
+def test_the_socket_lies_in_the_state_folder(tmp_path: Path) -> None:
+    """Two stacks never share a socket by accident."""
+    assert spec(state_dir=str(tmp_path)).socket_path == str(tmp_path / "daemon.sock")
+
+
+def test_a_long_state_folder_gives_a_socket_elsewhere(tmp_path: Path) -> None:
+    """A path that Unix sockets can't have is not used."""
+    found = spec(state_dir=str(tmp_path / ("x" * 120))).socket_path
+
+    assert len(found.encode()) <= SOCKET_PATH_BYTES_MAX
+    assert found.endswith("/s.sock")
+
+
+def test_a_named_socket_is_taken() -> None:
+    """A socket in the file is used as it is."""
+    assert spec(daemon=DaemonSpec(socket="/run/k.sock")).socket_path == "/run/k.sock"
+
+
+def test_a_stack_without_a_folder_gets_one_by_its_name() -> None:
+    """`kvkeep down NAME` finds the folder without the file."""
+    assert spec().state_path == default_state_dir("s")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({}, "smollm2"), ({"model": "o/m"}, "o/m"), ({"served_model_name": "x"}, "x")],
+)
+def test_clients_ask_for_the_model_as_it_was_named(fields: dict[str, str], name: str) -> None:
+    """The served name is the model's unless another is given."""
+    assert spec(**fields).model_name == name
+
+
+def test_the_daemon_gets_its_settings() -> None:
+    """What the file says about the daemon is what the daemon is told."""
+    daemon = DaemonSpec(pool_bytes=1 << 26, socket="/run/k.sock", settings={"sessions_max": 5})
+
+    settings = spec(daemon=daemon).daemon_settings(metrics_port=9400)
+
+    assert (settings.pool_bytes, settings.socket, settings.metrics_port, settings.sessions_max) == (
+        1 << 26,
+        "/run/k.sock",
+        9400,
+        5,
+    )
+
+
+def test_a_raw_connector_is_not_ours() -> None:
+    """Only an engine with kvkeep's own connector needs the daemon."""
+    raw = EngineSpec(name="a", connector={"kv_connector": "Other"})
+
+    assert (EngineSpec(name="a").uses_kvkeep, raw.uses_kvkeep) == (True, False)
