@@ -178,7 +178,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 if not is_wanted:
                     continue
                 assert self.model.cells[slot] is cell
-            cell.writers[reply.lease_id] = (pid, heads)
+            cell.writers[reply.lease_id] = (self.holder(pid), heads)
             granted.append(cell)
         return granted
 
@@ -224,10 +224,10 @@ class LedgerMachine(RuleBasedStateMachine):
         for lease_id in lost:
             self.model.lose(lease_id)
 
-    @rule(pid=st.sampled_from([*PIDS, UNKNOWN_PID]))
-    def quiet(self, pid: int) -> None:
-        self.handle(on.HolderQuiet(pid))
-        self.model.quiet(pid)
+    @rule(pid=st.sampled_from([*PIDS, UNKNOWN_PID]), session=st.none() | st.integers(1, 20))
+    def quiet(self, pid: int, session: int | None) -> None:
+        self.handle(on.HolderQuiet(pid, session))
+        self.model.quiet(pid, session)
 
     @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 5.0]))
     def wait(self, seconds: float) -> None:
@@ -265,7 +265,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if state == "ready" and idx not in rotten and cell.key is not None:
                 self.handle(on.BlockRecovered(cell.key, idx))
                 continue
-            pids = {who for who, _ in cell.writers.values()}
+            pids = {holder.pid for holder, _ in cell.writers.values()}
             assert state == "writing" or not pids, "a restart would not wait for a writer"
             assert pid == UNKNOWN_PID or pids <= {pid}, "the header names one writer of several"
             cell.unlist()
@@ -273,7 +273,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 waited = [pid] if pid != UNKNOWN_PID else PIDS
                 for one in waited:
                     assert do.WatchProcess(one) in self.handle(on.WriteRecovered(idx, one))
-                cell.writers = {("restart", one): (one, frozenset()) for one in waited}
+                cell.writers = {("restart", one): (Holder(0, one), frozenset()) for one in waited}
             else:
                 self.headers[idx] = ("free", 0)
 
@@ -306,7 +306,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """Once every process is gone and time has passed, nothing is lent or fenced."""
         for pid in PIDS:
             self.leave(pid)
-            self.quiet(pid)
+            self.quiet(pid, None)
         self.wait(1000.0)
         assert [*self.node.reads, *self.node.writes] == []
         assert {slot.state.value for slot in self.node.ledger.slots} <= {"free", "ready"}
@@ -375,6 +375,12 @@ def _quiet_though_unknown(node: NodeState, event: on.HolderQuiet, now_s: float) 
     return _holder_quiet(node, on.HolderQuiet(event.pid or PIDS[0]), now_s)
 
 
+def _quiet_of_later_sessions(
+    node: NodeState, event: on.HolderQuiet, now_s: float
+) -> list[do.Effect]:
+    return _holder_quiet(node, on.HolderQuiet(event.pid), now_s)
+
+
 def _name_the_first_writer(node: NodeState, event: on.StoreAsked, now_s: float) -> list[do.Effect]:
     effects = _store_asked(node, event, now_s)
     return [e for e in effects if not isinstance(e, do.MarkWriting) or e.pid != UNKNOWN_PID]
@@ -391,6 +397,7 @@ PLANTED: list[tuple[type, str, Callable[..., object]]] = [
     (NodeState, "_late_writer_quiet", _believe_late_writers),
     (NodeState, "_clear_asked", _keep_what_is_being_written),
     (NodeState, "_holder_quiet", _quiet_though_unknown),
+    (NodeState, "_holder_quiet", _quiet_of_later_sessions),
     (NodeState, "_store_asked", _name_the_first_writer),
 ]
 

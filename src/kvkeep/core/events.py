@@ -74,10 +74,16 @@ class HolderLeft:
 
 @dataclass(frozen=True, slots=True)
 class HolderQuiet:
-    """Proof that no copy of this process, begun before now, is still in motion."""
+    """Proof that no copy is in motion which this process began under an earlier session."""
 
     pid: int
     """``UNKNOWN_PID`` proves nothing: others that can't be told apart share it."""
+    before_session: int | None = None
+    """The session that brought the proof; None if the process is dead and all are over.
+
+    A greeting may be read late, when the same process has given it up, opened another session and
+    writes under that one.
+    """
 
 
 @dataclass(frozen=True, slots=True)

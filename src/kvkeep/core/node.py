@@ -223,15 +223,18 @@ class NodeState:
 
     def _late_writer_quiet(self, event: on.StoreFinished) -> list[do.Effect]:
         """A lost writer reports after all: its data is refused, its slots are free."""
-        pid = event.holder.pid
-        leases = self._lost.get(pid, {})
-        lease = leases.get(event.lease_id)
+        lease = self._lost.get(event.holder.pid, {}).get(event.lease_id)
         if lease is None or lease.holder != event.holder:
             return []
-        del leases[event.lease_id]
-        if not leases:
-            del self._lost[pid]
+        self._found(lease)
         return self._quiet(lease)
+
+    def _found(self, lease: WriteLease) -> None:
+        """Forget a lost lease."""
+        leases = self._lost[lease.holder.pid]
+        del leases[lease.lease_id]
+        if not leases:
+            del self._lost[lease.holder.pid]
 
     def _quiet(self, lease: WriteLease) -> list[do.Effect]:
         effects: list[do.Effect] = []
@@ -249,12 +252,17 @@ class NodeState:
     def _holder_quiet(self, event: on.HolderQuiet, _now_s: float) -> list[do.Effect]:
         if event.pid == UNKNOWN_PID:
             return []
-        running = [lease for lease in self.writes if lease.holder.pid == event.pid]
+        before = float("inf") if event.before_session is None else event.before_session
+        mine = [lease for lease in self.writes if lease.holder.pid == event.pid]
+        running = [lease for lease in mine if lease.holder.session_id < before]
+        lost = self._lost.get(event.pid, {})
+        over = [lease for lease in lost.values() if lease.holder.session_id < before]
+        effects: list[do.Effect] = []
         for lease in running:
             self.writes.end(lease)
-        lost = self._lost.pop(event.pid, {})
-        effects: list[do.Effect] = []
-        for lease in [*running, *lost.values()]:
+        for lease in over:
+            self._found(lease)
+        for lease in [*running, *over]:
             effects += self._quiet(lease)
         for slot in self._lost_slots.pop(event.pid, []):
             slot.num_writers -= 1

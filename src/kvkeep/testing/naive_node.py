@@ -21,8 +21,8 @@ class Cell:
     committed: set[int] = field(default_factory=set)
     readers: list[int] = field(default_factory=list)
     """Read leases, one entry per pin."""
-    writers: dict[object, tuple[int, frozenset[int]]] = field(default_factory=dict)
-    """Pid and heads by lease, as long as the writer is not proven quiet."""
+    writers: dict[object, tuple[Holder, frozenset[int]]] = field(default_factory=dict)
+    """Holder and heads by lease, as long as the writer is not proven quiet."""
     expires_s: float = 0.0
     """When a listed block that is incomplete and that nobody writes is given up."""
 
@@ -104,14 +104,19 @@ class NaiveNode:
         for cell in lease.cells:
             cell.unlist()
 
-    def quiet(self, pid: int) -> None:
-        """Take in the proof that a process writes nothing that it began before."""
-        for lease_id in [id_ for id_, lease in self.writes.items() if lease.holder.pid == pid]:
+    def quiet(self, pid: int, before_session: int | None) -> None:
+        """Take in the proof that a process writes nothing that it began in earlier sessions."""
+
+        def is_over(holder: Holder) -> bool:
+            is_earlier = before_session is None or holder.session_id < before_session
+            return holder.pid == pid and is_earlier
+
+        for lease_id in [id_ for id_, lease in self.writes.items() if is_over(lease.holder)]:
             lease = self.writes.pop(lease_id)
             self.finish(lease_id, lease, [False] * len(lease.cells))
-        self.lost = {id_: lease for id_, lease in self.lost.items() if lease.holder.pid != pid}
+        self.lost = {id_: lease for id_, lease in self.lost.items() if not is_over(lease.holder)}
         for cell in self.cells.values():
-            cell.writers = {tag: who for tag, who in cell.writers.items() if who[0] != pid}
+            cell.writers = {tag: who for tag, who in cell.writers.items() if not is_over(who[0])}
 
     def pass_time(self, now_s: float) -> None:
         """End what is overdue."""
