@@ -115,8 +115,8 @@ def _run(spec: StackSpec, as_json: bool, quiet: bool) -> int:
     is_ready = False
     try:
         with _signals_raise(), Stack(spec, progress=Progress(quiet=quiet)) as stack:
-            _print(stack.record(), stack.folder, as_json)
             is_ready = True
+            _print(stack.record(), stack.folder, as_json)
             if not as_json:
                 click.echo("Ctrl-C stops it.")
             _watch(stack)
