@@ -4,7 +4,7 @@ Features are tested for, not version numbers: builds carry names of their own.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -87,6 +87,11 @@ def touch(block_pool: Any, blocks: Sequence[Any]) -> None:
 def free(block_pool: Any, blocks: Iterable[Any]) -> None:
     """Give references back; the first block is reused first."""
     block_pool.free_blocks(blocks)
+
+
+def forget(block_pool: Any, block_ids: Set[int]) -> None:
+    """Take engine blocks out of vLLM's own prefix cache; whoever holds them goes on."""
+    block_pool.evict_blocks(block_ids)
 
 
 def new_block_ids(scheduler_output: Any) -> Mapping[str, tuple[bool, tuple[list[int], ...], int]]:

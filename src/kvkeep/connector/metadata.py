@@ -26,7 +26,7 @@ class LoadJob:
 
 @dataclass(slots=True)
 class StoreJob:
-    """Blocks whose last token is computed in this step, to be copied to the pool after it."""
+    """Blocks to be copied to the pool; all ranks have computed them well."""
 
     job_id: int
     hashes: bytes
@@ -42,11 +42,13 @@ class StepMetadata(KVConnectorMetadata):
     """Of every block named here."""
     base_namespace: bytes
     """Before resets; a rank that derived another one for itself refuses the step."""
-    num_failures: int
-    """Failed loads that the scheduler side knows of. A rank that has seen more drops the stores:
-    they may have been computed from blocks that never arrived."""
+    step: int
+    """Counts up; reports name it."""
+    is_awaited: bool = False
+    """Whether blocks computed in this step wait for its report before they are stored."""
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreJob] = field(default_factory=list)
+    """Blocks of earlier steps."""
 
 
 @dataclass(slots=True)
@@ -65,6 +67,8 @@ class LoadResult:
 class StepReport(KVConnectorWorkerMetadata):
     """From the ranks to the scheduler side; merged over ranks by ``aggregate``."""
 
+    step: int = 0
+    """The step that has ended; one report holds all ranks' of the same step."""
     loads: dict[str, LoadResult] = field(default_factory=dict)
     """By request id; a block counts as loaded only if every rank loaded it."""
     finished_stores: dict[int, int] = field(default_factory=dict)
@@ -73,6 +77,7 @@ class StepReport(KVConnectorWorkerMetadata):
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """Merge another rank's report into this one."""
         assert isinstance(other, StepReport)
+        self.step = max(self.step, other.step)
         for job_id, num_ranks in other.finished_stores.items():
             self.finished_stores[job_id] = self.finished_stores.get(job_id, 0) + num_ranks
         for req_id, result in other.loads.items():

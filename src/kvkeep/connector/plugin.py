@@ -95,9 +95,14 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             ),
         )
 
-    def _guard(self, what: Callable[[], Result], otherwise: Result) -> Result:
-        """Run one hook; an exception is logged, counted, and answered with ``otherwise``."""
-        if self._num_exceptions >= FAILURES_MAX:
+    def _guard(
+        self, what: Callable[[], Result], otherwise: Result, *, is_duty: bool = False
+    ) -> Result:
+        """Run one hook; an exception is logged, counted, and answered with ``otherwise``.
+
+        What gives back blocks or leases is a duty: it runs even when kvkeep stays off.
+        """
+        if self._num_exceptions >= FAILURES_MAX and not is_duty:
             return otherwise
         try:
             return what()
@@ -150,7 +155,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             lambda: side.allocated(request, blocks, num_external_tokens), False
         )
         if not is_planned and num_external_tokens:
-            side.plan_failure(request.request_id, blocks.get_block_ids()[0])
+            side.plan_failure(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """This step's loads and stores."""
@@ -158,7 +163,8 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         if side is None:
             return StepMetadata(b"", b"", 0)
         metadata = side.build_metadata()
-        self._guard(lambda: side.plan_stores(scheduler_output, metadata), None)
+        if not self._guard(lambda: side.plan_stores(scheduler_output, metadata), False):
+            side.stop_storing()
         return metadata
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -168,8 +174,8 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             return
         report = connector_output.kv_connector_worker_meta
         report = report if isinstance(report, StepReport) else None
-        has_bad_blocks = bool(connector_output.invalid_block_ids)
-        self._guard(lambda: side.take_report(report, has_bad_blocks=has_bad_blocks), None)
+        bad_block_ids = connector_output.invalid_block_ids
+        self._guard(lambda: side.take_report(report, bad_block_ids), None, is_duty=True)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -183,7 +189,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         """Forget the request; its blocks may be freed at once: stores hold their own references."""
         side = self._scheduler
         if side is not None:
-            self._guard(lambda: side.finish_request(request), None)
+            self._guard(lambda: side.finish_request(request), None, is_duty=True)
         return False, None
 
     def has_pending_push_work(self) -> bool:
@@ -196,9 +202,15 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
 
     def reset_cache(self) -> bool | None:
         """Load nothing that was stored before; the shared pool itself is not wiped."""
-        if self._scheduler is not None:
-            self._scheduler.reset()
-        return True
+        side = self._scheduler
+        if side is None:
+            return True
+
+        def reset() -> bool:
+            side.reset()
+            return True
+
+        return self._guard(reset, False, is_duty=True)
 
     # ---- worker side
 
@@ -264,6 +276,13 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         worker = self._worker
         if not self._guard(lambda: worker.load(metadata), False):
             worker.fail_loads(metadata)
+        # Here too: vLLM 0.26 calls no ``wait_for_save`` in a step without a forward pass.
+        self._store(metadata)
+
+    def _store(self, metadata: StepMetadata) -> None:
+        worker = self._worker
+        if not self._guard(lambda: worker.store(metadata), False):
+            worker.skip_stores(metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are over when ``start_load_kv`` returns."""
@@ -272,10 +291,10 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         """Whole blocks are stored after the forward pass."""
 
     def wait_for_save(self) -> None:
-        """Hand this step's stores to their thread; nothing is waited for."""
+        """Hand the stores to their thread, if that is still to do; nothing is waited for."""
         metadata = self._get_connector_metadata()
         if isinstance(metadata, StepMetadata):
-            self._worker.store(metadata)
+            self._store(metadata)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """No transfer here outlives its step."""

@@ -2,12 +2,15 @@
 
 Nothing here waits for I/O. A question is sent when a request arrives and answered when it is
 scheduled; while the answer is on its way the request is passed over for a step and others go on.
-Runs on the engine core's one thread.
+Blocks are handed to the ranks for storing only when the step that computed them is known to have
+ended without a failed load on any rank: what is computed from a block that never arrived is wrong,
+and no digest would tell. Runs on the engine core's one thread.
 """
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,13 +48,28 @@ class _RequestState:
     """False after a failed load: what failed once is recomputed, not tried again."""
     num_local_blocks: int = 0
     """Blocks that were in the engine already when it was last looked up."""
+    may_store: bool = True
+    """False once its block ids or its names are no longer sure."""
     num_stored: int = 0
     """Leading blocks that are in the pool or on their way there."""
     block_ids: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _LoadInFlight:
+    lease: PrefixLease | None
+    """None of a load that is bound to fail."""
+    namespace: Namespace
+    first: int
+    """Of the request's blocks, the first that is loaded."""
+    num_blocks: int
+
+
 @dataclass(slots=True)
 class _StoreInFlight:
+    state: _RequestState
+    first: int
+    """Of the request's blocks, the first that is stored."""
     blocks: Sequence[Any]
     """Engine blocks, one reference on each."""
     num_ranks_left: int
@@ -83,10 +101,15 @@ class SchedulerSide:
         self._block_pool: Any = None
         self._requests: dict[str, _RequestState] = {}
         self._loads: list[LoadJob] = []
-        self._loading: dict[str, tuple[PrefixLease, LoadJob]] = {}
+        self._loading: dict[str, deque[_LoadInFlight]] = {}
+        """By request id, in the order of the reports to come."""
         self._stores: dict[int, _StoreInFlight] = {}
+        self._computing: deque[tuple[int, StoreJob]] = deque()
+        """Stores that wait for the report of the step that computes them."""
+        self._computed: list[StoreJob] = []
+        """Stores to be handed out with the next step."""
         self._job_ids = itertools.count(1)
-        self._num_failures = 0
+        self._step = 0
         self._num_pinned = 0
         self._wait_left_s = settings.lookup_wait_ms / 1e3
 
@@ -176,42 +199,68 @@ class SchedulerSide:
         if state is None:
             return not num_external_tokens
         state.is_allocated = True
-        lease, state.lease = state.lease, None
+        lease = state.lease
         if lease is None:
             return not num_external_tokens
+        if num_external_tokens:
+            first, end = self._loaded_range(state, num_external_tokens)
+            job = LoadJob(
+                req_id=request.request_id,
+                hashes=b"".join(state.hasher.hashes[first:end]),
+                slots=lease.slots[first:end],
+                block_ids=tuple(blocks.get_block_ids()[0][first:end]),
+            )
+            self._plan_load(job, lease, first)
+        else:
+            self._prefixes.release([lease])
+        state.lease = None
         # What the pool holds need not be stored again.
         state.num_stored = max(state.num_stored, len(lease.slots))
-        if not num_external_tokens:
-            self._prefixes.release([lease])
-            return True
-        first = state.num_local_blocks
-        end = first + -(-num_external_tokens // self._block_tokens)
-        job = LoadJob(
-            req_id=request.request_id,
-            hashes=b"".join(state.hasher.hashes[first:end]),
-            slots=lease.slots[first:end],
-            block_ids=tuple(blocks.get_block_ids()[0][first:end]),
-        )
-        self._loads.append(job)
-        self._loading[request.request_id] = (lease, job)
         return True
 
-    def plan_failure(self, req_id: str, block_ids: Sequence[int]) -> None:
-        """Plan a load that every rank will decline, so that vLLM computes these blocks."""
-        hashes = bytes(HASH_BYTES) * len(block_ids)
-        slots = (NO_SLOT,) * len(block_ids)
-        self._loads.append(LoadJob(req_id, hashes, slots, tuple(block_ids)))
+    def _loaded_range(self, state: _RequestState, num_external_tokens: int) -> tuple[int, int]:
+        first = state.num_local_blocks
+        return first, first + -(-num_external_tokens // self._block_tokens)
+
+    def _plan_load(self, job: LoadJob, lease: PrefixLease | None, first: int) -> None:
+        load = _LoadInFlight(lease, self._namespace, first, len(job.slots))
+        self._loads.append(job)
+        self._loading.setdefault(job.req_id, deque()).append(load)
+
+    def plan_failure(self, req_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
+        """Plan a load that every rank will decline, so that vLLM computes these blocks.
+
+        Args:
+            req_id: The request that was promised the load.
+            block_ids: All its engine blocks.
+            num_external_tokens: Tokens that vLLM counts as loaded.
+        """
+        state = self._requests.get(req_id)
+        first, end = (
+            (0, len(block_ids)) if state is None else self._loaded_range(state, num_external_tokens)
+        )
+        lost = tuple(block_ids[first:end])
+        job = LoadJob(req_id, bytes(HASH_BYTES) * len(lost), (NO_SLOT,) * len(lost), lost)
+        self._plan_load(job, None, first)
 
     # ---- one step
 
     def build_metadata(self) -> StepMetadata:
-        """This step's loads; can't fail, because vLLM counts on them."""
+        """This step's loads, and stores of earlier steps; can't fail: vLLM counts on the loads."""
         self._wait_left_s = self._settings.lookup_wait_ms / 1e3
+        self._step += 1
         loads, self._loads = self._loads, []
-        return StepMetadata(self._namespace, self._base_namespace, self._num_failures, loads)
+        stores, self._computed = self._computed, []
+        return StepMetadata(
+            self._namespace, self._base_namespace, self._step, loads=loads, stores=stores
+        )
 
-    def plan_stores(self, scheduler_output: Any, metadata: StepMetadata) -> None:
-        """Add this step's stores."""
+    def plan_stores(self, scheduler_output: Any, metadata: StepMetadata) -> bool:
+        """Note which blocks this step computes; they are stored when it has ended well.
+
+        Returns:
+            True; after an exception the block ids of some requests are not known any more.
+        """
         for req_id, found in compat.new_block_ids(scheduler_output).items():
             state = self._requests.get(req_id)
             if state is None:
@@ -222,14 +271,16 @@ class SchedulerSide:
             num_scheduled = scheduler_output.num_scheduled_tokens.get(req_id, 0)
             job = self._plan_store(state, num_computed + num_scheduled)
             if job is not None:
-                metadata.stores.append(job)
+                self._computing.append((metadata.step, job))
+                metadata.is_awaited = True
+        return True
 
     def _plan_store(self, state: _RequestState, num_tokens: int) -> StoreJob | None:
         """Blocks of which this step computes the last token, as far as the tokens are final.
 
         Tokens that are only guessed (drafts) or not known yet are not among ``all_token_ids``.
         """
-        if not (self._settings.store and self._prefixes.is_connected):
+        if not (self._settings.store and state.may_store and self._prefixes.is_connected):
             return None
         request = state.request
         first = state.num_stored
@@ -245,45 +296,94 @@ class SchedulerSide:
         compat.touch(self._block_pool, blocks)
         self._num_pinned += len(blocks)
         job_id = next(self._job_ids)
-        self._stores[job_id] = _StoreInFlight(blocks, self._num_ranks)
+        self._stores[job_id] = _StoreInFlight(state, first, blocks, self._num_ranks)
         return StoreJob(job_id, b"".join(hashes), block_ids)
 
     def _may_pin(self, num_blocks: int) -> bool:
         limit = self._block_pool.num_gpu_blocks * PINNED_SHARE_MAX
         return bool(self._num_pinned + num_blocks <= limit)
 
-    def take_report(self, report: StepReport | None, *, has_bad_blocks: bool) -> None:
-        """What the ranks did in a step that has ended."""
+    def stop_storing(self) -> None:
+        """Store nothing more of the requests in flight: their block ids are no longer sure."""
+        for state in self._requests.values():
+            state.may_store = False
+
+    def take_report(self, report: StepReport | None, bad_block_ids: Set[int]) -> None:
+        """What the ranks did in a step that has ended.
+
+        Args:
+            report: All ranks' together; None if none had anything to say.
+            bad_block_ids: Engine blocks that a load of any rank left without their content.
+        """
         if report is not None:
             for job_id, num_ranks in report.finished_stores.items():
                 self._finish_store(job_id, num_ranks)
             for req_id, result in report.loads.items():
                 self._finish_load(req_id, result)
-        if has_bad_blocks:
-            self._num_failures += 1
+        if bad_block_ids:
+            self._contain(bad_block_ids)
+            # A step that was planned before this report may have gone on from the same blocks.
+            self._discard_computing()
+        elif report is not None:
+            while self._computing and self._computing[0][0] <= report.step:
+                self._computed.append(self._computing.popleft()[1])
+
+    def _contain(self, bad_block_ids: Set[int]) -> None:
+        """See to it that nobody reads a block that never arrived before it is computed.
+
+        vLLM cuts back the request that was to load it and counts on it to compute the block. It
+        leaves the block in its prefix cache all the while, and other requests that share it go on
+        as if it were there; they read garbage if the first computes in several steps, or not at
+        all because it is aborted (vllm 0.26 to 0.33, v1/core/sched/scheduler.py,
+        _update_requests_with_invalid_blocks; vllm-project/vllm issue 49250).
+        """
+        suspects: set[int] = set(bad_block_ids)
+        for state in self._requests.values():
+            ids = state.block_ids
+            idx = next((i for i, block_id in enumerate(ids) if block_id in bad_block_ids), None)
+            if idx is None:
+                continue
+            suspects.update(ids[idx:])
+            request = state.request
+            request.num_computed_tokens = min(request.num_computed_tokens, idx * self._block_tokens)
+            state.num_stored = min(state.num_stored, idx)
+        if self._block_pool is not None:
+            compat.forget(self._block_pool, suspects)
+
+    def _discard_computing(self) -> None:
+        """Give up stores whose blocks may be wrong; what is computed anew is planned anew."""
+        while self._computing:
+            _, job = self._computing.popleft()
+            store = self._stores[job.job_id]
+            store.state.num_stored = min(store.state.num_stored, store.first)
+            self._give_back(job.job_id)
 
     def _finish_store(self, job_id: int, num_ranks: int) -> None:
         store = self._stores.get(job_id)
         if store is None:
             return
         store.num_ranks_left -= num_ranks
-        if store.num_ranks_left > 0:
-            return
-        del self._stores[job_id]
+        if store.num_ranks_left <= 0:
+            self._give_back(job_id)
+
+    def _give_back(self, job_id: int) -> None:
+        store = self._stores.pop(job_id)
         self._num_pinned -= len(store.blocks)
         # The tail of a prefix is reused before its head.
         compat.free(self._block_pool, reversed(store.blocks))
 
     def _finish_load(self, req_id: str, result: LoadResult) -> None:
-        found = self._loading.pop(req_id, None)
-        if found is None:
+        loads = self._loading.get(req_id)
+        if not loads:
             return
-        lease, job = found
+        load = loads.popleft()
+        if not loads:
+            del self._loading[req_id]
         if result.corrupt_hashes:
             corrupt = [BlockHash(block_hash) for block_hash in result.corrupt_hashes]
-            self._prefixes.report_corrupt(self._namespace, 0, corrupt)
+            self._prefixes.report_corrupt(load.namespace, 0, corrupt)
         self._prefixes.release(
-            [lease],
+            [] if load.lease is None else [load.lease],
             num_loaded=result.num_loaded,
             num_failed=len(result.bad_blocks),
             load_us=result.load_us,
@@ -292,11 +392,10 @@ class SchedulerSide:
         if state is not None and result.bad_blocks:
             state.may_load = False
             # From the first bad block on, vLLM computes again, and what it computes is stored.
-            first_bad = result.bad_blocks[0] + state.num_local_blocks
-            state.num_stored = min(state.num_stored, first_bad)
+            state.num_stored = min(state.num_stored, load.first + result.bad_blocks[0])
             log.warning(
                 "kvkeep: %d of %d blocks could not be loaded and are computed. request=%s",
-                len(result.bad_blocks), len(job.slots), req_id,
+                len(result.bad_blocks), load.num_blocks, req_id,
             )  # fmt: skip
 
     # ---- the end
@@ -319,11 +418,14 @@ class SchedulerSide:
         """
         self._num_resets += 1
         self._namespace = self._reset_namespace(self._num_resets)
+        self._discard_computing()
+        for job in self._computed:
+            self._give_back(job.job_id)
+        self._computed = []
         for state in self._requests.values():
             self._drop_lease(state)
             # Requests in flight neither load nor store under the old names.
-            state.may_load = False
-            state.num_stored = 1 << 60
+            state.may_load = state.may_store = False
 
     def close(self) -> None:
         """End the session with the daemon."""
@@ -348,6 +450,9 @@ def _extras(request: Any) -> dict[str, str]:
         raise Unsupported("prompts given as embeddings have no token ids")
     if getattr(request, "mm_features", None):
         raise Unsupported("media in prompts are not supported yet")
+    if getattr(request, "resumable", False):
+        # vLLM takes back the last token of such a request when its next piece arrives.
+        raise Unsupported("prompts that arrive in pieces are not supported")
     extras = {}
     if request.cache_salt:
         extras["salt"] = str(request.cache_salt)

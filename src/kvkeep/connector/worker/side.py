@@ -44,7 +44,6 @@ class WorkerSide:
         self._clock = clock
         self._stores = StoreThread(attachment, mover, memory, clock, lease_s=lease_s)
         self._bad_block_ids: set[int] = set()
-        self._num_failures = 0
         self._report = StepReport()
         self._done: StepMetadata | None = None
         self._failed_pool: MappedPool | None = None
@@ -58,13 +57,16 @@ class WorkerSide:
             return None
         if pool.is_proven:
             return pool
-        try:
-            run_canary(self._memory, self._mover, pool.view, pool.canary_slot)
-        except CorruptDataError as error:
-            # Not the pool's fault alone: this engine and this pool don't fit. Neither is used.
-            log.error("kvkeep is switched off: %s", error)  # noqa: TRY400 - no trace helps here
-            self._failed_pool = pool
-            return None
+        with self._attachment.copying(pool.connection) as may_begin:
+            if not may_begin:
+                return None
+            try:
+                run_canary(self._memory, self._mover, pool.view, pool.canary_slot)
+            except CorruptDataError as error:
+                # Not the pool's fault alone: this engine and this pool don't fit. Neither is used.
+                log.error("kvkeep is switched off: %s", error)  # noqa: TRY400 - no trace helps here
+                self._failed_pool = pool
+                return None
         pool.is_proven = True
         return pool
 
@@ -79,6 +81,7 @@ class WorkerSide:
         if metadata is self._done:
             return True
         self._done = metadata
+        self._report.step = metadata.step
         if self._attachment.pool is not None:
             self.prove_pool()
         if not metadata.loads:
@@ -95,8 +98,6 @@ class WorkerSide:
                 corrupt_hashes=corrupt,
                 load_us=load_us // len(metadata.loads),
             )
-        if self._bad_block_ids:
-            self._num_failures += 1
         return True
 
     def _load_job(self, metadata: StepMetadata, job: LoadJob) -> tuple[list[bool], list[bytes]]:
@@ -120,8 +121,11 @@ class WorkerSide:
         if not readable.all():
             num_blocks = int(np.argmin(readable))
         landed = self._copy(pool, job, digests, num_blocks)
-        corrupt = [bytes(hashes[idx]) for idx in range(num_blocks) if not landed[idx]]
-        return landed + [False] * (len(hashes) - num_blocks), corrupt
+        corrupt = [idx for idx, is_ok in enumerate(landed) if not is_ok]
+        # What was lent and is not there would be lent again and again: it counts as corrupt too.
+        corrupt += np.flatnonzero(~readable).tolist()
+        landed += [False] * (len(hashes) - num_blocks)
+        return landed, [bytes(hashes[idx]) for idx in corrupt]
 
     def _copy(self, pool: MappedPool, job: LoadJob, digests: Any, num_blocks: int) -> list[bool]:
         if not num_blocks:
@@ -137,7 +141,7 @@ class WorkerSide:
         for job in metadata.loads:
             self._bad_block_ids.update(job.block_ids)
             self._report.loads[job.req_id] = LoadResult(0, list(range(len(job.slots))), [], 0)
-        self._num_failures += bool(metadata.loads)
+        self._report.step = metadata.step
 
     def take_bad_block_ids(self) -> set[int]:
         """Engine blocks that a load left without their content; vLLM computes them."""
@@ -146,31 +150,33 @@ class WorkerSide:
 
     # ---- storing
 
-    def store(self, metadata: StepMetadata) -> None:
-        """Queue this step's stores; its forward pass has been launched.
+    def store(self, metadata: StepMetadata) -> bool:
+        """Queue the stores handed out with this step; an earlier one has computed their blocks.
 
-        Where a load failed, this step's other blocks may have been computed from what was not
-        there. Until the scheduler side has taken note, nothing is stored.
+        Returns:
+            True: every store is queued, or skipped and will be reported.
         """
-        may_store = (
-            metadata.num_failures >= self._num_failures
-            and metadata.base_namespace == self._namespace
-            and self._memory.is_writer
-        )
-        after = self._mover.snapshot() if metadata.stores else None
-        for job in metadata.stores:
-            if may_store:
-                self._stores.submit(job, metadata.namespace, after)
-            else:
-                self._stores.skip(job)
-        metadata.stores = []
+        if not metadata.stores:
+            return True
+        after = self._mover.snapshot()
+        if metadata.base_namespace != self._namespace or not self._memory.is_writer:
+            self.skip_stores(metadata)
+        while metadata.stores:
+            self._stores.submit(metadata.stores.pop(0), metadata.namespace, after)
+        return True
+
+    def skip_stores(self, metadata: StepMetadata) -> None:
+        """Report the stores of this step that are not queued yet, without storing anything."""
+        while metadata.stores:
+            self._stores.skip(metadata.stores.pop(0))
 
     def take_report(self) -> StepReport | None:
-        """What happened since the last report, if anything did."""
-        report, self._report = self._report, StepReport()
+        """What happened since the last report, if anything did or is waited for."""
+        report, self._report = self._report, StepReport(self._report.step)
         for job_id in self._stores.poll():
             report.finished_stores[job_id] = 1
-        return report if report.loads or report.finished_stores else None
+        is_awaited = self._done is not None and self._done.is_awaited
+        return report if report.loads or report.finished_stores or is_awaited else None
 
     def close(self) -> None:
         """Stop copying and end the session."""
@@ -184,6 +190,7 @@ class IdleWorkerSide:
     def __init__(self) -> None:
         self._bad_block_ids: set[int] = set()
         self._report = StepReport()
+        self._is_awaited = False
 
     def load(self, metadata: StepMetadata) -> bool:
         """Decline the loads."""
@@ -196,9 +203,16 @@ class IdleWorkerSide:
             self._bad_block_ids.update(job.block_ids)
             self._report.loads[job.req_id] = LoadResult(0, list(range(len(job.slots))), [], 0)
         metadata.loads = []
+        self._report.step = metadata.step
+        self._is_awaited = metadata.is_awaited
 
-    def store(self, metadata: StepMetadata) -> None:
+    def store(self, metadata: StepMetadata) -> bool:
         """Decline the stores."""
+        self.skip_stores(metadata)
+        return True
+
+    def skip_stores(self, metadata: StepMetadata) -> None:
+        """Report every store as over, once."""
         for job in metadata.stores:
             self._report.finished_stores[job.job_id] = 1
         metadata.stores = []
@@ -210,8 +224,9 @@ class IdleWorkerSide:
 
     def take_report(self) -> StepReport | None:
         """What was declined since the last report."""
-        report, self._report = self._report, StepReport()
-        return report if report.loads or report.finished_stores else None
+        report, self._report = self._report, StepReport(self._report.step)
+        is_news = report.loads or report.finished_stores or self._is_awaited
+        return report if is_news else None
 
     def close(self) -> None:
         """Nothing to stop."""
