@@ -72,6 +72,12 @@ class StoreThread:
 
     def poll(self) -> list[int]:
         """Jobs that ended since the last call, stored or not."""
+        if not self._thread.is_alive():
+            # Something unforeseen ended it; what was still to come is over too.
+            while not self._queue.empty():
+                queued = self._queue.get_nowait()
+                if queued is not None:
+                    self._finished.append(queued.job.job_id)
         ended = []
         while self._finished:
             ended.append(self._finished.popleft())
