@@ -5,6 +5,7 @@ namespace it did not derive itself. Where the weights can't be named by their by
 holds a number drawn at this start, so that nothing is shared rather than something wrong.
 """
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -14,7 +15,7 @@ import vllm
 
 from kvkeep.connector import compat
 from kvkeep.connector.settings import ConnectorSettings
-from kvkeep.connector.weights import digest_folder, find_weights
+from kvkeep.connector.weights import digest_folder, find_weights, has_weights
 from kvkeep.model.errors import InputError
 from kvkeep.model.ids import Namespace
 from kvkeep.model.layout import KvLayout, derive_namespace
@@ -105,15 +106,21 @@ def _weights_identity(vllm_config: Any) -> str:
 
 
 def lora_identity(request: Any) -> str:
-    """What a request's LoRA adapter is: the bytes of its files.
+    """What a request's LoRA adapter is: the bytes of its weights and of its configuration.
 
     Raises:
         Unsupported: The adapter can't be read; its KV must not be kept.
     """
     path = Path(str(request.lora_path))
-    if not path.is_dir():
-        raise Unsupported("a LoRA adapter that is not a local folder can't be identified")
-    return digest_folder(path)
+    try:
+        # It holds the scale by which the weights count.
+        config = (path / "adapter_config.json").read_bytes()
+        weights = digest_folder(path) if has_weights(path) else None
+    except OSError as error:
+        raise Unsupported(f"a LoRA adapter can't be read: {error}") from error
+    if weights is None:
+        raise Unsupported("a LoRA adapter without weight files can't be identified")
+    return f"{weights} {hashlib.blake2b(config, digest_size=16).hexdigest()}"
 
 
 def check_policy(vllm_config: Any, settings: ConnectorSettings) -> None:

@@ -32,7 +32,12 @@ def find_weights(model: str, revision: str | None) -> Path | None:
             folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
-    return folder if _weight_files(folder) else None
+    return folder if has_weights(folder) else None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weight files: without one its digest says nothing."""
+    return bool(_weight_files(folder))
 
 
 def _weight_files(folder: Path) -> list[Path]:
