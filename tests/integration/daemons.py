@@ -157,7 +157,14 @@ class Daemon:
 
 def arguments(settings: Mapping[str, object]) -> list[str]:
     """Settings as flags."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag}={value}")
+    return flags
 
 
 def spawn(settings: Mapping[str, object], log: Path) -> "subprocess.Popen[bytes]":

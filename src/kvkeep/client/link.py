@@ -71,7 +71,7 @@ class Link:
             self.connection = None
             self._found.clear()
             connection.close()
-        log.warning("kvkeep daemon lost, going on without: %s", reason)
+        log.warning("kvkeep daemon lost, going on without: %s", str(reason))
         self._wanted.set()
 
     def close(self) -> None:

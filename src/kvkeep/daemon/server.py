@@ -197,9 +197,8 @@ class SessionProtocol(asyncio.Protocol):
         self._role, self._engine_id = "worker", message.engine_id
         self._shell.num_workers += 1
         if self._speaks_for_process():
-            self._shell.handle(on.HolderQuiet(self._holder.pid))
-        if self._holder.pid:
-            self._shell.watch(self._holder.pid)
+            self._shell.handle(on.HolderQuiet(self._holder.pid, self._holder.session_id))
+        self._shell.add_writer(self._holder.pid)
 
     def _speaks_for_process(self) -> bool:
         """Whether this worker's greeting proves that no copy of its process is in motion.

@@ -16,6 +16,7 @@ from kvkeep.core.eviction.lru import LruPolicy
 from kvkeep.core.node import NodeState
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InvariantError, RefusedError
+from kvkeep.model.ids import UNKNOWN_PID
 from kvkeep.model.layout import KvLayout
 from kvkeep.tiers.shared_memory import PoolFile
 from kvkeep.tiers.slot_header import SlotState
@@ -34,6 +35,8 @@ class Shell:
         self._clock = clock
         self._watched: dict[int, int] = {}
         """Descriptors of the processes waited for, by pid."""
+        self._writers: set[int] = set()
+        """Processes that may be writing; the pool lists them for a daemon after this one."""
         self.num_workers = 0
         """Sessions of workers; while there is one, the pool keeps its layout."""
 
@@ -79,9 +82,12 @@ class Shell:
         found = list(self.pool.scan())
         intact = find_intact([slot for slot, h in found if h and h.state is SlotState.READY])
         num_dropped = 0
+        writers = self.pool.find_writers()
         for slot, header in found:
             if header is not None and header.state is SlotState.WRITING:
-                self.handle(on.WriteRecovered(slot, header.pid))
+                # Several ranks fill one slot; which ones, its header can't say.
+                for pid in writers if header.pid == UNKNOWN_PID else [header.pid]:
+                    self.handle(on.WriteRecovered(slot, pid))
             elif header is not None and header.key is not None and slot in intact:
                 self.handle(on.BlockRecovered(header.key, slot))
             else:
@@ -129,8 +135,15 @@ class Shell:
 
     # ---- processes
 
+    def add_writer(self, pid: int) -> None:
+        """Take note of a worker before it is lent anything."""
+        self._writers.add(pid)
+        self.pool.note_writers(self._writers)
+        if pid != UNKNOWN_PID:
+            self.watch(pid)
+
     def watch(self, pid: int) -> None:
-        """Take note of a process's end, which proves that it writes no more.
+        """Wait for the end of a process, which proves that it writes no more.
 
         A worker is watched from its greeting on: later its number may be another process's.
         """
@@ -156,7 +169,9 @@ class Shell:
         self._quiet(pid)
 
     def _quiet(self, pid: int) -> None:
-        log.info("writer is quiet. pid=%d", pid)
+        log.info("process has ended. pid=%d", pid)
+        self._writers.discard(pid)
+        self.pool.note_writers(self._writers)
         self.handle(on.HolderQuiet(pid))
 
     def close(self) -> None:

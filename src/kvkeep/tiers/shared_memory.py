@@ -17,7 +17,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,6 +51,9 @@ _FILE_FIELDS = struct.Struct("<16s16sQI")
 """Magic, pool id, generation, length of the JSON that follows."""
 _FILE_CHECK = struct.Struct("<Q")
 """XXH3-64 of the fields and the JSON, behind them."""
+_WRITERS_OFFSET = FILE_HEADER_BYTES // 2
+"""Where, in the first page, the processes are listed that may be writing."""
+WRITERS_MAX = (FILE_HEADER_BYTES - _WRITERS_OFFSET - _FILE_CHECK.size) // 4 - 1
 SLOTS_MAX = 1 << 20
 """A terabyte of blocks of a megabyte; the ledger keeps some hundred bytes on each."""
 _ALIGN = 2 << 20
@@ -242,7 +245,7 @@ def _read_file_header(fd: int) -> _FileHeader | None:
     if magic.rstrip(b"\0") != _FILE_MAGIC.rstrip(b"\0"):
         return None
     end = _FILE_FIELDS.size + length
-    if end + _FILE_CHECK.size > FILE_HEADER_BYTES:
+    if end + _FILE_CHECK.size > _WRITERS_OFFSET:
         return None
     if _FILE_CHECK.unpack_from(page, end)[0] != xxhash.xxh3_64_intdigest(page[:end]):
         return None
@@ -368,6 +371,25 @@ class PoolFile:
             self._mapping[start:behind] = pack_header(header, digests)
         else:
             self._mapping[start:behind] = pack_header(header)
+
+    def note_writers(self, pids: Collection[int]) -> None:
+        """List the processes that may be writing, for a daemon that comes after a crash."""
+        known = sorted(pids) if len(pids) <= WRITERS_MAX else [0]
+        data = struct.pack(f"<{len(known) + 1}I", len(known), *known)
+        data += _FILE_CHECK.pack(xxhash.xxh3_64_intdigest(data))
+        self._mapping[_WRITERS_OFFSET : _WRITERS_OFFSET + len(data)] = data
+
+    def find_writers(self) -> list[int]:
+        """The processes last listed; ``[0]`` if the list is rotten or was too long."""
+        (count,) = struct.unpack_from("<I", self._mapping, _WRITERS_OFFSET)
+        if count > WRITERS_MAX:
+            return [0]
+        end = _WRITERS_OFFSET + 4 * (count + 1)
+        data = self._mapping[_WRITERS_OFFSET:end]
+        (check,) = _FILE_CHECK.unpack_from(self._mapping, end)
+        if check != xxhash.xxh3_64_intdigest(data):
+            return [0]
+        return list(struct.unpack_from(f"<{count}I", data, 4))
 
     def scan(self) -> Iterator[tuple[int, SlotHeader | None]]:
         """Every slot that was written to, oldest header first; None for a header that is rotten."""
