@@ -1,8 +1,9 @@
 """Runs the benchmarks: `make bench`, or `make bench ONLY=name` for one.
 
-A benchmark is a module beside this one with a function ``main``; run as a program it prints one JSON
-line per figure (``figures.emit``). Each runs in a process of its own, so that none measures
-another's memory and threads. The exit status says whether the figures could be taken, never whether targets were met.
+A benchmark is a module beside this one with a function ``main``; run as a program it prints one
+JSON line per figure (``figures.emit``). Each runs in a process of its own, so that none measures
+another's memory and threads. The exit status says whether the figures could be taken, never
+whether targets were met.
 """
 
 import argparse
