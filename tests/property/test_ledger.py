@@ -224,8 +224,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for lease_id in lost:
             self.model.lose(lease_id)
 
-    @rule(pid=st.sampled_from([*PIDS, UNKNOWN_PID]), session=st.none() | st.integers(1, 20))
-    def quiet(self, pid: int, session: int | None) -> None:
+    @rule(pid=st.sampled_from([*PIDS, UNKNOWN_PID]), sessions_ago=st.none() | st.integers(-1, 2))
+    def quiet(self, pid: int, sessions_ago: int | None) -> None:
+        session = None if sessions_ago is None else self.num_sessions - sessions_ago
         self.handle(on.HolderQuiet(pid, session))
         self.model.quiet(pid, session)
 

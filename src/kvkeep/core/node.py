@@ -296,11 +296,11 @@ class NodeState:
         return effects
 
     def _blocks_found_corrupt(self, event: on.BlocksFoundCorrupt, _now_s: float) -> list[do.Effect]:
-        keys = (BlockKey(event.namespace, h, event.group_idx) for h in event.hashes)
-        found = [self.ledger.find(key) for key in keys]
+        hashes = dict.fromkeys(event.hashes)
+        found = [self.ledger.find(BlockKey(event.namespace, h, event.group_idx)) for h in hashes]
         bad = [slot for slot in found if slot is not None and slot.state is BlockState.READY]
         self.counters["blocks_corrupt"] += len(bad)
-        return self._doom(dict.fromkeys(bad))
+        return self._doom(bad)
 
     def _clear_asked(self, event: on.ClearAsked, _now_s: float) -> list[do.Effect]:
         ready, writing = self.ledger.ready_slots(), self.ledger.writing_slots()
