@@ -268,7 +268,7 @@ def run_job(
 
 
 class _Shown:
-    """Progress as one bar per phase."""
+    """Progress as one bar per phase; without a terminal, as one line per phase."""
 
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
@@ -278,6 +278,8 @@ class _Shown:
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=total)
         self._bars.update(self._tasks[phase], completed=done)
+        if done == total and not self._bars.console.is_terminal:
+            self._bars.console.print(f"{phase}: {total} answered")
 
 
 def _names(text: str | None) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.stack.precedence import ENVIRONMENT as STACK_ENVIRONMENT
 from kvkeep.stack.precedence import load_spec, make_spec
 from kvkeep.stack.progress import Progress
@@ -81,24 +82,33 @@ def started(spec: StackSpec, *, quiet: bool = False) -> Iterator[Started]:
     """Use the stack of this name if it is up, else start it and stop it at the end.
 
     Raises:
-        InputError: It can't run here.
-        UnavailableError: It did not start.
+        InputError: It can't run here, or did not start: there is nothing to check.
     """
     record = read_record(spec.state_path)
     if record is not None and record.state == "ready" and record.supervisor.is_alive():
         yield Started(_addresses(spec, _urls_of(record), _daemon_of(record)), None)
         return
-    with Stack(spec, progress=Progress(quiet=quiet)) as stack:
-        urls = {name: engine.url for name, engine in stack.engines.items()}
-        metrics_url = stack.daemon.metrics_url if stack.has_daemon else None
-        engine = stack.engines[_big_engines(spec)[0].name]
+    stack = Stack(spec, progress=Progress(quiet=quiet))
+    try:
+        stack.start()
+    except UnavailableError as error:
+        raise InputError(str(error)) from error
+    try:
+        yield _started(spec, stack)
+    finally:
+        stack.stop()
 
-        async def restart() -> None:
-            await asyncio.to_thread(engine.restart)
 
-        yield Started(
-            _addresses(spec, urls, metrics_url), restart if engine.process is not None else None
-        )
+def _started(spec: StackSpec, stack: Stack) -> Started:
+    urls = {name: engine.url for name, engine in stack.engines.items()}
+    metrics_url = stack.daemon.metrics_url if stack.has_daemon else None
+    engine = stack.engines[_big_engines(spec)[0].name]
+
+    async def restart() -> None:
+        await asyncio.to_thread(engine.restart)
+
+    addresses = _addresses(spec, urls, metrics_url)
+    return Started(addresses, restart if engine.process is not None else None)
 
 
 def _urls_of(record: StackRecord) -> dict[str, str]:
