@@ -1,0 +1,83 @@
+"""What docs/ says about messages and states is what the code says."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import pytest
+
+from kvkeep.core import blocks
+from kvkeep.protocol import messages as m
+from kvkeep.protocol import session
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "generate_docs.py"
+DOCUMENTS = {"docs/protocol.md": 5, "docs/states.md": 2}
+"""Documents and how many generated parts each has at least."""
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    """The script as a module, importable under the name that the marks use."""
+    spec = importlib.util.spec_from_file_location("scripts.generate_docs", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_generated_parts_are_up_to_date(
+    name: str, generator: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made anew, a document is what it was."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    text = (ROOT / name).read_text()
+
+    assert len(generator.PART.findall(text)) >= DOCUMENTS[name]
+    assert generator.refreshed(text) == text
+
+
+def test_a_stale_part_is_found(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that says something else does not pass as up to date."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    text = (ROOT / "docs/states.md").read_text().replace("| writing | write failed | free |", "")
+
+    assert "| writing | write failed | free |" in generator.refreshed(text)
+
+
+def test_the_script_finds_nothing_to_do() -> None:
+    """Run as a person runs it, the script says that all is up to date."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False
+    )
+
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+def test_every_message_and_field_is_described() -> None:
+    """No message is missing from the document, and no field of one."""
+    text = (ROOT / "docs/protocol.md").read_text()
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", text, flags=re.S | re.M))
+    kinds = [*get_args(m.ToDaemon), *get_args(m.ToClient)]
+
+    assert {kind.__name__ for kind in kinds} <= set(sections)
+    for kind in kinds:
+        for field in kind.__struct_fields__:
+            assert f"| `{field}` |" in sections[kind.__name__]
+
+
+def test_every_move_is_described() -> None:
+    """Each row of the tables of states is a row of the document."""
+    text = (ROOT / "docs/states.md").read_text()
+    for state, row in blocks.TRANSITIONS.items():
+        for move, after in row.items():
+            assert f"| {state.value} | {move.value} | {after.value} |" in text
+    for before, messages in session.TRANSITIONS.items():
+        for kind, then in messages.items():
+            assert f"| {before.value} | {kind.__name__} | {then.value} |" in text
