@@ -11,7 +11,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 import kvkeep
-from kvkeep.core.blocks import BlockState
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import Clock
 
@@ -41,6 +40,21 @@ COUNTERS = {
 }
 """Name to help text; all are monotone integers. Prometheus adds ``kvkeep_`` and ``_total``."""
 
+GAUGES = {
+    "slots": "places for a block in the pool",
+    "slots_free": "slots that can be written at once",
+    "slots_writing": "slots that are being filled, one per worker for its canary among them",
+    "slots_ready": "slots with a readable block",
+    "slots_doomed": "slots whose block is gone for new readers and still lent to earlier ones",
+    "slots_fenced": "slots out of use until their writer is proven quiet",
+    "read_leases": "leases for reading that run",
+    "write_leases": "leases for writing that run",
+    "workers": "sessions of workers, one per rank",
+    "sessions": "sessions of any kind",
+    "uptime_s": "seconds since the daemon started",
+}
+"""Name to help text."""
+
 
 class Metrics(Collector):
     """Counts, and renders what it and the ledger counted."""
@@ -50,6 +64,8 @@ class Metrics(Collector):
         self._clock = clock
         self._begun_s = clock.now_s()
         self._own = dict.fromkeys(COUNTERS, 0)
+        self.num_sessions = 0
+        """Kept by the server."""
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to one of the daemon's own counters."""
@@ -82,13 +98,14 @@ class Metrics(Collector):
     def gauges(self) -> dict[str, float]:
         """What stands now: slots by state, leases, sessions' time."""
         node, geometry = self._shell.node, self._shell.pool.geometry
-        values = {f"slots_{state.value}": 0.0 for state in BlockState}
-        values |= {"slots": 0.0, "read_leases": 0.0, "write_leases": 0.0}
+        values = dict.fromkeys(GAUGES, 0.0)
         if node is not None and geometry is not None:
             values |= {f"slots_{s.value}": float(n) for s, n in node.ledger.num_by_state.items()}
             values["slots"] = float(geometry.num_slots)
             values["read_leases"] = float(len(node.reads))
             values["write_leases"] = float(len(node.writes))
+        values["workers"] = float(self._shell.num_workers)
+        values["sessions"] = float(self.num_sessions)
         values["uptime_s"] = self._clock.now_s() - self._begun_s
         return values
 
@@ -122,4 +139,4 @@ class Metrics(Collector):
         for name, text in COUNTERS.items():
             yield CounterMetricFamily(f"kvkeep_{name}", text, value=values[name])
         for name, value in self.gauges().items():
-            yield GaugeMetricFamily(f"kvkeep_{name}", name.replace("_", " "), value=value)
+            yield GaugeMetricFamily(f"kvkeep_{name}", GAUGES[name], value=value)

@@ -83,6 +83,7 @@ class SessionProtocol(asyncio.Protocol):
         pid, uid, _ = _CREDENTIALS.unpack(data)
         self._holder = Holder(self._server.next_session_id(), pid)
         self._server.sessions.add(self)
+        self._server.metrics.num_sessions = len(self._server.sessions)
         if uid not in (0, os.getuid()):
             self._refuse(f"this daemon serves user {os.getuid()} only: run as that user")
         elif len(self._server.sessions) > self._server.settings.sessions_max:
@@ -105,6 +106,7 @@ class SessionProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Take back what the session held."""
         self._server.sessions.discard(self)
+        self._server.metrics.num_sessions = len(self._server.sessions)
         if self._role == "worker":
             self._shell.num_workers -= 1
         self._shell.handle(on.HolderLeft(self._holder))

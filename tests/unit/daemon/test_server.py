@@ -1,0 +1,238 @@
+"""Sessions without sockets: a transport that only takes notes."""
+
+import os
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from kvkeep.daemon.metrics import Metrics
+from kvkeep.daemon.server import WRITE_BUFFER_BYTES_MAX, Server, SessionProtocol
+from kvkeep.daemon.settings import DaemonSettings
+from kvkeep.daemon.shell import Shell
+from kvkeep.model.clock import SystemClock
+from kvkeep.protocol import messages as m
+from kvkeep.protocol.codec import decode_to_client, encode
+from kvkeep.protocol.frames import FrameReader
+from kvkeep.protocol.versions import VERSION
+from kvkeep.tiers.shared_memory import PoolFile
+
+NAMESPACE = b"n" * 32
+HASHES = b"".join(bytes([number]) * 32 for number in range(4))
+LAYOUT = m.Layout(2, 2, 512, 16, "bfloat16", "test")
+
+
+class NotingTransport:
+    """Everything an asyncio transport is to a session."""
+
+    def __init__(self, pid: int, uid: int) -> None:
+        self._credentials = struct.pack("3i", pid, uid, 0)
+        self._frames = FrameReader()
+        self.said: list[m.ToClient] = []
+        self.is_closed = self.is_aborted = False
+        self.num_unread_bytes = 0
+
+    def get_extra_info(self, _name: str) -> "NotingTransport":
+        """In place of the socket."""
+        return self
+
+    def getsockopt(self, *_: int) -> bytes:
+        """Who the kernel says is there."""
+        return self._credentials
+
+    def get_write_buffer_size(self) -> int:
+        """What the client has not read."""
+        return self.num_unread_bytes
+
+    def write(self, data: bytes) -> None:
+        """Take note."""
+        self.said += [decode_to_client(payload) for payload in self._frames.feed(data)]
+
+    def is_closing(self) -> bool:
+        """Whether it is over."""
+        return self.is_closed or self.is_aborted
+
+    def close(self) -> None:
+        """Take note."""
+        self.is_closed = True
+
+    def abort(self) -> None:
+        """Take note."""
+        self.is_aborted = True
+
+
+class Client:
+    """The other end of a session."""
+
+    def __init__(self, server: Server, pid: int | None = None, uid: int | None = None) -> None:
+        self.transport = NotingTransport(
+            os.getpid() if pid is None else pid, os.getuid() if uid is None else uid
+        )
+        self.session = SessionProtocol(server)
+        self.session.connection_made(cast(Any, self.transport))
+
+    def say(self, *messages: m.Message) -> list[m.ToClient]:
+        """Send messages at once; returns the answers."""
+        before = len(self.transport.said)
+        self.session.data_received(b"".join(encode(message) for message in messages))
+        return self.transport.said[before:]
+
+    def greet(self, role: str = "worker", engine_id: str = "one") -> m.Welcome:
+        """Open the session."""
+        (answer,) = self.say(
+            m.Hello(VERSION, role, engine_id, LAYOUT if role == "worker" else None)
+        )
+        assert isinstance(answer, m.Welcome)
+        return answer
+
+    def reserve(self) -> m.Reserved:
+        """Ask for four slots."""
+        (answer,) = self.say(m.Reserve(1, NAMESPACE, 0, HASHES, 0, 2, 30.0))
+        assert isinstance(answer, m.Reserved)
+        return answer
+
+    def commit(self, reserved: m.Reserved) -> m.Committed:
+        """Say that they are filled."""
+        (answer,) = self.say(m.Commit(2, reserved.lease_id, b"\1" * 4))
+        assert isinstance(answer, m.Committed)
+        return answer
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server with an empty pool."""
+    clock = SystemClock()
+    shell = Shell(PoolFile.open(tmp_path / "pool", 3 << 20), clock)
+    yield Server(DaemonSettings(sessions_max=3), shell, clock, Metrics(shell, clock))
+    shell.close()
+
+
+async def test_blocks_are_lent_after_they_were_committed(server: Server) -> None:
+    """A whole life: reserved, committed, lent, given back and counted."""
+    worker, reader = Client(server), Client(server)
+    worker.greet()
+    reader.greet("scheduler")
+    assert worker.commit(worker.reserve()) == m.Committed(2, 4, is_fenced=False)
+
+    (answer,) = reader.say(m.Acquire(1, NAMESPACE, 0, HASHES, 30.0))
+    assert isinstance(answer, m.Acquired)
+    assert len(answer.slots) == 16
+    assert reader.say(m.Release([answer.lease_id], 3, 1, 50)) == []
+    counters = server.metrics.counters()
+    assert (counters["blocks_loaded"], counters["load_failures"]) == (3, 1)
+    assert counters["bytes_loaded"] == 3 * 2048
+    assert server.metrics.gauges()["read_leases"] == 0
+
+
+async def test_a_session_that_ends_gives_everything_back(server: Server) -> None:
+    """Its read leases end, and so does its count."""
+    worker, reader = Client(server), Client(server)
+    worker.greet()
+    worker.commit(worker.reserve())
+    reader.greet("scheduler")
+    reader.say(m.Acquire(1, NAMESPACE, 0, HASHES, 30.0))
+    assert server.metrics.gauges()["read_leases"] == 1
+    reader.session.connection_lost(None)
+
+    gauges = server.metrics.gauges()
+    assert (gauges["read_leases"], gauges["sessions"], gauges["workers"]) == (0, 1, 1)
+
+
+async def test_strangers_are_refused(server: Server) -> None:
+    """Another user gets one sentence, and what he says is not read."""
+    stranger = Client(server, uid=12345)
+    assert stranger.say(m.Ping(1)) == []
+
+    (answer,) = stranger.transport.said
+    assert isinstance(answer, m.Refused)
+    assert "run as that user" in answer.reason
+    assert stranger.transport.is_closed
+
+
+async def test_one_session_too_many_is_refused(server: Server) -> None:
+    """The others stay."""
+    clients = [Client(server) for _ in range(4)]
+
+    assert [client.transport.is_closed for client in clients] == [False] * 3 + [True]
+
+
+async def test_nothing_behind_a_refusal_is_carried_out(server: Server) -> None:
+    """Messages in the same bytes are dropped with their session."""
+    client = Client(server)
+    client.greet("tool")
+    answers = client.say(m.Ping(1), m.Hello(VERSION, "tool", "x"), m.Ping(2), m.Ping(3))
+
+    assert [type(answer) for answer in answers] == [m.Pong, m.Refused]
+
+
+async def test_a_deaf_client_is_cut_once(server: Server) -> None:
+    """Not once for every message that it sent before."""
+    client = Client(server)
+    client.greet("tool")
+    client.transport.num_unread_bytes = WRITE_BUFFER_BYTES_MAX + 1
+    client.say(*(m.Ping(number) for number in range(100)))
+
+    assert client.transport.is_aborted
+    assert server.metrics.counters()["sessions_cut"] == 1
+
+
+async def test_a_reserve_before_any_layout_is_refused(server: Server) -> None:
+    """A tool can't write; heads beyond the model's can't be written."""
+    tool = Client(server)
+    tool.greet("tool")
+    (refused,) = tool.say(m.Reserve(1, NAMESPACE, 0, HASHES, 0, 2, 30.0))
+    assert isinstance(refused, m.Refused)
+    worker = Client(server)
+    worker.greet()
+    for first, number in ((0, 3), (2, 1), (0, 0)):
+        client = Client(server)
+        client.greet("tool")
+        (refused,) = client.say(m.Reserve(1, NAMESPACE, 0, HASHES, first, number, 30.0))
+        assert isinstance(refused, m.Refused)
+        client.session.connection_lost(None)
+
+
+async def test_a_greeting_ends_its_own_engines_earlier_writes(server: Server) -> None:
+    """The same engine of the same process says that its copies are over."""
+    before, after = Client(server), Client(server)
+    before.greet()
+    reserved = before.reserve()
+    after.greet()
+
+    assert before.commit(reserved).is_fenced
+
+
+async def test_a_greeting_speaks_for_no_other_engine(server: Server) -> None:
+    """Two engines in one process, and processes that the kernel can't tell apart."""
+    one, two = Client(server), Client(server)
+    one.greet(engine_id="one")
+    reserved = one.reserve()
+    two.greet(engine_id="two")
+    assert one.commit(reserved).num_ready == 4
+
+
+async def test_a_greeting_of_an_unknown_process_proves_nothing(server: Server) -> None:
+    """Engines in namespaces of their own all look like process 0."""
+    one, two = Client(server, pid=0), Client(server, pid=0)
+    one.greet()
+    reserved = one.reserve()
+    one.session.connection_lost(None)
+    two.greet()
+
+    assert server.metrics.gauges()["slots_fenced"] >= len(reserved.slots) // 4
+
+
+async def test_a_cleared_pool_lends_nothing(server: Server) -> None:
+    """And says how many blocks went."""
+    worker = Client(server)
+    worker.greet()
+    worker.commit(worker.reserve())
+    (cleared,) = worker.say(m.Clear(5))
+    (answer,) = worker.say(m.Acquire(6, NAMESPACE, 0, HASHES, 30.0))
+
+    assert isinstance(cleared, m.Cleared)
+    assert cleared.num_cleared == 4
+    assert isinstance(answer, m.Acquired)
+    assert answer.lease_id == 0
