@@ -77,7 +77,8 @@ def payload_of(block_hash: BlockHash, layout: KvLayout = LAYOUT) -> Bytes:
 class Daemon:
     """A daemon process in a folder of its own, which may die and be started again."""
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, command: Sequence[str] = COMMAND, **settings: object) -> None:
+        self._command = command
         self.folder = Path(tempfile.mkdtemp(prefix="kvkeep-"))
         self.socket = str(self.folder / "d.sock")
         self.pool = Path(f"/dev/shm/{self.folder.name}.pool")
@@ -94,7 +95,7 @@ class Daemon:
 
     def start(self) -> None:
         """Start, and wait until it says that it is ready."""
-        self.process = spawn(self.settings, self.folder / "log")
+        self.process = spawn(self.settings, self.folder / "log", self._command)
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], START_TIMEOUT_S)
         line = self.process.stdout.readline() if readable else b""
@@ -167,18 +168,20 @@ def arguments(settings: Mapping[str, object]) -> list[str]:
     return flags
 
 
-def spawn(settings: Mapping[str, object], log: Path) -> "subprocess.Popen[bytes]":
+def spawn(
+    settings: Mapping[str, object], log: Path, command: Sequence[str] = COMMAND
+) -> "subprocess.Popen[bytes]":
     """A daemon process that may not be ready yet; its stdout is a pipe."""
     with log.open("ab") as stderr:
         return subprocess.Popen(
-            [*COMMAND, *arguments(settings)], stdout=subprocess.PIPE, stderr=stderr
+            [*command, *arguments(settings)], stdout=subprocess.PIPE, stderr=stderr
         )
 
 
 @contextlib.contextmanager
-def running_daemon(**settings: object) -> Iterator[Daemon]:
+def running_daemon(command: Sequence[str] = COMMAND, **settings: object) -> Iterator[Daemon]:
     """A daemon that is ready; nothing of it is left afterwards."""
-    daemon = Daemon(**settings)
+    daemon = Daemon(command, **settings)
     try:
         daemon.start()
         yield daemon
