@@ -5,6 +5,7 @@ ports) is checked in `kvkeep.stack.machine`; who wins between flag, environment 
 in `kvkeep.stack.precedence`.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -227,6 +228,7 @@ def check_spec(spec: StackSpec) -> None:
             ports[engine.port] = f"{field}.port"
         _check_engine(engine, field)
         _check_tier(spec, engine, field)
+    _check_layouts(spec)
 
 
 def _check_engine(engine: EngineSpec, field: str) -> None:
@@ -276,3 +278,17 @@ def _check_tier(spec: StackSpec, engine: EngineSpec, field: str) -> None:
             "disabled; set daemon.enabled: true, name the socket of a running daemon in "
             "daemon.socket, or set connector: none."
         )
+
+
+def _check_layouts(spec: StackSpec) -> None:
+    """Refuse engines that one pool can't serve; their daemon would, after a minute of starting."""
+    sharing = [(idx, engine) for idx, engine in enumerate(spec.engines) if engine.uses_kvkeep]
+    for (one, first), (other, engine) in itertools.product(sharing[:1], sharing[1:]):
+        for name in ("block_tokens", "dtype"):
+            mine, theirs = getattr(engine, name), getattr(first, name)
+            if mine != theirs:
+                raise InputError(
+                    f"engines[{other}].{name} = {mine}: engines[{one}] has {theirs}, and engines "
+                    "of one daemon keep their blocks in one pool; give both the same, or another "
+                    "stack."
+                )

@@ -6,6 +6,8 @@ import msgspec
 import pytest
 
 from kvkeep.daemon.settings import SOCKET_PATH_BYTES_MAX
+from kvkeep.model.errors import InputError
+from kvkeep.stack.precedence import make_spec
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, default_state_dir
 
 
@@ -64,3 +66,16 @@ def test_a_raw_connector_is_not_ours() -> None:
     raw = EngineSpec(name="a", connector={"kv_connector": "Other"})
 
     assert (EngineSpec(name="a").uses_kvkeep, raw.uses_kvkeep) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "one", "other"), [("block_tokens", 32, 64), ("dtype", "bfloat16", "float32")]
+)
+def test_engines_of_one_daemon_must_agree(field: str, one: object, other: object) -> None:
+    """Two layouts in one pool are refused before anything starts, with the field and the mend."""
+    engines = [{"name": "a", field: one}, {"name": "b", field: other}]
+
+    with pytest.raises(
+        InputError, match=rf"engines\[1\]\.{field} = {other}: engines\[0\] has {one}"
+    ):
+        make_spec({"name": "x", "engines": engines})
