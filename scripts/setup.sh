@@ -78,6 +78,7 @@ if [ -z "${UV_FIND_LINKS:-}" ]; then
         export UV_NO_SOURCES=1 UV_FIND_LINKS=$torch_folder
     fi
 fi
-# uv rebuilds the project when pyproject.toml changes, but does not watch the C source.
+# The compiled helper lands beside its source, where uv does not look before it takes a build from
+# its cache: so the project itself is always built anew.
 UV_PROJECT_ENVIRONMENT=.venv "$uv" sync --python "$PYTHON_VERSION" \
     --extra vllm --extra smollm2 --reinstall-package kvkeep
