@@ -70,6 +70,7 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """One engine of a stack: started here, or running already where ``url`` is given."""
 
     name: Name
+    """What the stack calls it; letters, digits, dots, dashes and underscores."""
     url: str | None = None
     """Address of an engine that already runs; then no field below is used."""
     server: Literal["auto", "vllm", "trtllm"] = "auto"
@@ -77,13 +78,13 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     port: Port = 0
     """TCP port on 127.0.0.1; 0 takes a free one."""
     kv_cache_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 46)] | None = None
-    """Memory for the engine's own KV cache in bytes; None: 1 GiB on a CPU, the engine's choice
+    """Memory for the engine's own KV cache in bytes; left out: 1 GiB on a CPU, the engine's choice
     on a GPU."""
     cpus: str | list[int] | None = None
     """Cores of its compute threads, such as ``[0, 1]`` or ``0-1``, with ``|`` between
-    tensor-parallel ranks; None: all."""
+    tensor-parallel ranks; left out: all."""
     block_tokens: Count = 32
-    """Tokens per block."""
+    """Tokens per block; a multiple of 32."""
     max_model_len: Count | None = None
     """Longest sequence, in tokens."""
     max_num_seqs: Count | None = None
@@ -91,8 +92,9 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     max_num_batched_tokens: Count | None = None
     """Tokens computed in one step."""
     dtype: str | None = None
-    """Data type of weights and KV; None: as the model says."""
+    """Data type of weights and KV; left out: as the model says."""
     tensor_parallel: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Ranks that share the model."""
     num_gpu_blocks_override: Count | None = None
     """Blocks of the engine's own KV cache, whatever its memory would hold."""
     eager: bool = True
@@ -118,6 +120,7 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """One stack: daemon and engines, with every default applied."""
 
     name: Name
+    """By which `kvkeep wait` and `kvkeep down` find it; by default the file's name."""
     model: str = DEFAULT_MODEL
     """``smollm2``, a folder, or a Hugging Face id."""
     served_model_name: str = ""
@@ -129,7 +132,9 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     exact: bool = False
     """Every step computes one block of one sequence, so that a hit is equal to the bit."""
     daemon: DaemonSpec = DaemonSpec()
+    """The daemon; see below."""
     engines: Annotated[list[EngineSpec], msgspec.Meta(min_length=1, max_length=ENGINES_MAX)]
+    """At least one engine; see below."""
     check: dict[str, Any] = {}
     """Settings of ``kvkeep check`` for this stack; it checks them itself."""
 

@@ -1,0 +1,69 @@
+"""Tables for docs/stack-file.md, made from what a stack file is checked against."""
+
+import ast
+import inspect
+
+import msgspec
+
+from kvkeep.stack.precedence import ENVIRONMENT
+from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec
+
+
+def stack_fields() -> str:
+    """Fields of the file itself."""
+    return _fields_table(StackSpec)
+
+
+def daemon_fields() -> str:
+    """Fields of ``daemon``."""
+    return _fields_table(DaemonSpec)
+
+
+def engine_fields() -> str:
+    """Fields of one of ``engines``."""
+    return _fields_table(EngineSpec)
+
+
+def environment_table() -> str:
+    """Which environment variable sets which field."""
+    lines = ["| variable | field |", "|---|---|"]
+    lines += [f"| `{variable}` | `{field}` |" for variable, field in ENVIRONMENT.items()]
+    return "\n".join(lines)
+
+
+def _fields_table(struct: type[msgspec.Struct]) -> str:
+    texts = _field_texts(struct)
+    lines = ["| field | default | meaning |", "|---|---|---|"]
+    for field in msgspec.structs.fields(struct):
+        text = texts[field.name].replace("|", "\\|")
+        lines.append(f"| `{field.name}` | {_default(struct, field)} | {text} |")
+    return "\n".join(lines)
+
+
+def _field_texts(struct: type) -> dict[str, str]:
+    """What stands below each field of a class, on one line."""
+    (tree,) = ast.parse(inspect.getsource(struct)).body
+    assert isinstance(tree, ast.ClassDef)
+    texts = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            text = str(ast.literal_eval(below.value)).replace("``", "`")
+            texts[field.target.id] = " ".join(text.split())
+    return texts
+
+
+def _default(struct: type, field: msgspec.structs.FieldInfo) -> str:
+    """What counts where a file says nothing; `make_spec` names a stack after its file."""
+    value = field.default
+    if field.required:
+        return "required" if struct is not StackSpec or field.name != "name" else "the file's name"
+    if value is msgspec.NODEFAULT or isinstance(value, msgspec.Struct):
+        return ""  # an empty mapping or list, or a section with defaults of its own
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, int) and value >= 1 << 30 and value % (1 << 30) == 0:
+        return f"`{value >> 30}GiB`"
+    if value in (None, ""):
+        return ""
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
