@@ -73,16 +73,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0 whether or not targets are met."""
     options = _parse(argv)
     text = load_play(PLAY)
+    broken: list[str] = []
     try:
         model = Path(resolve_model(options.model).location)
-        measured = _measure(options, model, text)
-        print_figures(measured)
-        for name in options.second:
-            print_second_engine(name, _measure_second_engine(name, options, model, text))
-    except (EngineError, PeerInstallError, KvkeepError) as error:
+    except KvkeepError as error:
         print(f"ttft: {error}", file=sys.stderr)
-        return BROKEN
-    return OK
+        return BAD_INPUT
+    print_figures(_measure(options, model, text, broken))
+    for name in options.second:
+        try:
+            print_second_engine(name, _measure_second_engine(name, options, model, text))
+        except (EngineError, PeerInstallError) as error:
+            _give_up(f"{name}, second engine", error, broken)
+    return BROKEN if broken else OK
+
+
+def _give_up(name: str, error: Exception, broken: list[str]) -> None:
+    """Note a subject that does not run here; the others are still worth measuring."""
+    broken.append(name)
+    print(f"ttft: {name} is left out: {error}", file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,12 +119,21 @@ def _names(known: Mapping[str, object]) -> Callable[[str], list[str]]:
     return split
 
 
-def _measure(options: argparse.Namespace, model: Path, text: str) -> dict[str, Measured]:
+def _measure(
+    options: argparse.Namespace, model: Path, text: str, broken: list[str]
+) -> dict[str, Measured]:
     measured = {name: Measured() for name in options.subjects}
     for number in range(options.rounds):
-        shift = number % len(options.subjects) if options.subjects else 0
+        shift = number % max(1, len(options.subjects))
         for name in options.subjects[shift:] + options.subjects[:shift]:
-            found = _run_subject(name, options, model, text)
+            if name not in measured:
+                continue
+            try:
+                found = _run_subject(name, options, model, text)
+            except (EngineError, PeerInstallError) as error:
+                _give_up(name, error, broken)
+                del measured[name]
+                continue
             measured[name].rounds.append(found)
             _say(name, number, found)
     return measured

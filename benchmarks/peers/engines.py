@@ -272,14 +272,19 @@ def wait_until(
     deadline = time.perf_counter() + START_TIMEOUT_S
     while time.perf_counter() < deadline:
         if child.poll() is not None:
-            raise EngineError(
-                f"{what} ended while starting (exit code {child.returncode}); see {log}"
-            )
+            raise EngineError(f"{what} ended while starting: {_last_words(log)}")
         with suppress(OSError, http.client.HTTPException):
             if ready():
                 return
         time.sleep(0.2)
-    raise EngineError(f"{what} was not ready within {START_TIMEOUT_S:.0f} s; see {log}")
+    raise EngineError(f"{what} was not ready in {START_TIMEOUT_S:.0f} s: {_last_words(log)}")
+
+
+def _last_words(log: Path) -> str:
+    """Return the last lines of a log that say something; the log itself may soon be gone."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    telling = [line for line in lines if "Error" in line] or [line for line in lines if line]
+    return " | ".join(telling[-2:])[-600:] or "it said nothing"
 
 
 @contextmanager
