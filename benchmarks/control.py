@@ -143,7 +143,9 @@ class Worker:
     def store_batch(self, hashes: Sequence[BlockHash]) -> int:
         """Reserve and commit one batch."""
         call, next_id = self.connection.call, self.connection.next_request_id
-        reserve = m.Reserve(next_id(), NAMESPACE, 0, join_hashes(hashes), 0, self.num_heads, LEASE_S)
+        reserve = m.Reserve(
+            next_id(), NAMESPACE, 0, join_hashes(hashes), 0, self.num_heads, LEASE_S
+        )
         reserved = call(reserve, m.Reserved, CALL_TIMEOUT_S)
         num_granted = sum(slot != NO_SLOT for slot in split_slots(reserved.slots))
         commit = m.Commit(next_id(), reserved.lease_id, b"\1" * num_granted)
@@ -253,9 +255,7 @@ def sample_acquire(client: PrefixClient, hashes: Sequence[BlockHash]) -> list[fl
     return values_ms
 
 
-def measure_load(
-    shape: Shape, socket: str, hashes: Sequence[BlockHash], worker: Worker
-) -> None:
+def measure_load(shape: Shape, socket: str, hashes: Sequence[BlockHash], worker: Worker) -> None:
     """Emit all that a load costs besides moving bytes: lease, headers, digests, addresses."""
     welcome = worker.connection.welcome
     assert welcome is not None
