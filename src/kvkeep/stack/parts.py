@@ -234,7 +234,7 @@ class EnginePart:
         if now_s - self._probed_s < PROBE_EVERY_S:
             return False
         self._probed_s = now_s
-        with make_client() as client:
+        with make_client(self.url) as client:
             if not is_healthy(client, self.url):
                 return False
             complete_one_token(client, self.url, self._model)
