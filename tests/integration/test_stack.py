@@ -236,8 +236,8 @@ def make_folder(path: Path) -> Path:
         (
             SILENT_ENGINE,
             1,
-            r"engine a was not ready after 1 s; raise start_timeout_s, or mend: INFO still loading "
-            r"\(log: .*/state/logs/a\.log\)",
+            r"engine a was not ready after 1 s \(loading libraries\); raise start_timeout_s, or "
+            r"mend: INFO still loading \(log: .*/state/logs/a\.log\)",
         ),
     ],
 )

@@ -29,10 +29,11 @@ REAPER_SPARE_S = 10.0
 REAPER_START_S = 30.0
 """Longest wait for a reaper's first word, on a machine that swaps."""
 LOG_TAIL_BYTES = 256 << 10
-LOG_TAIL_LINES = 15
 POLL_S = 0.05
 
 _FAULT = re.compile(r"\b([A-Za-z_.]*(?:Error|Exception|Interrupt))\b: (.+)")
+_IS_NO_FAULT = re.compile(r"\b(DEBUG|INFO|WARNING)\b|Warning:")
+"""A warning may quote an error that it only fears."""
 _SAYS_NOTHING = re.compile(r"Engine core initialization failed|WorkerProc initialization failed")
 """What vLLM says last names no cause (vllm 0.32, v1/engine/utils.py)."""
 
@@ -188,11 +189,12 @@ def _tail(log: BinaryIO, start: int) -> bytes:
 def telling_line(text: str) -> str:
     """The line of a log that best says what went wrong.
 
-    The first error of the last traceback names the cause; what follows it only reports that
-    something failed. Without any, the last line has to do.
+    The first error names the cause; what follows it only reports that something failed. Without
+    any, the last line has to do.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    faults = [match for line in lines if (match := _FAULT.search(line))]
+    told = [line for line in lines if not _IS_NO_FAULT.search(line)]
+    faults = [match for line in told if (match := _FAULT.search(line))]
     for match in faults:
         if not _SAYS_NOTHING.search(match[2]):
             return f"{match[1]}: {match[2]}"[:400]

@@ -19,6 +19,7 @@ VLLM = """\
     [
         (VLLM, "ValueError: Available memory is less than requested."),
         ("a\nkvkeep.model.errors.InputError: no port\n", "kvkeep.model.errors.InputError: no port"),
+        ("WARNING this can cause `OSError: Too many open files`\nINFO loading\n", "INFO loading"),
         ("starting\nkilled\n\n", "killed"),
         ("RuntimeError: Engine core initialization failed. x\nbye\n", "bye"),
         ("", "it wrote nothing"),
