@@ -314,7 +314,8 @@ def _too_late(part: Part, timeout_s: float) -> str:
     if part.process is not None:
         why = part.process.why_failed()
     return (
-        f"{part.title} was not ready after {timeout_s:g} s; raise start_timeout_s, or mend: {why}"
+        f"{part.title} was not ready after {timeout_s:g} s ({part.doing()}); "
+        f"raise start_timeout_s, or mend: {why}"
     )
 
 
