@@ -31,6 +31,7 @@ from kvkeep.stack.models import resolve_model
 from kvkeep.validate.prompts import load_play
 
 OWN = "kvkeep"
+DEFAULT_SUBJECTS = "on-engine,kvkeep,mooncake,lmcache"
 PLAIN = "on-engine"
 PLAY = "king_lear"
 ALL_CORES = "0-1"
@@ -96,7 +97,7 @@ def _give_up(name: str, error: Exception, broken: list[str]) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.ttft", description=__doc__.split("\n")[0])
-    parser.add_argument("--subjects", default=",".join(SUBJECTS), type=_names(SUBJECTS))
+    parser.add_argument("--subjects", default=DEFAULT_SUBJECTS, type=_names(SUBJECTS))
     parser.add_argument("--second", default=OWN, type=_names(SHARED_SUBJECTS))
     parser.add_argument("--rounds", default=2, type=int, help="fresh engines per subject")
     parser.add_argument("--reps", default=9, type=int, help="resets per round")
@@ -198,7 +199,7 @@ def print_figures(measured: Mapping[str, Measured]) -> None:
             _print_proof(name, found)
             _print_reset(name, found, plain or found)
     own = measured.get(OWN)
-    for peer, bound in (("mooncake", RESET_OVER_MOONCAKE), ("lmcache", None)):
+    for peer, bound in (("mooncake", RESET_OVER_MOONCAKE), ("lmcache", None), ("lmcache-32", None)):
         other = measured.get(peer)
         if own and other and own.loaded_s and other.loaded_s:
             _emit_ratio(f"{OWN}.reset_vs_{peer}", own, own.loaded_s, other.loaded_s,

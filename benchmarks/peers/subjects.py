@@ -13,10 +13,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.engines import (
+    BLOCK_TOKENS,
     HOST,
     LOOPBACK,
     Engine,
@@ -148,11 +150,16 @@ def mooncake_shared(folder: Path) -> Iterator[Served]:
 
 
 @contextmanager
-def lmcache(folder: Path) -> Iterator[Served]:
-    """LMCache in multi-process mode: its server, and its own connector in the engine."""
+def lmcache(folder: Path, chunk_tokens: int = 256) -> Iterator[Served]:
+    """LMCache in multi-process mode: its server, and its own connector in the engine.
+
+    Args:
+        folder: For logs.
+        chunk_tokens: What it stores as one object; a prompt's last, incomplete chunk is computed.
+    """
     python, port, log = python_of("lmcache"), free_port(), folder / "lmcache-server.log"
     command = [str(python.parent / "lmcache"), "server", "--host", HOST, "--port", str(port)]
-    command += ["--l1-size-gb", "2", "--eviction-policy", "LRU"]
+    command += ["--chunk-size", str(chunk_tokens), "--l1-size-gb", "2", "--eviction-policy", "LRU"]
     # Without these an engine on CPUs waits for ever: it copies by itself, through shared memory,
     # and the server's default expects CUDA handles.
     command += ["--supported-transfer-mode", "engine_driven"]
@@ -183,6 +190,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "kvkeep": kvkeep,
     "mooncake": mooncake,
     "lmcache": lmcache,
+    "lmcache-32": partial(lmcache, chunk_tokens=BLOCK_TOKENS),
 }
 """By name; each is a context manager over the folder of its logs, sockets and settings."""
 
