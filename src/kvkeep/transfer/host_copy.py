@@ -90,7 +90,9 @@ def addresses(
         raise ValueError("strides, block ids and heads of pages are counted from 0 upwards")
     block_offsets = blocks.astype(np.uint64) * np.uint64(block_stride_bytes)
     head_offsets = heads.astype(np.uint64) * np.uint64(head_stride_bytes)
-    return block_offsets[:, None, None] + layer_bases[None, :, None] + head_offsets[None, None, :]
+    # One large addition: the small one first, and no large array in between.
+    pages = layer_bases[:, None] + head_offsets[None, :]
+    return block_offsets[:, None, None] + pages[None]
 
 
 class CompiledCopier:
