@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import multiprocessing.resource_tracker
 import os
+import re
 import signal
 import threading
 import time
@@ -139,7 +140,7 @@ class Held:
                 # An engine that lives longer may start helpers of its own at any time.
                 if not _has_ancestor(pid, before.processes)
             ),
-            *(path for path in sorted(self.pools - before.pools) if not _is_mapped_elsewhere(path)),
+            *(path for path in sorted(self.pools - before.pools) if not _is_anothers(path)),
         ]
 
 
@@ -205,9 +206,15 @@ def _has_ancestor(pid: int, ancestors: dict[int, str]) -> bool:
     return False
 
 
-def _is_mapped_elsewhere(path: str) -> bool:
-    """Say whether a process outside this test run uses a file: then it is not ours to judge."""
+def _is_anothers(path: str) -> bool:
+    """Say whether a pool belongs to somebody outside this test run: then it is not ours to judge.
+
+    That is who has it mapped, or whose pid stands in its name.
+    """
     ours = {os.getpid(), *_children(), *_processes_of_this_run()}
+    named = {int(number) for number in re.findall(r"\d+", Path(path).name)}
+    if any(Path(f"/proc/{pid}").exists() for pid in named - ours - {0}):
+        return True
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             if int(maps.parent.name) not in ours and path in maps.read_text():

@@ -33,6 +33,9 @@ LEAKS = """
         held.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
 
     def test_pool():
+        Path("/dev/shm/kvkeep-test-of-tests-{letters}").write_bytes(b"")
+
+    def test_foreign_pool():
         Path("/dev/shm/kvkeep-test-of-tests-{pid}").write_bytes(b"")
 
     def test_socket():
@@ -114,19 +117,24 @@ def project(tmp_path: Path) -> Project:
 
 def test_what_a_test_leaves_behind_fails_it(project: Project) -> None:
     """A thread, an open file, a process or a pool left by a test is an error that names it."""
-    pool = Path(f"/dev/shm/kvkeep-test-of-tests-{os.getpid()}")
-    project.add("unit/test_leaks.py", LEAKS.replace("{pid}", str(os.getpid())))
+    letters = "".join(chr(ord("a") + int(digit)) for digit in str(os.getpid()))
+    leaks = LEAKS.replace("{pid}", str(os.getpid())).replace("{letters}", letters)
+    project.add("unit/test_leaks.py", leaks)
+    pools = [Path(f"/dev/shm/kvkeep-test-of-tests-{end}") for end in (letters, os.getpid())]
     try:
         output = project.run("-k", "not socket and not clean").stdout
     finally:
-        pool.unlink(missing_ok=True)
+        for pool in pools:
+            pool.unlink(missing_ok=True)
 
     for name in ("thread", "file", "process", "pool"):
         assert f"ERROR tests/unit/test_leaks.py::test_{name}" in output
     assert "thread left-thread" in output
     assert "-> /dev/null" in output
     assert "-c input()" in output
-    assert str(pool) in output
+    assert str(pools[0]) in output
+    # This process lives outside of that run, and the pool bears its pid.
+    assert str(pools[1]) not in output
 
 
 def test_sockets_are_shut_but_for_unix_ones(project: Project) -> None:

@@ -79,7 +79,8 @@ class Daemon:
 
     def __init__(self, command: Sequence[str] = COMMAND, **settings: object) -> None:
         self._command = command
-        self.folder = Path(tempfile.mkdtemp(prefix="kvkeep-"))
+        # The pid tells other test runs on this machine whose pool it is.
+        self.folder = Path(tempfile.mkdtemp(prefix=f"kvkeep-{os.getpid()}-"))
         self.socket = str(self.folder / "d.sock")
         self.pool = Path(f"/dev/shm/{self.folder.name}.pool")
         self.settings = {"pool_bytes": POOL_BYTES, "pool": self.pool, "socket": self.socket}

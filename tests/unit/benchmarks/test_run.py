@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 FIGURE = '{"figure": "%s", "value": 2.0, "unit": "ms", "ratio": 0.5, "target": "%s", "met": %s}'
 
 
