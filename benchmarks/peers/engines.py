@@ -9,9 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -19,11 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvkeep.model.errors import UnavailableError
+from kvkeep.stack.process import StackProcess
+
 HOST = "127.0.0.1"
 SERVED_NAME = "bench"
 BLOCK_TOKENS = 32
 START_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 20.0
+POLL_S = 0.2
 REQUEST_TIMEOUT_S = 120.0
 
 # Several components choose the machine's outward address by themselves; these keep all on loopback.
@@ -231,39 +232,26 @@ def _read_stream(response: http.client.HTTPResponse, began: float) -> Answer:
 
 
 @contextmanager
-def process(
-    command: list[str], env: Mapping[str, str], log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process in a session of its own and stop that whole session at the end.
+def process(command: list[str], env: Mapping[str, str], log: Path) -> Iterator[StackProcess]:
+    """Run a process until the end of the block, or of this process, whichever comes first.
 
-    The log is truncated at the start. On exit the process got SIGINT, then SIGKILL after
-    STOP_TIMEOUT_S; nothing of its process group is left.
+    Nothing that it started outlives it. The log is begun anew.
+
+    Raises:
+        EngineError: It cannot be started.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            command, env=dict(env), stdout=output, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+    log.unlink(missing_ok=True)
+    child = StackProcess(Path(command[0]).name, log)
     try:
+        child.start(command, environment=env, folder=Path.cwd())
         yield child
+    except UnavailableError as error:
+        raise EngineError(str(error)) from error
     finally:
-        _stop(child)
+        child.stop()
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        child.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_TIMEOUT_S)
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def wait_until(
-    ready: Callable[[], bool], child: subprocess.Popen[bytes], log: Path, what: str
-) -> None:
+def wait_until(ready: Callable[[], bool], child: StackProcess, what: str) -> None:
     """Poll `ready` until it is true.
 
     Raises:
@@ -271,20 +259,13 @@ def wait_until(
     """
     deadline = time.perf_counter() + START_TIMEOUT_S
     while time.perf_counter() < deadline:
-        if child.poll() is not None:
-            raise EngineError(f"{what} ended while starting: {_last_words(log)}")
+        if not child.is_running():
+            raise EngineError(f"{what} ended while starting: {child.why_failed()}")
         with suppress(OSError, http.client.HTTPException):
             if ready():
                 return
-        time.sleep(0.2)
-    raise EngineError(f"{what} was not ready in {START_TIMEOUT_S:.0f} s: {_last_words(log)}")
-
-
-def _last_words(log: Path) -> str:
-    """Return the last lines of a log that say something; the log itself may soon be gone."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    telling = [line for line in lines if "Error" in line] or [line for line in lines if line]
-    return " | ".join(telling[-2:])[-600:] or "it said nothing"
+        time.sleep(POLL_S)
+    raise EngineError(f"{what} was not ready in {START_TIMEOUT_S:.0f} s: {child.why_failed()}")
 
 
 @contextmanager
@@ -293,6 +274,6 @@ def engine(spec: EngineSpec, log: Path) -> Iterator[Engine]:
     port = free_port()
     with process(spec.command(port), spec.environment(), log) as child:
         client = Engine(port)
-        wait_until(lambda: client.call("GET", "/health")[0] == 200, child, log, "the engine")
+        wait_until(lambda: client.call("GET", "/health")[0] == 200, child, "the engine")
         client.complete("Ready?", max_tokens=2)
         yield client

@@ -74,7 +74,7 @@ def kvkeep(folder: Path) -> Iterator[Served]:
     command += ["--pool-bytes", "2GiB", "--metrics-port", str(port)]
     with process(command, _environment(), log) as child:
         status = Engine(port)
-        wait_until(lambda: status.call("GET", "/health")[0] == 200, child, log, "the daemon")
+        wait_until(lambda: status.call("GET", "/health")[0] == 200, child, "the daemon")
         config = {
             "kv_connector": "KvkeepConnector",
             "kv_connector_module_path": "kvkeep.connector.plugin",
@@ -127,7 +127,7 @@ def mooncake(folder: Path) -> Iterator[Served]:
     command, port = _mooncake_master(folder)
     log = folder / "mooncake-master.log"
     with process(command, _environment(), log) as child:
-        wait_until(lambda: listens(port), child, log, "the Mooncake master")
+        wait_until(lambda: listens(port), child, "the Mooncake master")
         segment = {"mode": "embedded", "global_segment_size": POOL_BYTES}
         yield _mooncake_served(folder, port, segment | {"local_buffer_size": 256 << 20})
 
@@ -138,13 +138,11 @@ def mooncake_shared(folder: Path) -> Iterator[Served]:
     command, port = _mooncake_master(folder)
     log, storage_log = folder / "mooncake-master.log", folder / "mooncake-storage.log"
     with process(command, _environment(), log) as master:
-        wait_until(lambda: listens(port), master, log, "the Mooncake master")
+        wait_until(lambda: listens(port), master, "the Mooncake master")
         line = [str(python_of("mooncake")), str(Path(__file__).parent / "mooncake_storage.py")]
         line += [f"{HOST}:{port}", str(POOL_BYTES)]
         with process(line, _environment() | MOONCAKE_LIMITS, storage_log) as storage:
-            wait_until(
-                lambda: b"ready" in storage_log.read_bytes(), storage, storage_log, "its storage"
-            )
+            wait_until(lambda: b"ready" in storage_log.read_bytes(), storage, "its storage")
             segment = {"mode": "standalone-store", "global_segment_size": 0}
             yield _mooncake_served(folder, port, segment | {"local_buffer_size": 256 << 20})
 
@@ -166,7 +164,7 @@ def lmcache(folder: Path, chunk_tokens: int = 256) -> Iterator[Served]:
     command += ["--shm-name", f"kvkeep_bench_{port}", "--no-l1-use-lazy"]
     command += ["--http-port", str(free_port()), "--prometheus-port", str(free_port())]
     with process(command, _environment(), log) as child:
-        wait_until(lambda: listens(port), child, log, "the LMCache server")
+        wait_until(lambda: listens(port), child, "the LMCache server")
         transfer = {
             "kv_connector": "LMCacheMPConnector",
             "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
