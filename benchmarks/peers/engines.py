@@ -23,7 +23,7 @@ from kvkeep.stack.process import StackProcess
 HOST = "127.0.0.1"
 SERVED_NAME = "bench"
 BLOCK_TOKENS = 32
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 420.0
 POLL_S = 0.2
 REQUEST_TIMEOUT_S = 120.0
 
