@@ -7,6 +7,7 @@ block that was read had arrived, in its place, on every rank.
 
 import copy
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ MODEL = {
     "max_position_embeddings": 4096,
     "torch_dtype": "bfloat16",
 }
-STEPS_MAX = 2000
+STEPS_MAX = 20_000
 _MODULUS = 19_997
 """Leaves room for what is added per layer, head and element in 16 bits."""
 
@@ -197,6 +198,7 @@ class SimulatedEngine:
         )
         self.ranks = [Rank(config, cache_config, rank) for rank in range(tp_size)]
         self._aggregator = KVOutputAggregator(tp_size)
+        self._pause = threading.Event()
         self.answers: dict[str, list[int]] = {}
         self.num_loaded_tokens = 0
         """Tokens that vLLM counted as loaded by the connector."""
@@ -308,7 +310,8 @@ class SimulatedEngine:
         for _ in range(STEPS_MAX):
             if not self.scheduler.has_requests():
                 return
-            self.step()
+            if not self.step().num_scheduled_tokens:
+                self._pause.wait(0.001)  # as the engine core does (vllm 0.32, v1/engine/core.py)
         raise AssertionError(f"not done after {STEPS_MAX} steps: {self.scheduler.requests}")
 
 
