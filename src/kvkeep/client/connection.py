@@ -180,6 +180,18 @@ class Connection:
                 if isinstance(reply, kind) and reply.request_id == request_id:
                     return reply
 
+    def is_hung_up(self, wait_s: float) -> bool:
+        """Whether the daemon closed or died, after waiting up to ``wait_s`` for that.
+
+        Reads nothing; the one method that another thread may call beside the connection's own.
+        """
+        watch = select.poll()
+        try:
+            watch.register(self._socket, select.POLLRDHUP)
+        except (OSError, ValueError):  # closed by its own thread meanwhile
+            return True
+        return bool(watch.poll(wait_s * 1e3))
+
     def close(self) -> None:
         """End the session; every lease of it ends with it."""
         with contextlib.suppress(OSError):

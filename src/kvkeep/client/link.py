@@ -47,8 +47,6 @@ class Link:
         self._hello = hello
         self._opened = opened
         self._lock = threading.Lock()
-        self._wanted = threading.Event()
-        self._wanted.set()
         self._found = threading.Event()
         self._stopped = threading.Event()
         self.connection: Connection | None = None
@@ -72,12 +70,10 @@ class Link:
             self._found.clear()
             connection.close()
         log.warning("kvkeep daemon lost, going on without: %s", str(reason))
-        self._wanted.set()
 
     def close(self) -> None:
         """Stop for good and end the session."""
         self._stopped.set()
-        self._wanted.set()
         self._thread.join(timeout=1.0)
         with self._lock:
             if self.connection is not None:
@@ -86,10 +82,13 @@ class Link:
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            self._wanted.wait()
-            if self._stopped.is_set() or self._connect():
-                continue
-            self._stopped.wait(RETRY_S)
+            connection = self.connection
+            if connection is None:
+                if not self._connect():
+                    self._stopped.wait(RETRY_S)
+            elif connection.is_hung_up(RETRY_S):
+                # Nobody need ask for that: an idle engine finds a restarted daemon as well.
+                self.lost(connection, "the daemon is gone")
 
     def _connect(self) -> bool:
         try:
@@ -120,7 +119,6 @@ class Link:
                 return False
             self.refusal = None
             self.num_opened += 1
-            self._wanted.clear()
             self.connection = connection
         self._found.set()
         log.info("kvkeep daemon found. socket=%s", self._path)

@@ -20,6 +20,11 @@ class Closing:
 
     def __init__(self) -> None:
         self.is_closed = threading.Event()
+        self.is_dropped = threading.Event()
+
+    def is_hung_up(self, wait_s: float) -> bool:
+        """Whether the test dropped it or somebody closed it."""
+        return self.is_dropped.wait(max(wait_s, 0.01)) or self.is_closed.is_set()
 
     def close(self) -> None:
         """Take note."""
@@ -91,6 +96,20 @@ def test_a_lost_connection_is_closed_and_replaced(opener: Opener) -> None:
     link.lost(cast(Connection, first), "test")
     assert link.connection is cast(Connection, second)
     assert link.num_opened == 2
+    link.close()
+
+
+def test_a_hang_up_is_noticed_though_nobody_asks(opener: Opener) -> None:
+    """An idle engine finds a restarted daemon as well."""
+    first, second = Closing(), Closing()
+    opener.script = [first]
+    link = Link("path", lambda: HELLO)
+    assert link.wait(LONG_S) is cast(Connection, first)
+    opener.script = [second]
+    first.is_dropped.set()
+
+    assert first.is_closed.wait(LONG_S)
+    assert link.wait(LONG_S) is cast(Connection, second)
     link.close()
 
 
