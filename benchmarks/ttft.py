@@ -22,9 +22,14 @@ from pathlib import Path
 from benchmarks.figures import Figure, Target, emit
 from benchmarks.peers.engines import EngineError, engine
 from benchmarks.peers.environments import PeerInstallError
-from benchmarks.peers.rounds import Round, SecondEngineRound, run_round, run_second_engine
+from benchmarks.peers.rounds import (
+    Neighbours,
+    Round,
+    SecondEngineRound,
+    run_round,
+    run_second_engine,
+)
 from benchmarks.peers.subjects import SHARED_SUBJECTS, SUBJECTS
-from benchmarks.quiet import BUSY_SHARE_MAX
 from benchmarks.ratios import IntervalFigure, Rounds, ratio_figure
 from kvkeep.model.errors import KvkeepError
 from kvkeep.stack.models import resolve_model
@@ -67,7 +72,7 @@ class Measured:
     @property
     def is_quiet(self) -> bool:
         """Whether other work left the machine alone in every round."""
-        return all(found.foreign_share <= BUSY_SHARE_MAX for found in self.rounds)
+        return all(found.is_quiet for found in self.rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,7 +153,9 @@ def _run_subject(name: str, options: argparse.Namespace, model: Path, text: str)
             SUBJECTS[name](folder) as served,
             engine(served.spec(model, ALL_CORES), folder / "engine.log") as running,
         ):
-            return run_round(running, text, options.reps, loads=name != PLAIN)
+            return run_round(
+                running, text, options.reps, loads=name != PLAIN, neighbours=Neighbours()
+            )
 
 
 def _measure_second_engine(
@@ -175,7 +182,7 @@ def _say(name: str, number: int, found: Round) -> None:
     parts = [f"{what} {1e3 * statistics.median(s):.1f} ms" for what, s in times.items() if s]
     if found.cold_verdict:
         parts.append(f"loaded against computed answer: {found.cold_verdict}")
-    parts.append(f"other work took {found.foreign_share:.0%} of the processors")
+    parts.append(f"{found.num_disturbed} repetitions disturbed by other work")
     print(f"# round {number + 1}, {name}: {'; '.join(parts)}", file=sys.stderr, flush=True)
 
 
@@ -220,7 +227,7 @@ def _print_proof(name: str, found: Measured) -> None:
     """Print what the times rest on: resets proven by counters, tokens served, answers equal."""
     shares = [share for turn in found.rounds for share in turn.served_shares]
     resets = sum(turn.num_resets for turn in found.rounds)
-    proven = sum(len(turn.loaded_s) for turn in found.rounds)
+    proven = sum(turn.num_proven for turn in found.rounds)
     equal = [same for turn in found.rounds for same in turn.equal_answers]
     is_own = name == OWN
     _emit_share(f"{name}.served_share", min(shares, default=0.0), resets,
@@ -232,7 +239,7 @@ def _print_proof(name: str, found: Measured) -> None:
 
 def print_second_engine(name: str, found: SecondEngineRound) -> None:
     """Print the figures of an engine that answers what another computed."""
-    _emit_share(f"{name}.second_engine_proven", len(found.first_s) / max(1, found.num_prompts),
+    _emit_share(f"{name}.second_engine_proven", found.num_proven / max(1, found.num_prompts),
                 found.num_prompts, 1 if name == OWN else None)  # fmt: skip
     _emit_share(f"{name}.second_engine_answers_equal",
                 sum(found.equal_answers) / max(1, len(found.equal_answers)),
@@ -246,7 +253,7 @@ def print_second_engine(name: str, found: SecondEngineRound) -> None:
             [found.on_engine_s],
             "on that engine",
             target=Target("ratio", "<=", SECOND_OVER_ON_ENGINE) if name == OWN else None,
-            is_quiet=found.foreign_share <= BUSY_SHARE_MAX,
+            is_quiet=found.is_quiet,
         )
     )
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import pytest
 
 from benchmarks.peers.engines import Answer, Engine, EngineError
-from benchmarks.peers.rounds import compare, complete_proven, run_round, settle
+from benchmarks.peers.rounds import Neighbours, compare, complete_proven, run_round, settle
+from benchmarks.quiet import CORES, CpuReading
 
 TOKENS = (5, 6, 7)
 
@@ -45,6 +46,23 @@ class ImaginedEngine(Engine):
         return answer(*self.cached_answer)
 
 
+class ImaginedNeighbours(Neighbours):
+    """Take all processors during the first pairs, nothing later."""
+
+    def __init__(self, busy_pairs: int = 0) -> None:
+        self.readings = 0
+        self.busy_pairs = busy_pairs
+        self.pauses = 0
+
+    def read(self) -> CpuReading:
+        self.readings += 1
+        busy_readings = min(self.readings, 2 * self.busy_pairs)
+        return CpuReading(at_s=self.readings, busy_s=busy_readings * CORES, own_s=0.0)
+
+    def pause(self) -> None:
+        self.pauses += 1
+
+
 TEXT = "".join(f"line {number} of a long text\n" for number in range(4000))
 
 
@@ -64,7 +82,7 @@ def test_a_load_is_proven_by_external_hits_alone() -> None:
 
 def test_a_round_counts_every_reset_and_its_proof() -> None:
     """Each repetition is one on-engine and one loaded request, both proven."""
-    found = run_round(ImaginedEngine(), TEXT, 5, loads=True)
+    found = run_round(ImaginedEngine(), TEXT, 5, loads=True, neighbours=ImaginedNeighbours())
 
     assert found.num_resets == 5
     assert len(found.loaded_s) == len(found.on_engine_s) == 5
@@ -73,9 +91,32 @@ def test_a_round_counts_every_reset_and_its_proof() -> None:
     assert found.cold_verdict == "equal"
 
 
+def test_disturbed_repetitions_are_taken_again() -> None:
+    """Times taken while others worked are dropped; their proofs still count."""
+    neighbours = ImaginedNeighbours(busy_pairs=3)
+
+    found = run_round(ImaginedEngine(), TEXT, 5, loads=True, neighbours=neighbours)
+
+    assert (found.num_disturbed, neighbours.pauses) == (3, 3)
+    assert (found.num_resets, len(found.loaded_s)) == (8, 5)
+    assert found.is_quiet
+
+
+def test_where_quiet_never_comes_the_round_says_so() -> None:
+    """Disturbed times are kept rather than none, and marked."""
+    neighbours = ImaginedNeighbours(busy_pairs=1000)
+
+    found = run_round(ImaginedEngine(), TEXT, 2, loads=True, neighbours=neighbours)
+
+    assert not found.is_quiet
+    assert len(found.loaded_s) == found.num_disturbed == 10
+
+
 def test_a_round_without_connector_has_no_loads() -> None:
     """The plain engine is measured for what it computes and keeps."""
-    found = run_round(ImaginedEngine(stores=False), TEXT, 4, loads=False)
+    found = run_round(
+        ImaginedEngine(stores=False), TEXT, 4, loads=False, neighbours=ImaginedNeighbours()
+    )
 
     assert (found.num_resets, found.loaded_s) == (0, [])
     assert len(found.on_engine_s) == 4
