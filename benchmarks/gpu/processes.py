@@ -247,7 +247,7 @@ def transfer_config(socket: str) -> str:
             "kv_connector": "KvkeepConnector",
             "kv_connector_module_path": "kvkeep.connector.plugin",
             "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
+            "kv_load_failure_policy": "fail",
             "kv_connector_extra_config": {"socket": socket},
         }
     )

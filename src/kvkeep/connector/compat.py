@@ -79,8 +79,18 @@ def cache_dtype_name(vllm_config: Any) -> str:
     return str(vllm_config.model_config.dtype).removeprefix("torch.") if name == "auto" else name
 
 
+def is_recompute_sound() -> bool:
+    """Whether vLLM answers right when a synchronous load failed and it computes the blocks.
+
+    Not where asynchronous scheduling or the V2 model runner may be on, as on GPUs: the count of
+    computed tokens is then not taken back everywhere (vllm 0.26 to 0.33, issue 49250). The CPU
+    platform has neither.
+    """
+    return bool(current_platform.is_cpu())
+
+
 def touch(block_pool: Any, blocks: Sequence[Any]) -> None:
-    """Take a reference on engine blocks (vllm 0.26 takes a tuple of groups in some builds)."""
+    """Take a reference on engine blocks."""
     block_pool.touch(blocks)
 
 

@@ -130,13 +130,12 @@ def check_policy(vllm_config: Any, settings: ConnectorSettings) -> None:
         InputError: One sentence with the mend.
     """
     policy = vllm_config.kv_transfer_config.kv_load_failure_policy
-    wanted = "fail" if settings.cartridges else "recompute"
+    wanted, why = "recompute", "a block that can't be loaded is then computed"
+    if settings.cartridges:
+        wanted, why = "fail", "placeholder tokens of a cartridge must never be computed"
+    elif not compat.is_recompute_sound():
+        wanted, why = "fail", "vLLM computes wrongly after a failed load on this platform"
     if policy != wanted:
-        why = (
-            "placeholder tokens of a cartridge must never be computed"
-            if settings.cartridges
-            else "a block that can't be loaded is then computed instead of failing the request"
-        )
         raise InputError(
             f"kv_load_failure_policy is {policy!r}: set it to {wanted!r} in --kv-transfer-config, "
             f"because {why}"

@@ -287,9 +287,12 @@ class SchedulerSide:
         end = min(num_tokens, len(request.all_token_ids)) // self._block_tokens
         if end <= first or self._block_pool is None:
             return None
-        state.num_stored = end
-        if len(self._stores) >= self._settings.store_jobs_max or not self._may_pin(end - first):
+        # What is over a limit now may be stored by a later step; a gap would make all behind it
+        # unreachable.
+        end = min(end, first + self._num_pinnable())
+        if end <= first or len(self._stores) >= self._settings.store_jobs_max:
             return None
+        state.num_stored = end
         hashes = state.hasher.extend(request.all_token_ids)[first:end]
         block_ids = tuple(state.block_ids[first:end])
         blocks = [self._block_pool.blocks[block_id] for block_id in block_ids]
@@ -299,9 +302,10 @@ class SchedulerSide:
         self._stores[job_id] = _StoreInFlight(state, first, blocks, self._num_ranks)
         return StoreJob(job_id, b"".join(hashes), block_ids)
 
-    def _may_pin(self, num_blocks: int) -> bool:
-        limit = self._block_pool.num_gpu_blocks * PINNED_SHARE_MAX
-        return bool(self._num_pinned + num_blocks <= limit)
+    def _num_pinnable(self) -> int:
+        """Blocks that may be held for stores beside those that are."""
+        limit = int(self._block_pool.num_gpu_blocks * PINNED_SHARE_MAX)
+        return max(0, limit - self._num_pinned)
 
     def stop_storing(self) -> None:
         """Store nothing more of the requests in flight: their block ids are no longer sure."""

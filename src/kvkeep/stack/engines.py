@@ -100,7 +100,7 @@ def find_program(engine: EngineSpec) -> str:
     )
 
 
-def kv_transfer_config(engine: EngineSpec, socket: str) -> dict[str, Any] | None:
+def kv_transfer_config(engine: EngineSpec, socket: str, *, gpu: bool) -> dict[str, Any] | None:
     """What vLLM is told about its connector; None for no connector."""
     if engine.connector == "none":
         return None
@@ -110,8 +110,9 @@ def kv_transfer_config(engine: EngineSpec, socket: str) -> dict[str, Any] | None
         "kv_connector": CONNECTOR_NAME,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_both",
-        # Recomputing placeholders of a cartridge would give fluent nonsense, so that fails.
-        "kv_load_failure_policy": "fail" if engine.cartridges else "recompute",
+        # Recomputing placeholders of a cartridge would give fluent nonsense, and on a GPU vLLM
+        # recomputes wrongly (see the connector's compat.py): there a failed load fails.
+        "kv_load_failure_policy": "fail" if engine.cartridges or gpu else "recompute",
         "kv_connector_extra_config": {
             **engine.connector_settings,
             "socket": socket,
@@ -136,7 +137,7 @@ def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
         "--num-gpu-blocks-override": engine.num_gpu_blocks_override,
         "--kv-cache-memory-bytes": kv_cache_bytes(engine, gpu=placement.gpu),
     }
-    transfer = kv_transfer_config(engine, placement.socket)
+    transfer = kv_transfer_config(engine, placement.socket, gpu=placement.gpu)
     if transfer is not None:
         flags["--kv-transfer-config"] = json.dumps(transfer)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

@@ -198,13 +198,24 @@ def test_an_adapter_that_cannot_be_read_is_refused(tmp_path: Path, missing: str)
 
 
 @pytest.mark.parametrize(
-    ("policy", "cartridges", "wanted"),
-    [("fail", False, "recompute"), ("recompute", True, "fail")],
+    ("policy", "cartridges", "is_sound", "wanted"),
+    [
+        ("fail", False, True, "recompute"),
+        ("recompute", True, True, "fail"),
+        ("recompute", False, False, "fail"),
+    ],
+    ids=["plain", "cartridges", "gpu"],
 )
 def test_a_wrong_failure_policy_stops_the_engine(
-    model: Path, policy: str, cartridges: bool, wanted: str
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    cartridges: bool,
+    is_sound: bool,
+    wanted: str,
 ) -> None:
     """A policy under which a failed load hurts is refused in one sentence with the mend."""
+    monkeypatch.setattr(compat, "is_recompute_sound", lambda: is_sound)
     settings = ConnectorSettings(socket="s", cartridges=cartridges)
     check_policy(make_config(model, policy=wanted), settings)
 

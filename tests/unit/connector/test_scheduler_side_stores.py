@@ -167,6 +167,21 @@ def test_stores_hold_only_a_share_of_the_engine() -> None:
     assert job_blocks(metadata) == [tuple(engine.blocks(request)) for request in requests[:2]]
 
 
+def test_what_is_over_the_share_is_stored_later() -> None:
+    """A prompt longer than the share is stored from its head on, without a gap."""
+    engine = Engine(num_blocks=17)
+    request = engine.arrive(make_request())
+    engine.admit(request)
+    engine.end(engine.step((request, 80)))
+    metadata = engine.step((request, 1))
+    blocks = tuple(engine.blocks(request))
+    assert job_blocks(metadata) == [blocks[:4]]
+    engine.end(metadata)
+    engine.end(engine.step((request, 1)))
+
+    assert job_blocks(engine.step()) == [blocks[4:5]]
+
+
 def test_stores_in_flight_are_limited_in_number() -> None:
     """More jobs than ``store_jobs_max`` are not begun, and may be again when some have ended."""
     engine = Engine(store_jobs_max=1)
