@@ -129,7 +129,7 @@ def _show(rows: list[Row], console: Console) -> None:
     cold_s = rows[0].ttft_s
     for row in rows:
         sooner = f"{cold_s / row.ttft_s:.0f}x" if row.ttft_s and row is not rows[0] else ""
-        answers = ", ".join(f"{num} {name}" for name, num in row.verdicts.items())
+        answers = ", ".join(f"{num} {_said(name)}" for name, num in row.verdicts.items())
         served = "-" if row.name.endswith("computed") else f"{row.share:.1%}"
         color = "red" if row.promises_broken else "green"
         table.add_row(
@@ -139,5 +139,14 @@ def _show(rows: list[Row], console: Console) -> None:
     for row in rows:
         for broken in row.promises_broken:
             console.print(f"[red]broken promise[/] in '{row.name}': {broken}", highlight=False)
+    if any("drift" in row.verdicts for row in rows):
+        console.print(
+            "rounded: vLLM's own bfloat16 rounding between computing a prompt and reusing it, kvkeep "
+            "or not; what kvkeep loads is compared to the bit with what the engine itself had."
+        )
     if not any(row.promises_broken for row in rows):
         console.print("[green]every promise held[/]")
+
+
+def _said(verdict: str) -> str:
+    return "rounded" if verdict == "drift" else verdict

@@ -115,9 +115,9 @@ def _judge(
 
 
 def _is_right(verdict: Verdict, act: Act) -> bool:
-    # A computed answer that parts from a hit's at a near tie is not wrong; a drift is only more
-    # of the same, and shows on plain vLLM too.
-    return verdict in PASSING or (act.source == "computed" and verdict is Verdict.DRIFT)
+    # Between a computed answer and vLLM's own hit lies its rounding: in bfloat16 up to 0.25 nat,
+    # and without kvkeep too. What kvkeep loads is held to the bit.
+    return verdict in PASSING or (act.source != "kvkeep" and verdict is Verdict.DRIFT)
 
 
 def _share(act: Act, phase: Phase, block_tokens: int) -> float:
