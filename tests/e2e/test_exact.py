@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kvkeep.stack.supervisor import Stack
-from kvkeep.tiers.shared_memory import FILE_HEADER_BYTES, PoolView
+from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
+from kvkeep.tiers.shared_memory import PoolView
 from kvkeep.validate.arms import ArmsReport, compare_arms, standard_arms
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint, Sampling

@@ -33,7 +33,8 @@ from kvkeep.model.layout import KvLayout
 from kvkeep.protocol import messages as m
 from kvkeep.protocol.codec import join_hashes, split_slots
 from kvkeep.protocol.versions import VERSION
-from kvkeep.tiers.shared_memory import FILE_HEADER_BYTES, PoolView
+from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
+from kvkeep.tiers.shared_memory import PoolView
 from kvkeep.tiers.slot_header import DIGEST_BYTES, HEADER_BYTES
 from kvkeep.transfer.host_copy import open_copier
 

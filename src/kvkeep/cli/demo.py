@@ -141,8 +141,8 @@ def _show(rows: list[Row], console: Console) -> None:
             console.print(f"[red]broken promise[/] in '{row.name}': {broken}", highlight=False)
     if any("drift" in row.verdicts for row in rows):
         console.print(
-            "rounded: vLLM's own bfloat16 rounding between computing a prompt and reusing it, kvkeep "
-            "or not; what kvkeep loads is compared to the bit with what the engine itself had."
+            "rounded: vLLM's own bfloat16 rounding between computing a prompt and reusing it, "
+            "kvkeep or not; what kvkeep loads is held to the bit to what the engine itself had."
         )
     if not any(row.promises_broken for row in rows):
         console.print("[green]every promise held[/]")

@@ -36,6 +36,8 @@ class PrefixLease:
     """Monotonic; the daemon's own deadline is a little later: it counts from its receipt."""
     connection: Connection
     """The session that holds it; over when that is."""
+    generation: int = 0
+    """Of the daemon that granted it."""
 
 
 class Answer(Enum):
@@ -140,7 +142,7 @@ class PrefixClient:
             return Answer.NOTHING
         slots = codec.split_slots(answer.slots)
         deadline_s = question.asked_s + self._lease_s
-        return PrefixLease(answer.lease_id, slots, deadline_s, connection)
+        return PrefixLease(answer.lease_id, slots, deadline_s, connection, answer.generation)
 
     def _receive(self, connection: Connection, wait_s: float) -> bool:
         """Take in what has arrived; False if the connection was lost."""

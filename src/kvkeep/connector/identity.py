@@ -101,8 +101,17 @@ def _weights_identity(vllm_config: Any) -> str:
             model.model,
         )
         # Drawn anew at each start, and the same in all processes of the engine.
-        return f"unknown {vllm_config.kv_transfer_config.engine_id}"
+        return f"unknown {start_identity(vllm_config)}"
     return digest_folder(folder)
+
+
+def start_identity(vllm_config: Any) -> str:
+    """What this start of this engine alone is called, in all its processes.
+
+    A user may fix the engine id over restarts; vLLM draws the instance id anew at each (vllm 0.26
+    to 0.33, config/vllm.py).
+    """
+    return f"{vllm_config.kv_transfer_config.engine_id} {vllm_config.instance_id}"
 
 
 def lora_identity(request: Any) -> str:

@@ -22,6 +22,8 @@ class LoadJob:
     """Pool slot of each block, under a read lease of the scheduler's session."""
     block_ids: tuple[int, ...]
     """Engine block that each goes to."""
+    generation: int = 0
+    """Of the daemon that lent the slots; a rank that has met another one declines. 0: any."""
 
 
 @dataclass(slots=True)

@@ -14,7 +14,13 @@ import vllm.distributed.kv_transfer.kv_connector.v1.base as base
 from kvkeep.client.link import Link
 from kvkeep.client.prefixes import PrefixClient
 from kvkeep.connector import compat
-from kvkeep.connector.identity import Unsupported, check_policy, derive, derive_layout
+from kvkeep.connector.identity import (
+    Unsupported,
+    check_policy,
+    derive,
+    derive_layout,
+    start_identity,
+)
 from kvkeep.connector.metadata import StepMetadata, StepReport
 from kvkeep.connector.scheduler_side import SchedulerSide
 from kvkeep.connector.settings import load_settings
@@ -75,6 +81,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
 
     def _make_scheduler(self, namespace: Namespace) -> SchedulerSide:
         engine_id = str(self._config.kv_transfer_config.engine_id)
+        started = start_identity(self._config)
         link = Link(self._settings.socket, lambda: m.Hello(VERSION, "scheduler", engine_id))
         link.wait(self._settings.start_wait_s)
         prefixes = PrefixClient(
@@ -91,7 +98,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             prefixes=prefixes,
             clock=self._clock,
             reset_namespace=lambda n: derive_namespace(
-                self._layout, {"before": namespace.hex(), "reset": f"{engine_id} {n}"}
+                self._layout, {"before": namespace.hex(), "reset": f"{started} {n}"}
             ),
         )
 
@@ -255,7 +262,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         if found is None:
             log.warning("no kvkeep daemon at %s: the engine serves without, and joins it later",
                         self._settings.socket)  # fmt: skip
-        elif worker.prove_pool() is not None:
+        elif self._guard(worker.prove_pool, None) is not None:
             log.info("kvkeep serves: layers, heads and pool proven by the start-up canary")
 
     def _make_mover(self, memory: Any) -> BlockMover:

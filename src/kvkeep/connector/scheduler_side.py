@@ -100,6 +100,7 @@ class SchedulerSide:
         self._num_resets = 0
         self._block_pool: Any = None
         self._requests: dict[str, _RequestState] = {}
+        self._adapters: dict[tuple[int, str], str] = {}
         self._loads: list[LoadJob] = []
         self._loading: dict[str, deque[_LoadInFlight]] = {}
         """By request id, in the order of the reports to come."""
@@ -122,7 +123,7 @@ class SchedulerSide:
     def add_request(self, request: Any) -> None:
         """A request arrived: ask for its prefix, so that the answer is there when it runs."""
         try:
-            extras = _extras(request)
+            extras = _extras(request, self._adapters)
         except Unsupported as reason:
             log.info("kvkeep passes request %s by: %s", request.request_id, reason)
             return
@@ -209,6 +210,7 @@ class SchedulerSide:
                 hashes=b"".join(state.hasher.hashes[first:end]),
                 slots=lease.slots[first:end],
                 block_ids=tuple(blocks.get_block_ids()[0][first:end]),
+                generation=lease.generation,
             )
             self._plan_load(job, lease, first)
         else:
@@ -444,8 +446,13 @@ def _skips_cache(request: Any) -> bool:
     return bool(getattr(request, "skip_reading_prefix_cache", False))
 
 
-def _extras(request: Any) -> dict[str, str]:
+def _extras(request: Any, adapters: dict[tuple[int, str], str]) -> dict[str, str]:
     """What besides token ids decides a request's KV.
+
+    Args:
+        request: vLLM's.
+        adapters: Identities of LoRA adapters by id and path, added to: an adapter is read once, as
+            vLLM does, whatever becomes of its files later.
 
     Raises:
         Unsupported: Something that can't be named: its KV must neither be loaded nor stored.
@@ -461,5 +468,9 @@ def _extras(request: Any) -> dict[str, str]:
     if request.cache_salt:
         extras["salt"] = str(request.cache_salt)
     if request.lora_request is not None:
-        extras["lora"] = lora_identity(request.lora_request)
+        adapter = request.lora_request
+        name = (int(adapter.lora_int_id), str(adapter.lora_path))
+        if name not in adapters:
+            adapters[name] = lora_identity(adapter)
+        extras["lora"] = adapters[name]
     return extras

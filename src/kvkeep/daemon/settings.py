@@ -20,6 +20,8 @@ _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*$", re.IGNORECASE)
 _COMPLAINT = re.compile(r"^(.*) - at `\$\.(\w+)`$")
 """How msgspec words what does not fit."""
+FILE_BYTES_MAX = 1 << 20
+"""Of a settings file; a mistaken path must not fill the memory."""
 SOCKET_PATH_BYTES_MAX = 107
 """``sun_path`` of Linux, less its terminating zero (unix(7))."""
 
@@ -141,7 +143,13 @@ def _on_one_line(error: Exception) -> str:
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        values = msgspec.yaml.decode(file.read_bytes())
+        if file.exists() and not file.is_file():
+            raise InputError(f"{file} is not a file: name a YAML file of settings")
+        with file.open("rb") as opened:
+            text = opened.read(FILE_BYTES_MAX + 1)
+        if len(text) > FILE_BYTES_MAX:
+            raise InputError(f"{file} is larger than {FILE_BYTES_MAX} bytes: settings fit in less")
+        values = msgspec.yaml.decode(text)
     except OSError as error:
         raise InputError(f"{file} can't be read: {error.strerror}") from error
     except (msgspec.DecodeError, ValueError) as error:

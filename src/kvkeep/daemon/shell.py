@@ -37,6 +37,8 @@ class Shell:
         """Descriptors of the processes waited for, by pid."""
         self._writers: set[int] = set()
         """Processes that may be writing; the pool lists them for a daemon after this one."""
+        self._is_broken = False
+        """The core failed: nothing is lent, and the pool stays as it is for the next daemon."""
         self.num_workers = 0
         """Sessions of workers; while there is one, the pool keeps its layout."""
 
@@ -48,11 +50,14 @@ class Shell:
             InputError: No two blocks of this layout fit.
         """
         geometry = self.pool.geometry
+        if self._is_broken:
+            raise RefusedError("this daemon is about to end after a defect: try again soon")
         if geometry is not None and geometry.layout == layout and self.node is not None:
             return
-        if geometry is not None and geometry.layout != layout:
-            is_empty = self.node is None or not self.node.ledger.ready_slots()
-            if self.num_workers or not is_empty:
+        if geometry is not None and geometry.layout != layout and self.node is not None:
+            # A fenced slot counts: its writer would go on at places that mean something else.
+            ledger = self.node.ledger
+            if self.num_workers or ledger.num_free < len(ledger.slots):
                 raise RefusedError(
                     "this engine's blocks differ from those in the pool "
                     f"({layout.difference(geometry.layout)}): start it with the same settings, "
@@ -109,6 +114,7 @@ class Shell:
             return self._advance(node, event)
         except Exception as error:
             self.node = None
+            self._is_broken = True
             raise InvariantError(f"event failed. event={type(event).__name__}") from error
 
     def _advance(self, node: NodeState, event: on.Event) -> Reply | None:

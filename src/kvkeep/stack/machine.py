@@ -17,7 +17,7 @@ import msgspec
 from kvkeep.model.errors import InputError
 from kvkeep.stack.models import Model
 from kvkeep.stack.spec import EngineSpec, StackSpec
-from kvkeep.tiers.shared_memory import FILE_HEADER_BYTES
+from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
 from kvkeep.tiers.slot_header import DIGEST_BYTES, HEADER_BYTES
 
 HOST = "127.0.0.1"

@@ -15,7 +15,6 @@ import fcntl
 import json
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +24,18 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvkeep.model.errors import InputError, RefusedError, UnavailableError
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import HASH_BYTES, BlockHash, BlockKey, Namespace
 from kvkeep.model.layout import KvLayout
+from kvkeep.tiers.pool_inode import (
+    FILE_HEADER_BYTES,
+    FILE_MAGIC,
+    check_replaceable,
+    check_room,
+    lock,
+    open_private,
+    replace,
+)
 from kvkeep.tiers.slot_header import (
     BLOCK_HASH_WORDS,
     CHECK_BYTES,
@@ -45,8 +53,6 @@ from kvkeep.tiers.slot_header import (
     unpack_header,
 )
 
-FILE_HEADER_BYTES = 4096
-_FILE_MAGIC = b"kvkeep pool 1\n\0\0"
 _FILE_FIELDS = struct.Struct("<16s16sQI")
 """Magic, pool id, generation, length of the JSON that follows."""
 _FILE_CHECK = struct.Struct("<Q")
@@ -242,7 +248,7 @@ def _read_file_header(fd: int) -> _FileHeader | None:
     if len(page) < FILE_HEADER_BYTES:
         return None
     magic, pool_id, generation, length = _FILE_FIELDS.unpack_from(page)
-    if magic.rstrip(b"\0") != _FILE_MAGIC.rstrip(b"\0"):
+    if magic.rstrip(b"\0") != FILE_MAGIC.rstrip(b"\0"):
         return None
     end = _FILE_FIELDS.size + length
     if end + _FILE_CHECK.size > _WRITERS_OFFSET:
@@ -304,20 +310,15 @@ class PoolFile:
             InputError: There is not so much memory, or the path can't be had; nothing was changed.
             UnavailableError: The memory went while it was taken; the pool is gone.
         """
-        fd = _open_private(path)
+        fd = open_private(path)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RefusedError(
-                    f"another daemon holds the pool {path}: stop it, or give this one another pool"
-                ) from error
+            lock(path, fd)
             found = _read_file_header(fd)
             if found is None or os.fstat(fd).st_size != pool_bytes:
                 found = None
-                _check_replaceable(path, fd)
-                _check_room(path, fd, pool_bytes)
-                os.ftruncate(fd, 0)
+                check_replaceable(path, fd)
+                check_room(path, fd, pool_bytes)
+                fd = replace(path, fd)
                 os.ftruncate(fd, pool_bytes)
             try:
                 mapping = _map(fd, pool_bytes)
@@ -335,7 +336,7 @@ class PoolFile:
             self._payload_bytes = self.geometry.layout.block_bytes
             self._digest_bytes = DIGEST_BYTES * self.geometry.layout.num_pages
             text = json.dumps(asdict(self.geometry)).encode()
-        page = _FILE_FIELDS.pack(_FILE_MAGIC, self.pool_id, self.generation, len(text)) + text
+        page = _FILE_FIELDS.pack(FILE_MAGIC, self.pool_id, self.generation, len(text)) + text
         page += _FILE_CHECK.pack(xxhash.xxh3_64_intdigest(page))
         self._mapping[: len(page)] = page
 
@@ -430,59 +431,3 @@ class PoolFile:
     def remove(self) -> None:
         """Delete the file; mapped engines keep their memory until they let go."""
         self.path.unlink(missing_ok=True)
-
-
-def _open_private(path: Path) -> int:
-    """Open or create a file that only this user can touch.
-
-    Raises:
-        InputError: It can't be had.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise InputError(
-            f"the pool {path} can't be opened ({error.strerror}): choose another path"
-        ) from error
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
-        os.close(fd)
-        raise InputError(f"the pool {path} is not a file of this user: choose another path")
-    # Whoever can write the pool can write what engines compute with.
-    os.fchmod(fd, 0o600)
-    return fd
-
-
-def _check_replaceable(path: Path, fd: int) -> None:
-    """Refuse to overwrite what is neither empty nor a pool."""
-    start = os.pread(fd, FILE_HEADER_BYTES, 0)
-    if start.startswith(_FILE_MAGIC.rstrip(b"\0")) or not any(start):
-        return
-    raise InputError(f"{path} exists and is not a pool: choose another path, or remove it")
-
-
-def _check_room(path: Path, fd: int, pool_bytes: int) -> None:
-    """Refuse a pool that the file system or the machine can't hold."""
-    folder = os.statvfs(path.parent)
-    mine = os.fstat(fd).st_blocks * 512
-    free = folder.f_bavail * folder.f_frsize + mine
-    limits = [(free, f"free on {path.parent}")]
-    limits.append((os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of memory here"))
-    limits.append((_available_bytes() + mine, "of memory that nobody uses"))
-    limit, what = min(limits)
-    if pool_bytes > limit:
-        if os.fstat(fd).st_size == 0:
-            path.unlink(missing_ok=True)
-        raise InputError(
-            f"pool_bytes = {pool_bytes} is more than the {limit} bytes {what}: lower pool_bytes"
-        )
-
-
-def _available_bytes() -> int:
-    """What the kernel would give without killing anyone (MemAvailable, proc_meminfo(5))."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) << 10
-    return 1 << 62

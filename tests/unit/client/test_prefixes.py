@@ -109,7 +109,7 @@ def test_a_lease_counts_from_the_question(stage: Stage) -> None:
     stage.grant(question.request_id)
 
     lease = stage.client.answer(question, 0.002)
-    expected = PrefixLease(5, (0, 1), 130.0, cast(Connection, stage.daemon))
+    expected = PrefixLease(5, (0, 1), 130.0, cast(Connection, stage.daemon), generation=1)
     assert lease == expected
 
 

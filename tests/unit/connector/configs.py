@@ -23,9 +23,10 @@ def make_config(model: Path | str, **changes: Any) -> Any:
 
     Args:
         model: Folder or name of the model.
-        changes: ``extra`` for kv_connector_extra_config, ``policy``, ``engine_id``, ``dtype``,
-            ``cache_dtype``, ``load_format``, ``quantization``, ``tp_size``, ``pp_size``, ``dcp``,
-            ``scales``, ``rank`` and ``hf`` for fields of the model's own configuration.
+        changes: ``extra`` for kv_connector_extra_config, ``policy``, ``engine_id``,
+            ``instance_id``, ``dtype``, ``cache_dtype``, ``load_format``, ``quantization``,
+            ``tp_size``, ``pp_size``, ``dcp``, ``scales``, ``rank`` and ``hf`` for fields of the
+            model's own configuration.
     """
     hf = {"hidden_size": 128, "num_hidden_layers": 3, "num_key_value_heads": 2}
     hf_config = LlamaConfig(**(hf | changes.get("hf", {})))
@@ -42,6 +43,7 @@ def make_config(model: Path | str, **changes: Any) -> Any:
             cache_dtype=changes.get("cache_dtype", "auto"),
             calculate_kv_scales=changes.get("scales", False),
         ),
+        instance_id=changes.get("instance_id", "1"),
         load_config=SimpleNamespace(load_format=changes.get("load_format", "auto")),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=changes.get("tp_size", 1),

@@ -104,6 +104,7 @@ def test_a_model_that_cannot_be_found_shares_with_nobody(caplog: pytest.LogCaptu
     assert "model_identity" in caplog.text
     assert namespace(name, engine_id="one") == mine
     assert namespace(name, engine_id="two") != mine
+    assert namespace(name, engine_id="one", instance_id="next start") != mine
     vouched = {"model_identity": "v1"}
     assert namespace(name, engine_id="one", settings=vouched) == namespace(
         name, engine_id="two", settings=vouched

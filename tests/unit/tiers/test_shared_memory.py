@@ -10,13 +10,8 @@ import pytest
 from kvkeep.model.errors import InputError, RefusedError, UnavailableError
 from kvkeep.model.ids import BlockHash, BlockKey, Namespace
 from kvkeep.model.layout import KvLayout
-from kvkeep.tiers.shared_memory import (
-    FILE_HEADER_BYTES,
-    SLOTS_MAX,
-    Geometry,
-    PoolFile,
-    PoolView,
-)
+from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
+from kvkeep.tiers.shared_memory import SLOTS_MAX, Geometry, PoolFile, PoolView
 from kvkeep.tiers.slot_header import SlotState
 
 LAYOUT = KvLayout(2, 2, 512, 16, "bfloat16", "test")

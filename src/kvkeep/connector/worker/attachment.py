@@ -25,6 +25,8 @@ class MappedPool:
     canary_slot: int
     connection: Connection
     """The session that lent the canary's slot."""
+    generation: int = 0
+    """Of that daemon."""
     is_proven: bool = False
     """The canary has passed: blocks may be loaded and stored."""
 
@@ -63,7 +65,7 @@ class Attachment:
             view, is_proven = PoolView.open(welcome.pool_path, welcome.pool_id), False
         if view.geometry.layout != self._layout:
             raise UnavailableError("the pool has another layout than the daemon agreed to")
-        self.pool = MappedPool(view, welcome.canary_slot, connection, is_proven)
+        self.pool = MappedPool(view, welcome.canary_slot, connection, welcome.generation, is_proven)
 
     @contextmanager
     def copying(self, connection: Connection) -> Iterator[bool]:

@@ -112,6 +112,10 @@ class WorkerSide:
             return [False] * num_blocks, []
         if max(job.slots) >= view.geometry.num_slots:
             return [False] * num_blocks, []
+        if job.generation not in (0, pool.generation):
+            # Lent by a daemon that this rank has not met yet, or by one that is gone: whatever
+            # lies in these slots of this mapping, it proves nothing against the block.
+            return [False] * num_blocks, []
         hashes = split_hashes(job.hashes)
         slots = np.asarray(job.slots, dtype=np.int64)
         # Digests first, then the headers: should the slot be lent to another block in between,
