@@ -17,6 +17,8 @@ WARMING_PAIRS = 2
 ANSWER_TOKENS = 16
 SETTLE_TIMEOUT_S = 60.0
 TRIES_PER_REPETITION = 5
+QUIET_REPETITIONS_MIN = 3
+"""With fewer undisturbed ones than this the disturbed ones are shown too."""
 PAUSE_S = 0.5
 """After a disturbed repetition: neighbours come in bursts."""
 NEAR_TIE_LOGPROB = 0.5
@@ -43,7 +45,7 @@ class Round:
     num_disturbed: int = 0
     """Repetitions whose times were dropped because other work took part of the processors."""
     is_quiet: bool = True
-    """Whether enough repetitions were undisturbed; where not, the disturbed ones are kept."""
+    """Whether all repetitions wanted were undisturbed."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _repeat_until_quiet(
     loads: bool,
     neighbours: Neighbours,
 ) -> None:
-    """Take pairs until enough were undisturbed.
+    """Take pairs until as many as wanted were undisturbed, or patience ends.
 
     Whether a pair is dropped depends on what others did, never on its own times. Proofs count
     from all of them.
@@ -146,8 +148,8 @@ def _repeat_until_quiet(
         if len(found.on_engine_s) >= repetitions:
             break
     found.num_disturbed = len(disturbed)
-    if len(found.on_engine_s) < repetitions:
-        found.is_quiet = False
+    found.is_quiet = len(found.on_engine_s) >= repetitions
+    if len(found.on_engine_s) < QUIET_REPETITIONS_MIN:
         for pair in disturbed:
             _add_times(pair, found)
 
@@ -259,7 +261,7 @@ class SecondEngineRound:
     equal_answers: list[bool] = field(default_factory=list)
     num_disturbed: int = 0
     is_quiet: bool = True
-    """Whether enough prompts were undisturbed; where not, the disturbed ones are kept."""
+    """Whether as many prompts as wanted were undisturbed."""
 
 
 def run_second_engine(owner: Engine, reader: Engine, text: str, count: int) -> SecondEngineRound:
@@ -294,8 +296,8 @@ def run_second_engine(owner: Engine, reader: Engine, text: str, count: int) -> S
         if len(found.first_s) >= count:
             break
     found.num_disturbed = len(disturbed)
-    if len(found.first_s) < count:
-        found.is_quiet = not disturbed
+    found.is_quiet = len(found.first_s) >= count
+    if len(found.first_s) < QUIET_REPETITIONS_MIN:
         found.first_s += [times[0] for times in disturbed]
         found.on_engine_s += [times[1] for times in disturbed]
     return found
