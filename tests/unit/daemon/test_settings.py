@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.daemon.settings import DaemonSettings, load_settings, parse_bytes, runtime_folder
+from kvkeep.daemon.settings import (
+    FILE_BYTES_MAX,
+    DaemonSettings,
+    load_settings,
+    parse_bytes,
+    runtime_folder,
+)
 from kvkeep.model.errors import InputError
 
 
@@ -90,3 +96,18 @@ def test_places_follow_from_the_user_and_the_socket(monkeypatch: pytest.MonkeyPa
     assert one.pool_path != other.pool_path
     assert one.pool_path.parent == Path("/dev/shm")
     assert DaemonSettings(pool="/x/y").pool_path == Path("/x/y")
+
+
+def test_a_file_without_an_end_is_refused() -> None:
+    """A mistaken path costs a sentence, not the machine's memory."""
+    with pytest.raises(InputError, match="is not a file"):
+        load_settings(Path("/dev/zero"), {}, {})
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    """Settings fit in a megabyte."""
+    file = tmp_path / "daemon.yaml"
+    file.write_bytes(b"#" * (FILE_BYTES_MAX + 1))
+
+    with pytest.raises(InputError, match="larger than"):
+        load_settings(file, {}, {})

@@ -166,3 +166,33 @@ async def test_a_failure_in_the_core_ends_all_lending(shell: Shell) -> None:
         shell.handle(on.StoreFinished(0, None, None, None))  # type: ignore[arg-type]
 
     assert shell.handle(on.ReadAsked(0, ME, NAMESPACE, 0, HASHES, FAR_S)) is None
+
+
+async def test_a_fence_keeps_the_layout(shell: Shell, other_pid: int) -> None:
+    """While a writer of an earlier daemon may go on, its places mean what they meant."""
+    reserve(shell, Holder(7, other_pid))
+    again = await reopened(shell)
+    other = KvLayout(4, 2, 512, 16, "bfloat16", "test")
+
+    with pytest.raises(RefusedError, match="a daemon of its own"):
+        again.open_layout(other)
+    again.close()
+
+
+async def test_a_broken_shell_formats_nothing(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a defect the pool stays as it is for the daemon that comes next."""
+    store(shell)
+    assert shell.node is not None
+
+    def fail(*_: object, **__: object) -> None:
+        raise InvariantError("planted")
+
+    monkeypatch.setattr(shell.node, "handle", fail)
+    with pytest.raises(InvariantError):
+        shell.handle(on.TimePassed())
+    with pytest.raises(RefusedError, match="about to end"):
+        shell.open_layout(LAYOUT)
+
+    assert sum(1 for _, header in shell.pool.scan() if header is not None) == 4

@@ -237,3 +237,18 @@ class TestPoolFile:
 
         with pytest.raises(InputError, match="not a file of this user"):
             PoolFile.open(path, POOL_BYTES)
+
+
+def test_another_size_takes_another_file(path: Path) -> None:
+    """Engines that have the old one mapped keep every byte of it: a cut would end them."""
+    first = PoolFile.open(path, POOL_BYTES)
+    first.format(LAYOUT)
+    first.view().payload(3)[:] = 3
+    view = open_view(first)
+    first.close()
+    bigger = PoolFile.open(path, POOL_BYTES + (1 << 20))
+    bigger.close()
+
+    assert view.is_whole()
+    assert view.payload(3)[-1] == 3
+    assert path.stat().st_size == POOL_BYTES + (1 << 20)
