@@ -117,7 +117,12 @@ class HeldRank:
         wait_until(lambda: self.has_reported(job_id), "the store is reported")
 
     def load(
-        self, hashes: Sequence[BlockHash], slots: Sequence[int], *, base: bytes = NAMESPACE
+        self,
+        hashes: Sequence[BlockHash],
+        slots: Sequence[int],
+        *,
+        base: bytes = NAMESPACE,
+        generation: int = 0,
     ) -> tuple[list[int], list[bytes]]:
         """Load blocks to engine block 33 and on, zeroed before.
 
@@ -128,7 +133,7 @@ class HeldRank:
         self.bytes[:, first:] = 0
         block_ids = tuple(range(first, first + len(hashes)))
         metadata = StepMetadata(NAMESPACE, base, next(self._ids))
-        metadata.loads = [LoadJob("r", b"".join(hashes), tuple(slots), block_ids)]
+        metadata.loads = [LoadJob("r", b"".join(hashes), tuple(slots), block_ids, generation)]
         self.side.load(metadata)
         report = self.poll()
         assert report is not None

@@ -36,6 +36,7 @@ class Stocked:
     rank: HeldRank
     client: PrefixClient
     slots: tuple[int, ...]
+    generation: int
 
     def vandal(self) -> Vandal:
         """Somebody with a hand in the pool."""
@@ -45,7 +46,7 @@ class Stocked:
 
     def load(self) -> tuple[list[int], list[bytes]]:
         """Which blocks did not land, and which are corrupt."""
-        return self.rank.load(HASHES, self.slots)
+        return self.rank.load(HASHES, self.slots, generation=self.generation)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def stocked() -> Iterator[Stocked]:
         rank.store(HASHES)
         lease = acquire(client, HASHES)
         assert lease is not None
-        found = Stocked(daemon, rank, client, lease.slots)
+        found = Stocked(daemon, rank, client, lease.slots, lease.generation)
         yield found
         # pytest keeps what a fixture gave a little longer, and with it the mapping of the pool.
         vars(found).clear()
@@ -161,14 +162,16 @@ def test_slots_that_do_not_exist_give_misses(stocked: Stocked, slot: int) -> Non
 
 
 def test_a_pool_formatted_for_others_gives_misses(stocked: Stocked) -> None:
-    """A daemon that came back with an empty pool lends nothing that the old one held."""
+    """A daemon that came back with an empty pool lends nothing that the old one held.
+
+    And a rank that has met it takes nothing of an old lease for corrupt: the same blocks may lie
+    well in other slots of the new pool.
+    """
     stocked.daemon.kill()
     stocked.daemon.pool.unlink()
     stocked.daemon.start()
     with Worker(stocked.daemon, engine_id="other") as other:
         other.store(hashes_of(2000, 8))
-        assert stocked.load() == ([], [])  # the old pool lives on in this mapping
-        stocked.rank.store(hashes_of(3000, 2))  # which finds its session over
-        wait_until(stocked.rank.is_attached, "the new daemon is found")
-        bad, _ = stocked.load()
-        assert bad == [0, 1, 2, 3]
+        wait_until(lambda: stocked.rank.attachment.link.num_opened == 2, "the daemon is found")
+
+        assert stocked.load() == ([0, 1, 2, 3], [])

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvkeep.model.clock import wall_clock_s
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import HASH_BYTES, BlockHash, BlockKey, Namespace
 from kvkeep.model.layout import KvLayout
@@ -293,7 +294,8 @@ class PoolFile:
         self.num_bytes = len(mapping)
         self._sequence = 0
         self._payload_bytes = self._digest_bytes = 0
-        self.generation = 1 if found is None else found.generation + 1
+        # A pool made anew must not begin where its predecessor did: leases name the generation.
+        self.generation = int(wall_clock_s() * 1e3) if found is None else found.generation + 1
         self.pool_id = os.urandom(16) if found is None else found.pool_id
         self.geometry: Geometry | None = None if found is None else found.geometry
         self._write_file_header()
