@@ -71,8 +71,10 @@ def kvkeep(folder: Path) -> Iterator[Served]:
     """A kvkeep daemon, all digests checked."""
     socket_path, port, log = folder / "kvkeep.sock", free_port(), folder / "kvkeep-daemon.log"
     command = [sys.executable, "-m", "kvkeep", "daemon", "--socket", str(socket_path)]
-    command += ["--pool-bytes", "2GiB", "--metrics-port", str(port)]
-    with process(command, _environment(), log) as child:
+    # A pool outlives its daemon, so a fresh one is named, and removed: cold must be cold.
+    pool = Path(f"/dev/shm/kvkeep-bench-{os.getpid()}-{port}.pool")
+    command += ["--pool", str(pool), "--pool-bytes", "2GiB", "--metrics-port", str(port)]
+    with _removed(pool), process(command, _environment(), log) as child:
         status = Engine(port)
         wait_until(lambda: status.call("GET", "/health")[0] == 200, child, "the daemon")
         config = {
@@ -83,6 +85,14 @@ def kvkeep(folder: Path) -> Iterator[Served]:
             "kv_connector_extra_config": {"socket": str(socket_path)},
         }
         yield Served(Path(sys.executable), config)
+
+
+@contextmanager
+def _removed(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _mooncake_master(folder: Path) -> tuple[list[str], int]:
