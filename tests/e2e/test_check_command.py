@@ -29,15 +29,11 @@ def _check(stack: Path, folder: Path) -> tuple[int, list[str]]:
 @pytest.mark.timeout(600, func_only=True)
 def test_kvkeep_passes_the_determinism_check(tmp_path: Path) -> None:
     """With kvkeep the replay is served from outside the engine and every answer is right."""
-    code, report = _check(EXAMPLES / "one-engine.yaml", tmp_path)
-
-    assert (code, report["outcome"]) == (0, "passed")
+    assert _check(EXAMPLES / "one-engine.yaml", tmp_path) == (0, ["passed"])
 
 
 @pytest.mark.kvbm
 @pytest.mark.timeout(600, func_only=True)
 def test_an_engine_without_kvkeep_is_not_exercised(tmp_path: Path) -> None:
     """Without kvkeep nothing is served after the reset: the check must not pass."""
-    code, report = _check(EXAMPLES / "no-cache.yaml", tmp_path)
-
-    assert (code, report["outcome"]) == (1, "not-exercised")
+    assert _check(EXAMPLES / "no-cache.yaml", tmp_path) == (1, ["not-exercised"])
