@@ -12,6 +12,7 @@ Then two engines of one processor each share a store, and the second answers pro
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -78,6 +79,8 @@ class Measured:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0 whether or not targets are met."""
     options = _parse(argv)
+    # Told to stop, this leaves no server and no pool behind, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(BROKEN))
     text = load_play(PLAY)
     broken: list[str] = []
     try:
