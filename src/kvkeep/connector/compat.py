@@ -8,11 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
-import vllm.distributed.kv_transfer.kv_connector.v1.base as base
 from vllm.platforms import current_platform
-
-TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
-"""What ``get_transfer_results`` returns; absent in vLLM 0.26, which calls ``get_finished``."""
 
 HEAD_MAJOR_0_26 = "HND"
 HEAD_MAJOR_0_32 = "LBHNC"

@@ -11,7 +11,7 @@ from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
 
 def settings_table() -> str:
     """Every setting: field, environment, flag, default, meaning."""
-    texts = _field_texts(DaemonSettings)
+    texts = field_texts(DaemonSettings)
     lines = ["| setting | environment | flag | default | meaning |", "|---|---|---|---|---|"]
     for field in msgspec.structs.fields(DaemonSettings):
         name = field.name
@@ -30,7 +30,7 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
-def _field_texts(struct: type) -> dict[str, str]:
+def field_texts(struct: type) -> dict[str, str]:
     """What stands below each field of a class, on one line."""
     (tree,) = ast.parse(inspect.getsource(struct)).body
     assert isinstance(tree, ast.ClassDef)

@@ -1,10 +1,8 @@
 """Tables for docs/stack-file.md, made from what a stack file is checked against."""
 
-import ast
-import inspect
-
 import msgspec
 
+from kvkeep.daemon.tables import field_texts
 from kvkeep.stack.precedence import ENVIRONMENT
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec
 
@@ -32,25 +30,12 @@ def environment_table() -> str:
 
 
 def _fields_table(struct: type[msgspec.Struct]) -> str:
-    texts = _field_texts(struct)
+    texts = field_texts(struct)
     lines = ["| field | default | meaning |", "|---|---|---|"]
     for field in msgspec.structs.fields(struct):
         text = texts[field.name].replace("|", "\\|")
         lines.append(f"| `{field.name}` | {_default(struct, field)} | {text} |")
     return "\n".join(lines)
-
-
-def _field_texts(struct: type) -> dict[str, str]:
-    """What stands below each field of a class, on one line."""
-    (tree,) = ast.parse(inspect.getsource(struct)).body
-    assert isinstance(tree, ast.ClassDef)
-    texts = {}
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            text = str(ast.literal_eval(below.value)).replace("``", "`")
-            texts[field.target.id] = " ".join(text.split())
-    return texts
 
 
 def _default(struct: type, field: msgspec.structs.FieldInfo) -> str:
