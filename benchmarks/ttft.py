@@ -249,6 +249,7 @@ def print_second_engine(name: str, found: SecondEngineRound) -> None:
                 len(found.equal_answers), 1 if name == OWN else None)  # fmt: skip
     if not found.first_s:
         return
+    _emit_times(f"{name}.second_engine_after_pause", [found.woken_s])
     emit(
         ratio_figure(
             f"ttft.{name}.second_engine",

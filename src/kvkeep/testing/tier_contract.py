@@ -191,9 +191,9 @@ class TierContract:
         tier.write([block_key(1, namespace=2, group_idx=7)], [in_parts(value_bytes(9))])
         tier.delete([block_key(2)])
         if isinstance(tier, Lists):
-            found = sorted(tier.keys(), key=str)
+            found = sorted(tier.keys(), key=repr)
             wanted = [block_key(1), block_key(3), block_key(1, namespace=2, group_idx=7)]
-            assert found == sorted(wanted, key=str)
+            assert found == sorted(wanted, key=repr)
 
     def test_a_gauge_counts(self, tier: Tier) -> None:
         """Where a tier knows how full it is, values and bytes go up and down with it."""

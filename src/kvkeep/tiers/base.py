@@ -1,7 +1,8 @@
 """The seam to a place that keeps whole blocks by key, outside the engine and beside the pool.
 
-A tier knows keys, bytes and lengths. What a block's bytes mean, whether they are still right, who may read them
-and what is worth keeping is decided by others: wrappers around the tier, and the core.
+A tier knows keys, bytes and lengths. What a block's bytes mean, whether they are still right, who
+may read them and what is worth keeping is decided by others: wrappers around the tier, and the
+core.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,8 @@ from typing import Protocol, runtime_checkable
 from kvkeep.model.ids import BlockKey
 
 Parts = Sequence[memoryview]
-"""One value, or room for one, in pieces that follow each other: C-contiguous, of bytes (format ``B``).
+"""One value, or room for one, in pieces that follow each other: C-contiguous, of bytes (format
+``B``).
 
 In pieces, so that a header and a slot of the pool are written together without copying either.
 """
@@ -27,24 +29,29 @@ class Tier(Protocol):
     """Keeps values by block key.
 
     What it promises:
-        * a read gives all bytes of one value that was written under exactly that key, or says that it has none;
-          never a part, a mixture, or another key's value;
-        * it may forget a value at any time: a tier is a cache. Where it outlives its process, what it says it kept
-          is there after a SIGKILL, or is gone, or is found torn by the digests around it;
-        * a value written again under its key is the same value, as equal keys hold equal bytes: either may stay;
-        * every failure of the medium is an ``UnavailableError``, within the tier's own time limit where the medium
-          has one (a network has; a disk that hangs has none, and the call hangs with it).
+        * a read gives all bytes of one value that was written under exactly that key, or says that
+          it has none; never a part, a mixture, or another key's value;
+        * it may forget a value at any time: a tier is a cache. Where it outlives its process, what
+          it says it kept is there after a SIGKILL, or is gone, or is found torn by the digests
+          around it;
+        * a value written again under its key is the same value, as equal keys hold equal bytes:
+          either may stay;
+        * every failure of the medium is an ``UnavailableError``, within the tier's own time limit
+          where the medium has one (a network has; a disk that hangs has none, and the call hangs
+          with it).
 
-    Life of one value: ``write`` by a caller that holds its bytes still; ``read`` into memory that is the
-    caller's; ``delete`` when it is unwanted or was found rotten; forgotten by the tier when room is short.
+    Life of one value: ``write`` by a caller that holds its bytes still; ``read`` into memory that
+    is the caller's; ``delete`` when it is unwanted or was found rotten; forgotten by the tier when
+    room is short.
 
     The caller guarantees:
-        * ``len(keys) == len(values) <= BATCH_MAX``, no key twice in one call, no value longer than the tier was
-          made for;
-        * nobody changes the bytes of a write, or touches the room of a read, until the call has returned.
+        * ``len(keys) == len(values) <= BATCH_MAX``, no key twice in one call, no value longer than
+          the tier was made for;
+        * nobody changes the bytes of a write, or touches the room of a read, until the call has
+          returned.
 
-    Threading and blocking: every method blocks until its batch is done, and may be called from several threads
-    at once. What is in ``into`` where a read failed is undefined.
+    Threading and blocking: every method blocks until its batch is done, and may be called from
+    several threads at once. What is in ``into`` where a read failed is undefined.
     """
 
     @property
@@ -55,17 +62,20 @@ class Tier(Protocol):
         """Keep these values.
 
         Returns:
-            ``[num_keys]``: True where it is kept now; False where it was declined, as for want of room.
+            ``[num_keys]``: True where it is kept now; False where it was declined, as for want of
+            room.
 
         Raises:
-            UnavailableError: The tier can't be written now. Each value is there whole or not at all.
+            UnavailableError: The tier can't be written now. Each value is there whole or not at
+                all.
         """
 
     def read(self, keys: Sequence[BlockKey], into: Sequence[Parts]) -> list[int | None]:
         """Fill ``into[i]`` with the value of ``keys[i]``, from its start.
 
         Returns:
-            ``[num_keys]``: bytes of the value; None where there is no such value, or it does not fit.
+            ``[num_keys]``: bytes of the value; None where there is no such value, or it does not
+            fit.
 
         Raises:
             UnavailableError: The tier can't be read now.

@@ -1,4 +1,4 @@
-"""A tier in this process's memory: what the contract means, in the fewest lines, and a double in tests."""
+"""A tier in this process's memory: the contract in the fewest lines, and a double in tests."""
 
 import threading
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from kvkeep.tiers.base import Parts, TierUse, length_of
 
 
 class MemoryTier:
-    """Keeps copies, up to a number of bytes; the value unused for longest goes first. Thread-safe."""
+    """Keeps copies up to a number of bytes, dropping the least recently used. Thread-safe."""
 
     def __init__(self, capacity_bytes: int, name: str = "memory") -> None:
         self.name = name
