@@ -1,0 +1,1 @@
+"""Blocks in Mooncake Store, through a client in a process of its own."""

@@ -1,0 +1,65 @@
+"""What the tier on Mooncake Store can be told."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvkeep.model.errors import InputError
+from kvkeep.tiers.base import VALUE_BYTES_MAX
+from kvkeep.tiers.entry_names import PREFIX_DEFAULT, checked_prefix
+
+REQUEST_BYTES_MAX = 32 << 20
+"""Bytes in one request to the store: 3 ms on loopback, and a timeout that still means something on
+1 GbE."""
+REPLICAS_MAX = 16
+TIMEOUT_S_MAX = 600.0
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MooncakeSettings:
+    """Settings of one ``MooncakeTier``; each is checked when it is made."""
+
+    master: str
+    """``host:port`` of the ``mooncake_master``."""
+    metadata: str = "P2PHANDSHAKE"
+    """Where peers learn of each other; this word: from each other, with no metadata server."""
+    local_hostname: str = "127.0.0.1"
+    """Address of this host as its peers see it."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    rdma_devices: str = ""
+    """Names of devices with commas between them; empty: found by Mooncake. Of ``rdma`` only."""
+    segment_bytes: int = 0
+    """Memory of this host that the store may fill, held by a process of this tier; 0: none."""
+    local_buffer_bytes: int = 16 * MIB
+    """Mooncake's own staging buffer in each of its processes; kvkeep's transfers go around it."""
+    replica_num: int = 1
+    """Copies that a write asks for; the store keeps fewer where it has too few processes."""
+    prefix: str = PREFIX_DEFAULT
+    """In front of every key, so that deployments may share a store."""
+    timeout_s: float = 2.0
+    """For one request of at most ``REQUEST_BYTES_MAX`` or one value; longer calls are several."""
+    value_bytes_max: int = 64 * MIB
+    """Longest value; each of the lanes has this much shared memory, touched when it is needed."""
+
+    def __post_init__(self) -> None:
+        checked_prefix(self.prefix)
+        host, _, port = self.master.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+            raise InputError(
+                f"{self.master!r} is no address of a mooncake_master: write host:port, "
+                "such as 127.0.0.1:50051"
+            )
+        if self.protocol not in ("tcp", "rdma"):
+            raise InputError(
+                f"Mooncake's protocol {self.protocol!r} is not known here: choose tcp or rdma"
+            )
+        limits = [
+            ("segment_bytes", self.segment_bytes, 0, 1 << 46),
+            ("local_buffer_bytes", self.local_buffer_bytes, 0, 1 << 40),
+            ("replica_num", self.replica_num, 1, REPLICAS_MAX),
+            ("timeout_s", self.timeout_s, 0.05, TIMEOUT_S_MAX),
+            ("value_bytes_max", self.value_bytes_max, 1, VALUE_BYTES_MAX),
+        ]
+        for name, value, low, high in limits:
+            if not low <= value <= high:
+                raise InputError(f"{name} = {value} is out of range: choose {low} to {high}")

@@ -1,0 +1,205 @@
+"""Mooncake Store dies, freezes, fills up: values are lost or late, never wrong; nobody hangs."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvkeep.model.errors import UnavailableError
+from kvkeep.testing.tier_contract import block_key, in_parts, read, value_bytes, write
+from kvkeep.tiers.mooncake.tier import MooncakeTier
+from tests.integration.daemons import wait_until
+from tests.servers.mooncake import MIB, MooncakeStore, mooncake_store, open_tier
+
+TIMEOUT_S = 1.0
+SLACK_S = 1.0
+"""For two busy cores, and for a killed process to be gone."""
+AT_ONCE_S = 0.1
+BACK_TIMEOUT_S = 20.0
+
+
+@pytest.fixture
+def store() -> Iterator[MooncakeStore]:
+    """A store that the test may break."""
+    with mooncake_store(1) as running:
+        yield running
+
+
+@pytest.fixture
+def tier(store: MooncakeStore) -> Iterator[MooncakeTier]:
+    """A tier on it."""
+    with opened(store) as tier:
+        yield tier
+
+
+@contextlib.contextmanager
+def opened(store: MooncakeStore, **settings: object) -> Iterator[MooncakeTier]:
+    """A tier that is closed in the end, whatever happened."""
+    tier = open_tier(store, timeout_s=TIMEOUT_S, **settings)
+    try:
+        yield tier
+    finally:
+        tier.close()
+
+
+def seconds_to_fail(call: Callable[[], object]) -> float:
+    """How long a call takes to say that the store is away."""
+    begun_s = time.perf_counter()
+    with pytest.raises(UnavailableError):
+        call()
+    return time.perf_counter() - begun_s
+
+
+def is_right(tier: MooncakeTier, numbers: Sequence[int]) -> bool:
+    """Whether all values are there; one that is there and wrong is a failure of the test."""
+    try:
+        found = read(tier, [block_key(number) for number in numbers])
+    except UnavailableError:
+        return False
+    right = [value_bytes(number) for number in numbers]
+    assert all(got in (None, want) for got, want in zip(found, right, strict=True))
+    return found == right
+
+
+def works_again(tier: MooncakeTier, number: int) -> Callable[[], bool]:
+    """A question whether a value can be written and read."""
+
+    def ask() -> bool:
+        with contextlib.suppress(UnavailableError):
+            return write(tier, [number]) == [True] and is_right(tier, [number])
+        return False
+
+    return ask
+
+
+def test_values_of_a_killed_storage_are_misses(store: MooncakeStore, tier: MooncakeTier) -> None:
+    """What it held is gone and nothing wrong comes back; with another one, writes work again."""
+    write(tier, range(4))
+    store.storages[0].kill()
+    store.start_storage()
+
+    assert not is_right(tier, range(4))
+    wait_until(works_again(tier, 5), "a value is written and read", BACK_TIMEOUT_S)
+
+
+def test_a_second_copy_survives_a_killed_storage(store: MooncakeStore) -> None:
+    """With two copies of each value every one is read although half the storage is dead."""
+    store.start_storage()
+    with opened(store, replica_num=2) as tier:
+        assert write(tier, range(16)) == [True] * 16
+        store.storages[0].kill()
+
+        wait_until(lambda: is_right(tier, range(16)), "all values are read", BACK_TIMEOUT_S)
+
+
+def test_a_killed_master_is_noticed_and_found_again(
+    store: MooncakeStore, tier: MooncakeTier
+) -> None:
+    """One call waits for the time limit at most, the next ones not at all; a new master is used."""
+    keys = [block_key(1)]
+    write(tier, [1])
+    store.master.kill()
+
+    assert seconds_to_fail(lambda: read(tier, keys)) < TIMEOUT_S + SLACK_S
+    assert seconds_to_fail(lambda: write(tier, [2])) < AT_ONCE_S
+    assert seconds_to_fail(lambda: tier.contains(keys)) < AT_ONCE_S
+    assert seconds_to_fail(lambda: tier.delete(keys)) < AT_ONCE_S
+
+    store.start_master()
+    wait_until(works_again(tier, 3), "a value is written and read", BACK_TIMEOUT_S)
+
+
+def test_a_frozen_master_hangs_nobody(store: MooncakeStore, tier: MooncakeTier) -> None:
+    """It takes connections and never answers; once it runs again, what was there is read."""
+    write(tier, [1])
+    store.master.freeze()
+    try:
+        assert seconds_to_fail(lambda: read(tier, [block_key(1)])) < TIMEOUT_S + SLACK_S
+        assert seconds_to_fail(lambda: write(tier, [2])) < AT_ONCE_S
+    finally:
+        store.master.thaw()
+
+    wait_until(lambda: is_right(tier, [1]), "the value is read", BACK_TIMEOUT_S)
+
+
+def test_a_frozen_storage_hangs_nobody(store: MooncakeStore, tier: MooncakeTier) -> None:
+    """A transfer that does not end is ended; nothing is written to the caller's memory later."""
+    write(tier, [1])
+    room = bytearray(b"\x5a" * len(value_bytes(1)))
+    store.storages[0].freeze()
+    try:
+        failing_s = seconds_to_fail(lambda: tier.read([block_key(1)], [in_parts(room)]))
+        before = bytes(room)
+    finally:
+        store.storages[0].thaw()
+
+    assert failing_s < TIMEOUT_S + SLACK_S
+    wait_until(works_again(tier, 2), "a value is written and read", BACK_TIMEOUT_S)
+    assert room == before
+
+
+def test_a_full_store_declines() -> None:
+    """What finds no room is declined, and what was kept is right or forgotten."""
+    with mooncake_store(1, segment_bytes=16 * MIB) as store, opened(store) as tier:
+        keys = [block_key(number) for number in range(32)]
+        values = [[memoryview(value_bytes(number, MIB))] for number in range(32)]
+        kept = tier.write(keys, values)
+        found = read(tier, keys, MIB)
+
+        assert 0 < kept.count(True) < 32
+        for number, got in enumerate(found):
+            assert got in (None, value_bytes(number, MIB))
+            assert got is None or kept[number]
+
+
+def test_a_killed_or_frozen_client_is_replaced(store: MooncakeStore, tier: MooncakeTier) -> None:
+    """A crash in Mooncake's library is the loss of one process of the tier, and of no value."""
+    write(tier, [1])
+    (first,) = tier.pids()
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: is_right(tier, [1]), "the value is read", BACK_TIMEOUT_S)
+    (second,) = tier.pids()
+    os.kill(second, signal.SIGSTOP)
+
+    assert seconds_to_fail(lambda: read(tier, [block_key(1)])) < TIMEOUT_S + SLACK_S
+    assert not Path(f"/proc/{second}").exists()
+    wait_until(lambda: is_right(tier, [1]), "the value is read", BACK_TIMEOUT_S)
+
+
+OWNER = """
+import sys, threading
+from kvkeep.tiers.mooncake.settings import MooncakeSettings
+from kvkeep.tiers.mooncake.tier import MooncakeTier
+
+tier = MooncakeTier(MooncakeSettings(master=sys.argv[1], segment_bytes=1 << 24))
+assert tier.wait_ready(30)
+print(*tier.pids(), flush=True)
+threading.Event().wait()
+"""
+
+
+def test_nothing_outlives_a_killed_owner(store: MooncakeStore) -> None:
+    """The processes of a tier end with the process that has the tier, however that ends."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, store.address], stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        owner.kill()
+
+    assert len(pids) == 2
+    wait_until(lambda: not any(map(is_running, pids)), "the tier's processes ended")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
