@@ -20,7 +20,7 @@ class OldestFirst:
     def __init__(self) -> None:
         self.slots: list[int] = []
 
-    def added(self, slot: int) -> None:
+    def added(self, slot: int, fingerprint: int) -> None:
         """Remember a slot."""
         self.slots.append(slot)
 
@@ -49,7 +49,7 @@ class Forgetful(OldestFirst):
 def test_a_policy_needs_no_base_class() -> None:
     """Four methods of the right types make a policy; a wrong type is seen before anything runs."""
     policy: EvictionPolicy = OldestFirst()
-    policy.added(3)
+    policy.added(3, 7)
     wrong: EvictionPolicy = Forgetful()  # type: ignore[assignment]
 
     assert policy.victims(1, lambda slot: True) == [3]

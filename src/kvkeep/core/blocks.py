@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from enum import Enum
 
-from kvkeep.core.eviction.base import EvictionPolicy
+from kvkeep.core.eviction.base import EvictionPolicy, fingerprint_of
 from kvkeep.model.errors import InvariantError
 from kvkeep.model.ids import UNKNOWN_PID, BlockHash, BlockKey, Namespace
 
@@ -180,7 +180,7 @@ class BlockLedger:
         if slot.missing_heads:
             return False
         self._move(slot, Move.WRITE_FINISHED)
-        self._policy.added(slot.idx)
+        self._policy.added(slot.idx, fingerprint_of(self._key_of(slot)))
         return True
 
     def fail_write(self, slot: Slot) -> None:
@@ -209,7 +209,7 @@ class BlockLedger:
         self._move(slot, Move.RECOVERED)
         del self._free[slot_idx]
         self._put(key, slot)
-        self._policy.added(slot_idx)
+        self._policy.added(slot_idx, fingerprint_of(key))
         return True
 
     def recover_writing(self, slot_idx: int) -> Slot:
@@ -292,10 +292,13 @@ class BlockLedger:
         slot.key = key
         self._spaces.setdefault((key.namespace, key.group_idx), {})[key.block_hash] = slot
 
-    def _drop(self, slot: Slot) -> None:
-        key = slot.key
-        if key is None:
+    def _key_of(self, slot: Slot) -> BlockKey:
+        if slot.key is None:
             raise InvariantError(f"a slot without a key is in the index. slot={slot.idx}")
+        return slot.key
+
+    def _drop(self, slot: Slot) -> None:
+        key = self._key_of(slot)
         space = self._spaces[(key.namespace, key.group_idx)]
         del space[key.block_hash]
         if not space:

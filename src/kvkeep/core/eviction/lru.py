@@ -10,8 +10,8 @@ class LruPolicy:
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
 
-    def added(self, slot: int) -> None:
-        """Put the slot last."""
+    def added(self, slot: int, fingerprint: int) -> None:
+        """Put the slot last; what it held before doesn't count."""
         self._order[slot] = None
 
     def used(self, slot: int) -> None:
