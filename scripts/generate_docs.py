@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from kvkeep.core import blocks
+from kvkeep.core import blocks, breaker
 from kvkeep.protocol import frames, session, versions
 from kvkeep.protocol import messages as m
 
@@ -192,6 +192,11 @@ def _states(transitions: Mapping[Any, Mapping[Any, Enum]]) -> str:
 def slot_states() -> str:
     """Where a slot of the pool can stand."""
     return _states(blocks.TRANSITIONS)
+
+
+def breaker_states() -> str:
+    """Whether a tier is asked."""
+    return _states(breaker.TRANSITIONS)
 
 
 def session_states() -> str:
