@@ -82,6 +82,15 @@ def test_reads_are_worn_off() -> None:
     assert 0 in gone
 
 
+def test_the_main_queue_starts_counting_anew() -> None:
+    """Reads in the small queue buy one promotion, however many they were."""
+    policy = filled(10)
+    for slot in (0, 0, 0, 1):
+        policy.used(slot)
+
+    assert policy.victims(10, everything)[-2:] == [0, 1]
+
+
 def test_naming_moves_nothing() -> None:
     """A walk whose victims stay leaves uses and queues as they were."""
     policy = filled(10)
