@@ -1,9 +1,9 @@
 """Runs the benchmarks: `make bench`, or `make bench ONLY=name` for one.
 
-A benchmark is a module beside this one with a function ``main``; run as a program it prints one
-JSON line per figure (``figures.emit``). Each runs in a process of its own, so that none measures
-another's memory and threads. The exit status says whether the figures could be taken, never
-whether targets were met.
+A benchmark is a module beside this one with a function ``main``, or a folder whose ``__main__`` has
+one; run as a program it prints one JSON line per figure (``figures.emit``). Each runs in a process
+of its own, so that none measures another's memory and threads. The exit status says whether the
+figures could be taken, never whether targets were met.
 """
 
 import argparse
@@ -21,8 +21,11 @@ OK, BROKEN, BAD_INPUT = 0, 1, 2
 
 def find_benchmarks() -> list[str]:
     """Return the names of all benchmarks, in order of name, importing none of them."""
-    paths = sorted(path for path in FOLDER.glob("*.py") if path != Path(__file__))
-    return [path.stem for path in paths if _has_main(path)]
+    paths = [path for path in FOLDER.glob("*.py") if path != Path(__file__)]
+    # A folder with a main is one benchmark, of several parts.
+    folders = [path for path in FOLDER.glob("*/__main__.py") if _has_main(path)]
+    names = [path.stem for path in paths if _has_main(path)]
+    return sorted(names + [path.parent.name for path in folders])
 
 
 def _has_main(path: Path) -> bool:

@@ -1,0 +1,1 @@
+"""The local disk as a tier: preallocated segments of equal slots, and a header for each."""
