@@ -264,10 +264,6 @@ class TierQueue:
                     self._changed.notify_all()
 
     def _call(self, job: _Job) -> Outcome[Any]:
-        with self._changed:
-            is_current = self._breaker.is_current(job.ticket)
-        if not is_current:
-            return self._left_alone()
         try:
             return Outcome(job.call())
         except UnavailableError as error:

@@ -173,11 +173,13 @@ def test_reads_go_before_writes(bench: Bench) -> None:
 
 @pytest.mark.parametrize("bench", [{"num_threads": 2}], indirect=True)
 def test_a_thread_is_kept_for_reads(bench: Bench) -> None:
-    """However many writes there are, a read begins at once."""
+    """However many writes there are, they leave one thread alone, and a read begins at once."""
     bench.tier.is_gated = True
     bench.write(1)
     bench.write(2)
     assert bench.reached() == ("write", 1)
+    with pytest.raises(queue.Empty):
+        bench.tier.reached.get(timeout=0.2)
     bench.read(3)
 
     assert bench.reached() == ("read", 3)
