@@ -1,9 +1,10 @@
 """What a block is called on a server, and what stands in front of its bytes there.
 
-The name is the whole block key behind a prefix, so that several deployments may share a server and an operator can
-find or delete a model's blocks by the beginning of their names. The head in front of the bytes tells a value of kvkeep's
-from anyone else's, a whole one from a part, and one block's from another's, for the price of a few bytes. It
-proves nothing about the bytes behind it: that is the verifying wrapper's.
+The name is the whole block key behind a prefix, so that several deployments may share a server and
+an operator can find or delete a model's blocks by the beginning of their names. The head in front
+of the bytes tells a value of kvkeep's from anyone else's, a whole one from a part, and one block's
+from another's, for the price of a few bytes. It proves nothing about the bytes behind it: that is
+the verifying wrapper's.
 """
 
 import re
@@ -22,7 +23,7 @@ PREFIX_CHARS_MAX: Final = 128
 HEAD_BYTES: Final = 24
 _MAGIC: Final = b"kvkeep\x00\x01"
 _HEAD: Final = struct.Struct("<8sQQ")
-"""Magic with the version of this head; length of the value behind it; XXH3-64 of the entry's name."""
+"""Magic with the version of this head; length of the value behind it; XXH3-64 of its name."""
 
 _PREFIX: Final = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)+")
 _HEX: Final = f"[0-9a-f]{{{2 * HASH_BYTES}}}"
@@ -38,8 +39,8 @@ def checked_prefix(prefix: str) -> str:
     """
     if len(prefix) > PREFIX_CHARS_MAX or not _PREFIX.fullmatch(prefix):
         raise InputError(
-            f"a prefix is at most {PREFIX_CHARS_MAX} letters, digits and ._- in parts that each end in '/', "
-            f"such as {PREFIX_DEFAULT!r}: got {prefix[: PREFIX_CHARS_MAX + 1]!r}"
+            f"a prefix is at most {PREFIX_CHARS_MAX} letters, digits and ._- in parts that each "
+            f"end in '/', such as {PREFIX_DEFAULT!r}: got {prefix[: PREFIX_CHARS_MAX + 1]!r}"
         )
     return prefix
 

@@ -1,0 +1,206 @@
+"""What a Valkey tier's caller sees when the server or the way to it fails."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvkeep.model.errors import UnavailableError
+from kvkeep.testing.tcp_proxy import FaultyRelay, NetworkFault, Towards
+from kvkeep.testing.tier_contract import VALUE_BYTES, block_key, read, value_bytes, write
+from kvkeep.tiers.entry_names import entry_name
+from kvkeep.tiers.valkey import ValkeySettings, ValkeyTier
+from tests.servers.valkey import ValkeyServer
+
+TIMEOUT_S = 1.0
+PATIENCE_S = 2 * TIMEOUT_S + 2.0
+"""Two tries and a busy machine: still far from hung."""
+MID_BATCH_BYTES = 2 * VALUE_BYTES + VALUE_BYTES // 2
+PREFIX = "kvkeep/"
+
+
+@pytest.fixture
+def server() -> Iterator[ValkeyServer]:
+    server = ValkeyServer().run()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def relay(server: ValkeyServer) -> Iterator[FaultyRelay]:
+    """The way to the server."""
+    with FaultyRelay(("127.0.0.1", server.port), seed=7) as relay:
+        yield relay
+
+
+@pytest.fixture
+def tier(relay: FaultyRelay) -> Iterator[ValkeyTier]:
+    url = f"valkey://127.0.0.1:{relay.address[1]}"
+    tier = ValkeyTier(ValkeySettings(url=url, timeout_s=TIMEOUT_S, prefix=PREFIX))
+    yield tier
+    tier.close()
+
+
+def in_background(tier: ValkeyTier, verb: str) -> tuple[threading.Thread, list[BaseException]]:
+    """Write or read eight values in a thread; returns it, and the errors it will have met."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            if verb == "write":
+                write(tier, range(8))
+            else:
+                read(tier, [block_key(number) for number in range(8)])
+        except UnavailableError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, errors
+
+
+def assert_works(tier: ValkeyTier) -> None:
+    """What is written now is read."""
+    assert write(tier, [20]) == [True]
+    assert read(tier, [block_key(20)]) == [value_bytes(20)]
+
+
+@pytest.mark.parametrize("verb", ["write", "read"])
+def test_a_server_killed_in_mid_batch(
+    tier: ValkeyTier, relay: FaultyRelay, server: ValkeyServer, verb: str
+) -> None:
+    """The batch is an error; a server started again empty is all misses, and works."""
+    write(tier, range(8))
+    towards = Towards.SERVER if verb == "write" else Towards.CLIENT
+    reached = relay.strike(NetworkFault.FROZEN, towards=towards, after_bytes=MID_BATCH_BYTES)
+    thread, errors = in_background(tier, verb)
+    assert reached.wait(10)
+    server.kill()
+    thread.join(PATIENCE_S)
+    server.run()
+    relay.heal()
+
+    assert [type(error) for error in errors] == [UnavailableError]
+    assert read(tier, [block_key(number) for number in range(8)]) == [None] * 8
+    assert_works(tier)
+
+
+@pytest.mark.parametrize("verb", ["write", "read", "contains", "keys", "delete"])
+def test_a_frozen_server(tier: ValkeyTier, server: ValkeyServer, verb: str) -> None:
+    """Every call ends within its time limit, and works when the server goes on."""
+    calls: dict[str, Callable[[], object]] = {
+        "write": lambda: write(tier, range(8)),
+        "read": lambda: read(tier, [block_key(1)]),
+        "contains": lambda: tier.contains([block_key(1)]),
+        "keys": lambda: list(tier.keys()),
+        "delete": lambda: tier.delete([block_key(1)]),
+    }
+    write(tier, [1])
+    server.freeze()
+    begun_s = time.perf_counter()
+    try:
+        with pytest.raises(UnavailableError, match=r"did not finish within 1\.0 s"):
+            calls[verb]()
+        took_s = time.perf_counter() - begun_s
+    finally:
+        server.thaw()
+
+    assert TIMEOUT_S * 0.9 <= took_s < PATIENCE_S
+    assert_works(tier)
+
+
+@pytest.mark.parametrize("after_bytes", [0, 3, 9, 40, 100_000, MID_BATCH_BYTES])
+def test_a_network_cut_in_mid_value(tier: ValkeyTier, relay: FaultyRelay, after_bytes: int) -> None:
+    """In a reply's first line, in a head, in a value: an error, and no byte too many."""
+    write(tier, range(8))
+    relay.strike(NetworkFault.CUT, after_bytes=after_bytes)
+    with pytest.raises(UnavailableError, match="can't be reached"):
+        read(tier, [block_key(number) for number in range(8)])
+    relay.heal()
+
+    assert read(tier, [block_key(3)]) == [value_bytes(3)]
+    assert_works(tier)
+
+
+def test_a_cut_write_is_whole_or_absent(tier: ValkeyTier, relay: FaultyRelay) -> None:
+    """What the server has of a batch that broke off is read whole, and the rest is a miss."""
+    relay.strike(NetworkFault.CUT, towards=Towards.SERVER, after_bytes=MID_BATCH_BYTES)
+    with pytest.raises(UnavailableError):
+        write(tier, range(8))
+    relay.heal()
+
+    found = read(tier, [block_key(number) for number in range(8)])
+
+    assert found == [value_bytes(0), value_bytes(1), *[None] * 6]
+
+
+def test_a_slow_network_in_time(tier: ValkeyTier, relay: FaultyRelay) -> None:
+    """Ten times slower and within the limit, all bytes come."""
+    write(tier, range(2))
+    struck = relay.strike(NetworkFault.SLOW, bytes_per_s=2 * VALUE_BYTES / (TIMEOUT_S / 2))
+
+    assert read(tier, [block_key(0), block_key(1)]) == [value_bytes(0), value_bytes(1)]
+    assert struck.is_set()
+
+
+def test_a_trickling_network(tier: ValkeyTier, relay: FaultyRelay) -> None:
+    """Bytes that keep coming do not stretch the limit."""
+    write(tier, range(2))
+    relay.strike(NetworkFault.SLOW, bytes_per_s=VALUE_BYTES / (5 * TIMEOUT_S))
+    begun_s = time.perf_counter()
+    with pytest.raises(UnavailableError, match="did not finish within"):
+        read(tier, [block_key(0), block_key(1)])
+
+    assert time.perf_counter() - begun_s < PATIENCE_S
+
+
+def test_refused_connections(tier: ValkeyTier, relay: FaultyRelay) -> None:
+    """An error at once, and recovery by itself."""
+    relay.strike(NetworkFault.REFUSED)
+    with pytest.raises(UnavailableError, match="can't be reached"):
+        read(tier, [block_key(1)])
+    relay.heal()
+
+    assert_works(tier)
+
+
+def test_a_truncated_value_is_a_miss(tier: ValkeyTier, server: ValkeyServer) -> None:
+    """So is one that has grown, and one cut inside its head; their neighbours are hits."""
+    write(tier, range(5))
+    for number, length in ((1, 1000), (2, 10), (3, 0)):
+        name = entry_name(block_key(number), PREFIX)
+        script = "server.call('SET', KEYS[1], server.call('GETRANGE', KEYS[1], 0, ARGV[1]))"
+        server.command("EVAL", script, "1", name, str(length))
+    server.command("APPEND", entry_name(block_key(4), PREFIX), "!")
+
+    found = read(tier, [block_key(number) for number in range(5)], VALUE_BYTES + 10)
+
+    assert found == [value_bytes(0), None, None, None, None]
+
+
+def test_a_foreign_value_is_a_miss(tier: ValkeyTier, server: ValkeyServer) -> None:
+    """A stranger's string, a list, and another block's value under our key; then ours again."""
+    write(tier, range(4))
+    names = [entry_name(block_key(number), PREFIX) for number in range(4)]
+    server.command("SET", names[0], "x" * VALUE_BYTES)
+    server.command("UNLINK", names[1])
+    server.command("LPUSH", names[1], "x")
+    server.command("COPY", names[3], names[2], "REPLACE")
+
+    found = read(tier, [block_key(number) for number in range(4)])
+
+    assert found == [None, None, None, value_bytes(3)]
+    assert tier.contains([block_key(1)]) == [False]
+    assert write(tier, range(3)) == [True] * 3
+    assert read(tier, [block_key(0), block_key(1)]) == [value_bytes(0), value_bytes(1)]
+
+
+def test_a_server_started_again_while_idle(tier: ValkeyTier, server: ValkeyServer) -> None:
+    """Connections kept from before are replaced without an error: everything is a miss."""
+    write(tier, range(3))
+    server.kill()
+    server.run()
+
+    assert read(tier, [block_key(number) for number in range(3)]) == [None] * 3
+    assert_works(tier)

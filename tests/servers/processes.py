@@ -1,0 +1,85 @@
+"""A server in a process of its own: started, asked until ready, frozen, killed, stopped by pid."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+START_TIMEOUT_S = 40.0
+STOP_TIMEOUT_S = 10.0
+
+
+def free_port() -> int:
+    """A loopback port that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class ServerProcess:
+    """One server and its folder; may die and be started again with the same command."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.folder = Path(tempfile.mkdtemp(prefix=f"kvkeep-test-{what}-"))
+        self.log = self.folder / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, command: Sequence[str], is_ready: Callable[[], bool]) -> None:
+        """Start, and ask until it is ready."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        pause = threading.Event()
+        begun_s = time.perf_counter()
+        try:
+            while not is_ready():
+                assert self.process.poll() is None, f"{self.what} ended: {self._tail()}"
+                assert time.perf_counter() - begun_s < START_TIMEOUT_S, (
+                    f"{self.what} is not ready after {START_TIMEOUT_S} s: {self._tail()}"
+                )
+                pause.wait(0.02)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _tail(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def freeze(self) -> None:
+        """Let it stand still."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it without warning."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(STOP_TIMEOUT_S)
+            self.process = None
+
+    def stop(self) -> None:
+        """End it, and take its folder away."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.thaw()
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_TIMEOUT_S)
+            self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
