@@ -90,10 +90,7 @@ class Client:
         store, names = self._store, ask.names
         match ask.operation:
             case Operation.WRITE:
-                addresses, lengths = self._places(ask.pieces)
-                return list(
-                    store.batch_put_from_multi_buffers(names, addresses, lengths, self._config)
-                )
+                return self._write(names, ask.pieces)
             case Operation.READ:
                 return self._read(names, ask.pieces)
             case Operation.SIZES:
@@ -107,6 +104,14 @@ class Client:
                 return [self._map(fds[0], ask.pieces[0][0])]
             case Operation.CLOSE:
                 return [store.close()]
+
+    def _write(self, names: list[str], pieces: list[list[Piece]]) -> list[int]:
+        store, config = self._store, self._config
+        addresses, lengths = self._places(pieces)
+        if all(len(value) == 1 for value in addresses):
+            firsts, sizes = [value[0] for value in addresses], [value[0] for value in lengths]
+            return list(store.batch_put_from(names, firsts, sizes, config))
+        return list(store.batch_put_from_multi_buffers(names, addresses, lengths, config))
 
     def _read(self, names: list[str], pieces: list[list[Piece]]) -> list[int]:
         addresses, lengths = self._places(pieces)

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import BlockKey
 from kvkeep.tiers.base import Parts, length_of
@@ -31,8 +32,12 @@ NOT_READY, NOT_FOUND = -703, -704
 """A value that is still being written, and none (mooncake-store/include/types.h)."""
 _AWAY: Final = range(-1099, -899)
 """Codes of the way to the master: nothing can be said about any value."""
+RETRY_WITHIN_S: Final = 0.25
+"""A transfer to a dead process fails after a second, and would again until the master knows."""
 _UNREAD: Final = -1
 """Another attempt may read it."""
+
+_clock = SystemClock()
 
 
 class MooncakeTier:
@@ -103,7 +108,7 @@ class MooncakeTier:
         return kept
 
     def read(self, keys: Sequence[BlockKey], into: Sequence[Parts]) -> list[int | None]:
-        """Get; a value that a dead process held is tried again, where there may be another copy."""
+        """Get; what a dead process held is a miss, or another copy once the master knows."""
         rooms = [clipped(room, self._settings.value_bytes_max) for room in into]
         lengths: list[int | None] = [None] * len(keys)
         for batch in cut(rooms, self._settings.value_bytes_max):
@@ -121,15 +126,18 @@ class MooncakeTier:
         names: list[str],
         rooms: list[Parts],
     ) -> list[int | None]:
+        begun_s = _clock.now_s()
         lengths = self._read_once(client, lane, names, rooms)
+        was_quick = _clock.now_s() - begun_s < RETRY_WITHIN_S
         again = [idx for idx, length in enumerate(lengths) if length == _UNREAD]
         if again:
-            # Room of several pieces has to be exact, so it may also be that the value is shorter.
+            # Room of several pieces has to be exact, so the value may be shorter. Else the transfer
+            # failed: at once where a connection had gone stale, slowly where a process died.
             sizes = self._ask(client, lane, Ask(Operation.SIZES, [names[idx] for idx in again]))
             fitting = [
                 (idx, clipped(rooms[idx], size))
                 for idx, size in zip(again, sizes, strict=True)
-                if 0 < size <= length_of(rooms[idx])
+                if 0 < size < length_of(rooms[idx]) + was_quick
             ]
             exact = [room for _, room in fitting]
             found = self._read_once(client, lane, [names[idx] for idx, _ in fitting], exact)
