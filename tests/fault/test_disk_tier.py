@@ -72,7 +72,7 @@ def test_a_flipped_bit_in_a_value_is_a_miss(tier: DiskTier, tmp_path: Path, plac
 
     assert found(tier, range(6)) == [0, 1, 3, 4, 5]
     assert tier.num_rotten == 1
-    assert tier.contains([block_key(2)]) == [False]
+    assert tier.lookup([block_key(2)]) == [False]
     assert write(tier, [2], VALUE_BYTES) == [True]
     assert found(tier, range(6)) == list(range(6))
 
@@ -160,7 +160,7 @@ def test_a_segment_cut_between_two_processes(tmp_path: Path, num_bytes: int) -> 
 
     with contextlib.closing(new_tier(folder)) as after:
         kept = [*range(num_bytes // SLOT_BYTES), 4, 5]
-        assert [n for n in range(6) if after.contains([block_key(n)]) == [True]] == kept
+        assert [n for n in range(6) if after.lookup([block_key(n)]) == [True]] == kept
         assert found(after, range(6)) == kept
         assert all(write(after, range(8), VALUE_BYTES))
         assert found(after, range(8)) == list(range(8))
@@ -228,7 +228,7 @@ def test_an_error_of_the_device_is_unavailable(tier: DiskTier, shim: Shim, numbe
         found(tier, range(6))
     with pytest.raises(UnavailableError, match="the disk can't be written"):
         write(tier, [6], VALUE_BYTES)
-    assert tier.contains([block_key(6)]) == [False]
+    assert tier.lookup([block_key(6)]) == [False]
     shim.number = 0
 
     assert found(tier, range(7)) == list(range(6))
@@ -389,4 +389,4 @@ def test_a_file_system_that_turns_read_only(small_disk: Path) -> None:
             write(tier, [8], VALUE_BYTES)
         with pytest.raises(UnavailableError, match="Read-only file system"):
             tier.delete([block_key(3)])
-        assert tier.contains([block_key(3)]) == [False]
+        assert tier.lookup([block_key(3)]) == [False]

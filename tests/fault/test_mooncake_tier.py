@@ -108,7 +108,7 @@ def test_a_killed_master_is_noticed_and_found_again(
 
     assert seconds_to_fail(lambda: read(tier, keys)) < TIMEOUT_S + SLACK_S
     assert seconds_to_fail(lambda: write(tier, [2])) < AT_ONCE_S
-    assert seconds_to_fail(lambda: tier.contains(keys)) < AT_ONCE_S
+    assert seconds_to_fail(lambda: tier.lookup(keys)) < AT_ONCE_S
     assert seconds_to_fail(lambda: tier.delete(keys)) < AT_ONCE_S
 
     store.start_master()

@@ -76,13 +76,14 @@ def assert_works(tier: ObjectStoreTier) -> None:
     assert read(tier, [block_key(20)]) == [value_bytes(20)]
 
 
-@pytest.mark.parametrize("verb", ["write", "read", "contains", "keys", "delete"])
+@pytest.mark.parametrize("verb", ["write", "read", "read one", "lookup", "keys", "delete"])
 def test_a_frozen_server(tier: ObjectStoreTier, server: SeaweedServer, verb: str) -> None:
     """Every call ends within its time limit, and works when the server goes on."""
     calls: dict[str, Callable[[], object]] = {
         "write": lambda: write(tier, NUMBERS),
         "read": lambda: read(tier, KEYS),
-        "contains": lambda: tier.contains(KEYS),
+        "read one": lambda: read(tier, KEYS[:1]),
+        "lookup": lambda: tier.lookup(KEYS),
         "keys": lambda: list(tier.keys()),
         "delete": lambda: tier.delete(KEYS),
     }
@@ -96,7 +97,7 @@ def test_a_frozen_server(tier: ObjectStoreTier, server: SeaweedServer, verb: str
     finally:
         server.thaw()
 
-    assert TIMEOUT_S * 0.9 <= took_s < PATIENCE_S
+    assert TIMEOUT_S * 0.7 <= took_s < PATIENCE_S
     assert_works(tier)
 
 

@@ -86,13 +86,13 @@ def test_a_server_killed_in_mid_batch(
     assert_works(tier)
 
 
-@pytest.mark.parametrize("verb", ["write", "read", "contains", "keys", "delete"])
+@pytest.mark.parametrize("verb", ["write", "read", "lookup", "keys", "delete"])
 def test_a_frozen_server(tier: ValkeyTier, server: ValkeyServer, verb: str) -> None:
     """Every call ends within its time limit, and works when the server goes on."""
     calls: dict[str, Callable[[], object]] = {
         "write": lambda: write(tier, range(8)),
         "read": lambda: read(tier, [block_key(1)]),
-        "contains": lambda: tier.contains([block_key(1)]),
+        "lookup": lambda: tier.lookup([block_key(1)]),
         "keys": lambda: list(tier.keys()),
         "delete": lambda: tier.delete([block_key(1)]),
     }
@@ -191,7 +191,7 @@ def test_a_foreign_value_is_a_miss(tier: ValkeyTier, server: ValkeyServer) -> No
     found = read(tier, [block_key(number) for number in range(4)])
 
     assert found == [None, None, None, value_bytes(3)]
-    assert tier.contains([block_key(1)]) == [False]
+    assert tier.lookup([block_key(1)]) == [False]
     assert write(tier, range(3)) == [True] * 3
     assert read(tier, [block_key(0), block_key(1)]) == [value_bytes(0), value_bytes(1)]
 

@@ -132,7 +132,7 @@ def test_deployments_share_a_server(tier: ValkeyTier, server: ValkeyServer) -> N
     write(tier, [1])
     other.delete([block_key(1)])
 
-    assert (list(other.keys()), other.contains([block_key(1)])) == ([], [False])
+    assert (list(other.keys()), other.lookup([block_key(1)])) == ([], [False])
     assert read(other, [block_key(1)]) == [None]
     assert list(tier.keys()) == [block_key(1)]
 
@@ -144,7 +144,7 @@ def test_databases_are_apart(server: ValkeyServer) -> None:
     tiers = [ValkeyTier(ValkeySettings(url=f"{server.url}/{number}")) for number in (3, 4)]
     write(tiers[0], [1])
 
-    assert [tier.contains([block_key(1)]) for tier in tiers] == [[True], [False]]
+    assert [tier.lookup([block_key(1)]) for tier in tiers] == [[True], [False]]
 
     for tier in tiers:
         tier.close()
@@ -184,7 +184,7 @@ def test_a_wrong_password_is_one_sentence(server: ValkeyServer) -> None:
     tier = ValkeyTier(settings)
 
     with pytest.raises(UnavailableError, match="mend VALKEY_USER and VALKEY_PASSWORD") as caught:
-        tier.contains([block_key(1)])
+        tier.lookup([block_key(1)])
 
     assert "hunter2" not in f"{caught.value} {settings!r} {tier!r}"
     tier.close()

@@ -71,7 +71,7 @@ def test_rubbish_is_never_a_value(rubbish: bytes) -> None:
         inner.write([KEY], [in_parts(rubbish)])
 
         assert read_one(wrappings(inner)[which]) is None
-        assert inner.contains([KEY]) == [False]
+        assert inner.lookup([KEY]) == [False]
 
 
 @given(VALUES, st.data())

@@ -21,6 +21,14 @@ from kvkeep.daemon.settings import load_settings
 @click.option("--sessions-max", type=int, help="Connections at once.")
 @click.option("--verify-on-start/--no-verify-on-start", default=None,
               help="Check every block that an earlier daemon left.")  # fmt: skip
+@click.option(
+    "--eviction", type=click.Choice(["lru", "s3fifo"]), help="Which block makes room first."
+)
+@click.option(
+    "--planner",
+    type=click.Choice(["auto", "load", "recompute"]),
+    help="Whether blocks of lower tiers are loaded.",
+)
 @click.option("--log-level", default="INFO", show_default=True, help="DEBUG, INFO or WARNING.")
 def daemon(config: Path | None, log_level: str, **flags: object) -> None:
     """Keep KV blocks for the engines of this host until SIGTERM; says when it is ready."""

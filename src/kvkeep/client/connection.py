@@ -101,6 +101,11 @@ class Connection:
                 if isinstance(message, m.Welcome):
                     return message
 
+    def lease_s(self, wanted_s: float) -> float:
+        """How long a lease may be asked for, up to what is wanted: the daemon has a limit."""
+        assert self.welcome is not None
+        return min(wanted_s, self.welcome.lease_s_max)
+
     def next_request_id(self) -> int:
         """A number for a request, unique on this connection."""
         return next(self._request_ids)

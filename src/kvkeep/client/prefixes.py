@@ -38,6 +38,8 @@ class PrefixLease:
     """The session that holds it; over when that is."""
     generation: int = 0
     """Of the daemon that granted it."""
+    lease_s: float = 0.0
+    """How long it was granted for, in seconds."""
 
 
 class Answer(Enum):
@@ -54,6 +56,8 @@ class Question:
     request_id: int
     asked_s: float
     connection: Connection
+    lease_s: float
+    """Seconds that were asked for."""
 
 
 class PrefixClient:
@@ -65,7 +69,7 @@ class PrefixClient:
         Args:
             link: Its connection is this client's alone.
             clock: Monotonic.
-            lease_s: How long a lease is asked for.
+            lease_s: How long a lease is asked for; less where the daemon grants less.
             patience_s: After this long without an answer the daemon counts as lost.
         """
         self._link = link
@@ -74,6 +78,8 @@ class PrefixClient:
         self._patience_s = patience_s
         self._answers: dict[int, m.Acquired | None] = {}
         """By request id: None while open."""
+        self._coming_s: dict[int, float] = {}
+        """By request id: until when the second answer comes, where the first announced one."""
         self._connection: Connection | None = None
         self.num_late = 0
 
@@ -86,29 +92,50 @@ class PrefixClient:
         connection = self._link.connection
         if connection is not self._connection:
             self._connection = connection
-            self._answers.clear()
+            self._forget_all()
         return connection
 
     def _lose(self, connection: Connection, reason: object) -> None:
         self._link.lost(connection, reason)
+        self._forget_all()
+
+    def _forget_all(self) -> None:
         self._answers.clear()
+        self._coming_s.clear()
 
     def ask(
-        self, namespace: Namespace, group_idx: int, hashes: Sequence[BlockHash]
+        self,
+        namespace: Namespace,
+        group_idx: int,
+        hashes: Sequence[BlockHash],
+        prefill_tokens_s: int = 0,
     ) -> Question | None:
-        """Ask for a lease on the longest readable prefix; None if nobody can be asked."""
+        """Ask for a lease on the longest readable prefix.
+
+        Args:
+            namespace: Of all the blocks.
+            group_idx: Of all the blocks.
+            hashes: In the order of the sequence.
+            prefill_tokens_s: Tokens a second that this engine computes; 0 if it does not know.
+
+        Returns:
+            The question; None if nobody can be asked.
+        """
         connection = self._current()
         if connection is None or len(self._answers) >= QUESTIONS_MAX:
             return None
         request_id = connection.next_request_id()
         joined = codec.join_hashes(hashes[: m.HASHES_MAX])
+        lease_s = connection.lease_s(self._lease_s)
         try:
-            connection.send(m.Acquire(request_id, namespace, group_idx, joined, self._lease_s))
+            connection.send(
+                m.Acquire(request_id, namespace, group_idx, joined, lease_s, prefill_tokens_s)
+            )
         except UnavailableError as error:
             self._lose(connection, error)
             return None
         self._answers[request_id] = None
-        return Question(request_id, self._clock.now_s(), connection)
+        return Question(request_id, self._clock.now_s(), connection, lease_s)
 
     def answer(
         self, question: Question, wait_s: float
@@ -132,17 +159,25 @@ class PrefixClient:
                 return Answer.NOTHING
             now_s = self._clock.now_s()
             if self._answers.get(question.request_id) is None and now_s >= deadline_s:
-                if now_s - question.asked_s < self._patience_s:
+                if now_s < self._late_s(question):
                     return Answer.PENDING
                 self.num_late += 1
                 self._lose(connection, f"no answer within {self._patience_s} s")
                 return Answer.NOTHING
-        del self._answers[question.request_id]
+        self._drop(question.request_id)
         if not answer.lease_id:
             return Answer.NOTHING
         slots = codec.split_slots(answer.slots)
-        deadline_s = question.asked_s + self._lease_s
-        return PrefixLease(answer.lease_id, slots, deadline_s, connection, answer.generation)
+        # The daemon counts from its grant, which is later.
+        deadline_s = question.asked_s + question.lease_s
+        return PrefixLease(
+            answer.lease_id, slots, deadline_s, connection, answer.generation, question.lease_s
+        )
+
+    def _late_s(self, question: Question) -> float:
+        """When the daemon counts as lost: blocks on their way are waited for as long as it said."""
+        begun_s = self._coming_s.get(question.request_id, question.asked_s)
+        return begun_s + self._patience_s
 
     def _receive(self, connection: Connection, wait_s: float) -> bool:
         """Take in what has arrived; False if the connection was lost."""
@@ -153,16 +188,26 @@ class PrefixClient:
             return False
         for message in messages:
             if isinstance(message, m.Acquired):
-                if message.request_id in self._answers:
-                    self._answers[message.request_id] = message
-                elif message.lease_id:
-                    # The asker has gone meanwhile.
-                    self._send(m.Release([message.lease_id]))
+                self._take(message)
         return True
+
+    def _take(self, message: m.Acquired) -> None:
+        if message.request_id not in self._answers:
+            if message.lease_id:
+                # The asker has gone meanwhile.
+                self._send(m.Release([message.lease_id]))
+        elif message.wait_us:
+            self._coming_s[message.request_id] = self._clock.now_s() + message.wait_us / 1e6
+        else:
+            self._answers[message.request_id] = message
+
+    def _drop(self, request_id: int) -> m.Acquired | None:
+        self._coming_s.pop(request_id, None)
+        return self._answers.pop(request_id, None)
 
     def forget(self, question: Question) -> None:
         """Nobody will pick up this answer: give its lease back when it comes."""
-        answer = self._answers.pop(question.request_id, None)
+        answer = self._drop(question.request_id)
         if answer is not None and answer.lease_id and question.connection is self._connection:
             self._send(m.Release([answer.lease_id]))
 

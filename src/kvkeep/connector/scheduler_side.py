@@ -18,6 +18,7 @@ from kvkeep.client.prefixes import Answer, PrefixClient, PrefixLease, Question
 from kvkeep.connector import compat
 from kvkeep.connector.identity import Unsupported, lora_identity
 from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport, StoreJob
+from kvkeep.connector.prefill_rate import PrefillRate
 from kvkeep.connector.settings import ConnectorSettings
 from kvkeep.core.effects import NO_SLOT
 from kvkeep.model.clock import Clock
@@ -113,6 +114,7 @@ class SchedulerSide:
         self._step = 0
         self._num_pinned = 0
         self._wait_left_s = settings.lookup_wait_ms / 1e3
+        self._rate = PrefillRate()
 
     def bind_block_pool(self, block_pool: Any) -> None:
         """Take vLLM's block pool, to hold blocks while they are stored."""
@@ -142,7 +144,8 @@ class SchedulerSide:
         num_blocks = (request.num_tokens - 1) // self._block_tokens
         hashes = state.hasher.extend(request.all_token_ids)[:num_blocks]
         if hashes:
-            state.question = self._prefixes.ask(self._namespace, 0, hashes)
+            rate = int(self._rate.tokens_s)
+            state.question = self._prefixes.ask(self._namespace, 0, hashes, rate)
 
     def match(self, request: Any, num_computed_tokens: int) -> int | None:
         """Tokens that can be loaded beyond those the engine has; None to be asked again.
@@ -166,7 +169,7 @@ class SchedulerSide:
         lease = state.lease
         if lease is None:
             return 0
-        if lease.deadline_s - self._clock.now_s() < self._settings.lease_s * (1 - LEASE_MARGIN):
+        if lease.deadline_s - self._clock.now_s() < lease.lease_s * (1 - LEASE_MARGIN):
             self._drop_lease(state)
             state.is_asked = False
             return self.match(request, num_computed_tokens)
@@ -275,6 +278,9 @@ class SchedulerSide:
             if job is not None:
                 self._computing.append((metadata.step, job))
                 metadata.is_awaited = True
+        if not metadata.loads:
+            num_tokens = scheduler_output.total_num_scheduled_tokens
+            self._rate.begun(metadata.step, num_tokens, self._clock.now_s())
         return True
 
     def _plan_store(self, state: _RequestState, num_tokens: int) -> StoreJob | None:
@@ -322,6 +328,7 @@ class SchedulerSide:
             bad_block_ids: Engine blocks that a load of any rank left without their content.
         """
         if report is not None:
+            self._rate.ended(report.step, self._clock.now_s())
             for job_id, num_ranks in report.finished_stores.items():
                 self._finish_store(job_id, num_ranks)
             for req_id, result in report.loads.items():

@@ -226,8 +226,8 @@ class BlockLedger:
         for slot in slots:
             slot.num_pins += 1
 
-    def unpin(self, slots: Sequence[Slot]) -> list[Slot]:
-        """Undo one ``pin``, count the use, and return the slots that this freed.
+    def unpin(self, slots: Sequence[Slot], *, is_use: bool = True) -> list[Slot]:
+        """Undo one ``pin``, count the use if it was one, and return the slots that this freed.
 
         Slots are touched from the last to the first, so that of one prefix the tail is evicted
         before the head: a prefix without its head is worth nothing.
@@ -236,7 +236,8 @@ class BlockLedger:
         for slot in reversed(slots):
             slot.num_pins -= 1
             if slot.state is BlockState.READY:
-                self._policy.used(slot.idx)
+                if is_use:
+                    self._policy.used(slot.idx)
             elif slot.num_pins == 0:
                 self._move(slot, Move.LAST_READER_LEFT)
                 self._release(slot)

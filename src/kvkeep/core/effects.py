@@ -11,7 +11,10 @@ NO_SLOT = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class ReplyRead:
-    """Answer a ReadAsked: the first ``len(slots)`` blocks may be read."""
+    """Answer a ReadAsked: the first ``len(slots)`` blocks may be read.
+
+    To a BlocksAsked: one slot for each key, ``NO_SLOT`` where the block is not readable.
+    """
 
     reply_to: int
     lease_id: LeaseId

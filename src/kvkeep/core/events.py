@@ -24,6 +24,20 @@ class ReadAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksAsked:
+    """The daemon wants to keep these blocks where they are, to copy them to a lower tier.
+
+    Each by itself, not as a prefix, and not as a use: what is only copied may still be evicted
+    first.
+    """
+
+    reply_to: int
+    holder: Holder
+    keys: Sequence[BlockKey]
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReadFinished:
     """A holder has stopped reading under these leases; unknown leases are ignored."""
 
@@ -120,6 +134,7 @@ class TimePassed:
 
 Event = (
     ReadAsked
+    | BlocksAsked
     | ReadFinished
     | StoreAsked
     | StoreFinished

@@ -16,6 +16,8 @@ class ReadLease:
     holder: Holder
     slots: Sequence[Slot]
     deadline_s: float
+    is_use: bool = True
+    """Whether it counts as a use of the blocks when it ends."""
 
 
 @dataclass(frozen=True, slots=True)

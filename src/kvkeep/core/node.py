@@ -25,6 +25,9 @@ LEASES_MAX = 1 << 16
 
 NO_LEASE = LeaseId(0)
 
+TIERS_SESSION = 0
+"""The session under which the daemon itself moves blocks to and from lower tiers."""
+
 
 class NodeState:
     """The pool's ledger and its leases; pure and synchronous.
@@ -44,12 +47,14 @@ class NodeState:
         """Slots whose writers are done though heads are missing, with their deadline."""
         self._last_lease_id = 0
         self.counters = dict.fromkeys(
-            ("blocks_stored", "blocks_lent", "blocks_corrupt", "blocks_evicted", "leases_granted",
-             "leases_expired", "stores_fenced", "stores_without_room", "lookups", "lookup_blocks"),
+            ("blocks_stored", "blocks_promoted", "blocks_lent", "blocks_corrupt", "blocks_evicted",
+             "leases_granted", "leases_expired", "stores_fenced", "stores_without_room",
+             "lookups", "lookup_blocks"),
             0,
         )  # fmt: skip
         self._table: dict[type, Callable[[Any, float], list[do.Effect]]] = {
             on.ReadAsked: self._read_asked,
+            on.BlocksAsked: self._blocks_asked,
             on.ReadFinished: self._read_finished,
             on.StoreAsked: self._store_asked,
             on.StoreFinished: self._store_finished,
@@ -97,6 +102,21 @@ class NodeState:
         slot_idxs = [slot.idx for slot in slots]
         return [do.ReplyRead(event.reply_to, lease.lease_id, slot_idxs, event.deadline_s)]
 
+    def _blocks_asked(self, event: on.BlocksAsked, _now_s: float) -> list[do.Effect]:
+        found = [self.ledger.find(key) for key in event.keys]
+        ready = [s if s is not None and s.state is BlockState.READY else None for s in found]
+        slots = [slot for slot in ready if slot is not None]
+        slot_idxs = [do.NO_SLOT if slot is None else slot.idx for slot in ready]
+        if not slots or len(self.reads) >= LEASES_MAX:
+            none = [do.NO_SLOT] * len(ready)
+            return [do.ReplyRead(event.reply_to, NO_LEASE, none, event.deadline_s)]
+        self.ledger.pin(slots)
+        lease = ReadLease(
+            self._next_lease_id(), event.holder, slots, event.deadline_s, is_use=False
+        )
+        self.reads.add(lease)
+        return [do.ReplyRead(event.reply_to, lease.lease_id, slot_idxs, event.deadline_s)]
+
     def _read_finished(self, event: on.ReadFinished, _now_s: float) -> list[do.Effect]:
         found = (self.reads.find(lease_id, event.holder) for lease_id in event.lease_ids)
         return self._end_reads(lease for lease in found if lease is not None)
@@ -105,7 +125,8 @@ class NodeState:
         effects: list[do.Effect] = []
         for lease in leases:
             self.reads.end(lease)
-            effects += [do.MarkFree(slot.idx) for slot in self.ledger.unpin(lease.slots)]
+            freed = self.ledger.unpin(lease.slots, is_use=lease.is_use)
+            effects += [do.MarkFree(slot.idx) for slot in freed]
         return effects
 
     # ---- storing
@@ -182,13 +203,15 @@ class NodeState:
         effects = []
         num_ready = 0
         stored = list(event.is_stored) if len(event.is_stored) == len(lease.slots) else []
-        for idx, slot in enumerate(lease.slots):
+        # From the last to the first, so that of one prefix the tail is evicted before the head.
+        for idx, slot in reversed(list(enumerate(lease.slots))):
             is_stored = bool(stored) and stored[idx]
             effects += self._writer_done(slot, lease, is_stored=is_stored)
             if is_stored and slot.state is BlockState.READY and slot.key is not None:
                 num_ready += 1
                 effects.append(do.MarkReady(slot.idx, slot.key))
-        self.counters["blocks_stored"] += num_ready
+        is_engine = event.holder.session_id != TIERS_SESSION
+        self.counters["blocks_stored" if is_engine else "blocks_promoted"] += num_ready
         return [*effects, do.ReplyStored(event.reply_to, num_ready, is_fenced=False)]
 
     def _writer_done(self, slot: Slot, lease: WriteLease, *, is_stored: bool) -> list[do.Effect]:

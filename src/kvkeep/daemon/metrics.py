@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 import kvkeep
+from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import Clock
 
@@ -25,6 +26,13 @@ COUNTERS = {
     "store_us": "microseconds that workers spent copying to the pool",
     "load_us": "microseconds that workers spent copying from the pool and checking",
     "load_failures": "blocks that were lent but did not arrive, and were recomputed",
+    "blocks_promoted": "blocks read from a lower tier into the pool",
+    "promotions_failed": "blocks that a lower tier was to deliver and did not",
+    "promotions_late": "requests answered before the blocks that they waited for had come",
+    "promotion_saved_us": "microseconds of computing that promotions saved, as estimated",
+    "blocks_cascaded": "blocks written to a lower tier, once for each tier",
+    "cascades_too_late": "blocks that were evicted before they could be written to a lower tier",
+    "cascades_refused": "blocks that a lower tier was not asked to keep, or failed to",
     "leases_granted": "leases for reading and writing",
     "leases_expired": "leases that ended at their deadline",
     "stores_fenced": "commits refused because their lease was over",
@@ -64,6 +72,7 @@ class Metrics(Collector):
         self._clock = clock
         self._begun_s = clock.now_s()
         self._own = dict.fromkeys(COUNTERS, 0)
+        self.movement: Movement | None = None
         self.num_sessions = 0
         """Kept by the server."""
 

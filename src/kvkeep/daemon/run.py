@@ -19,8 +19,12 @@ import uvloop
 from aiohttp import web
 
 from kvkeep.core import events as on
+from kvkeep.core.eviction.base import EvictionPolicy
+from kvkeep.core.eviction.lru import LruPolicy
+from kvkeep.core.eviction.s3fifo import S3FifoPolicy
 from kvkeep.daemon.http import HOST, make_application
 from kvkeep.daemon.metrics import Metrics
+from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.recovery import recover
 from kvkeep.daemon.server import Server, SessionProtocol
 from kvkeep.daemon.settings import DaemonSettings, runtime_folder
@@ -130,6 +134,10 @@ def _bind_http(port: int) -> socket.socket:
     return sock
 
 
+def _lru(_num_slots: int) -> EvictionPolicy:
+    return LruPolicy()
+
+
 async def _serve(
     settings: DaemonSettings,
     pool: PoolFile,
@@ -138,9 +146,11 @@ async def _serve(
 ) -> None:
     """Serve until told to stop, or until something happens that the core rules out."""
     clock = SystemClock()
-    shell = Shell(pool, clock)
+    shell = Shell(pool, clock, S3FifoPolicy if settings.eviction == "s3fifo" else _lru)
     metrics = Metrics(shell, clock)
-    server = Server(settings, shell, clock, metrics)
+    movement = Movement(settings, shell, clock, metrics.count)
+    metrics.movement = movement
+    server = Server(settings, shell, clock, metrics, movement)
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -151,11 +161,12 @@ async def _serve(
         num_ready, num_dropped = recover(shell, pool, verify=settings.verify_on_start)
         metrics.count("blocks_recovered", num_ready)
         metrics.count("blocks_dropped", num_dropped)
+        await movement.opened()
         await runner.setup()
         await web.SockSite(runner, http).start()
         listener = await _listen(loop, settings.socket_path, lambda: SessionProtocol(server))
         _announce(settings, pool, http.getsockname()[1])
-        ticks = _begin_ticks(loop, shell)
+        ticks = _begin_ticks(loop, shell, movement)
         await stopped.wait()
         ticks()
         listener.close()
@@ -163,6 +174,7 @@ async def _serve(
         # Sessions say goodbye in the loop's next turn.
         await asyncio.sleep(0)
     finally:
+        await movement.close()
         await runner.cleanup()
         shell.close()
 
@@ -213,7 +225,9 @@ def _announce(settings: DaemonSettings, pool: PoolFile, port: int) -> None:
     sys.stdout.flush()
 
 
-def _begin_ticks(loop: asyncio.AbstractEventLoop, shell: Shell) -> Callable[[], None]:
+def _begin_ticks(
+    loop: asyncio.AbstractEventLoop, shell: Shell, movement: Movement
+) -> Callable[[], None]:
     """Tell the core the time, again and again; returns what ends that."""
     handle: asyncio.TimerHandle | None = None
 
@@ -221,6 +235,7 @@ def _begin_ticks(loop: asyncio.AbstractEventLoop, shell: Shell) -> Callable[[], 
         nonlocal handle
         handle = loop.call_later(TICK_S, tick)
         shell.handle(on.TimePassed())
+        movement.tick()
 
     def end() -> None:
         assert handle is not None

@@ -15,11 +15,13 @@ from typing import cast
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
 from kvkeep.daemon.metrics import Metrics
+from kvkeep.daemon.movement.movement import Movement
+from kvkeep.daemon.movement.promotion import Wanted
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InputError, RefusedError
-from kvkeep.model.ids import BlockHash, Holder, LeaseId, Namespace
+from kvkeep.model.ids import BlockHash, BlockKey, Holder, LeaseId, Namespace
 from kvkeep.model.layout import KvLayout
 from kvkeep.protocol import codec
 from kvkeep.protocol import messages as m
@@ -41,12 +43,18 @@ class Server:
     """Everything the sessions of one daemon share."""
 
     def __init__(
-        self, settings: DaemonSettings, shell: Shell, clock: Clock, metrics: Metrics
+        self,
+        settings: DaemonSettings,
+        shell: Shell,
+        clock: Clock,
+        metrics: Metrics,
+        movement: Movement,
     ) -> None:
         self.settings = settings
         self.shell = shell
         self.clock = clock
         self.metrics = metrics
+        self.movement = movement
         self.sessions: set[SessionProtocol] = set()
         self._session_ids = itertools.count(1)
 
@@ -72,6 +80,8 @@ class SessionProtocol(asyncio.Protocol):
         self._holder = Holder(0, 0)
         self._role = ""
         self._engine_id = ""
+        self._waits: set[asyncio.Task[None]] = set()
+        """Acquires that wait for blocks of lower tiers."""
 
     # ---- asyncio
 
@@ -109,6 +119,8 @@ class SessionProtocol(asyncio.Protocol):
         self._server.metrics.num_sessions = len(self._server.sessions)
         if self._role == "worker":
             self._shell.num_workers -= 1
+        for task in self._waits:
+            task.cancel()
         self._shell.handle(on.HolderLeft(self._holder))
         self._transport = None
 
@@ -145,10 +157,7 @@ class SessionProtocol(asyncio.Protocol):
             case m.Commit():
                 self._commit(message)
             case m.ReportCorrupt():
-                hashes = codec.split_hashes(message.hashes)
-                self._shell.handle(
-                    on.BlocksFoundCorrupt(Namespace(message.namespace), message.group_idx, hashes)
-                )
+                self._report_corrupt(message)
             case m.Hello():
                 self._hello(message)
             case m.Ping():
@@ -187,6 +196,7 @@ class SessionProtocol(asyncio.Protocol):
                 pool_id=self._shell.pool.pool_id,
                 num_slots=0 if geometry is None else geometry.num_slots,
                 canary_slot=canary_slot,
+                lease_s_max=self._server.settings.lease_s_max,
             )
         )
         log.info("session opened. role=%s engine=%s pid=%d", message.role, message.engine_id,
@@ -196,6 +206,7 @@ class SessionProtocol(asyncio.Protocol):
         if message.layout is None:
             return
         self._shell.open_layout(_layout(message.layout))
+        self._server.movement.follow()
         self._role, self._engine_id = "worker", message.engine_id
         self._shell.num_workers += 1
         if self._speaks_for_process():
@@ -232,28 +243,73 @@ class SessionProtocol(asyncio.Protocol):
         return reply.slots[0]
 
     def _acquire(self, message: m.Acquire) -> None:
-        hashes = codec.split_hashes(message.hashes)
+        deadline_s = self._deadline_s(message.lease_s)
+        wanted = Wanted(
+            Namespace(message.namespace),
+            message.group_idx,
+            codec.split_hashes(message.hashes),
+            message.prefill_tokens_s,
+        )
+        reply = self._lend(wanted, deadline_s)
+        if reply is None or not self._server.movement.may_come(wanted, len(reply.slots)):
+            self._send_acquired(message.request_id, wanted, reply)
+            return
+        # The blocks it may have at once stay where they are, but are lent with the others only.
+        self._shell.handle(on.ReadFinished(self._holder, [reply.lease_id]))
+        task = asyncio.get_running_loop().create_task(
+            self._acquire_later(message, wanted, len(reply.slots))
+        )
+        self._waits.add(task)
+        task.add_done_callback(self._waited)
+
+    def _lend(self, wanted: Wanted, deadline_s: float) -> do.ReplyRead | None:
         reply = self._shell.handle(
             on.ReadAsked(
-                0,
-                self._holder,
-                Namespace(message.namespace),
-                message.group_idx,
-                hashes,
-                self._deadline_s(message.lease_s),
+                0, self._holder, wanted.namespace, wanted.group_idx, wanted.hashes, deadline_s
             )
         )
+        return reply if isinstance(reply, do.ReplyRead) else None
+
+    def _send_acquired(self, request_id: int, wanted: Wanted, reply: do.ReplyRead | None) -> None:
         generation = self._shell.pool.generation
-        if isinstance(reply, do.ReplyRead):
-            slots = codec.join_slots(reply.slots)
-            self._send(m.Acquired(message.request_id, reply.lease_id, slots, generation))
-        else:
-            self._send(m.Acquired(message.request_id, 0, b"", generation))
+        if reply is None:
+            self._send(m.Acquired(request_id, 0, b"", generation))
+            return
+        slots = codec.join_slots(reply.slots)
+        self._send(m.Acquired(request_id, reply.lease_id, slots, generation))
+        if reply.slots:
+            self._server.movement.used(wanted, len(reply.slots))
+
+    async def _acquire_later(self, message: m.Acquire, wanted: Wanted, num_ready: int) -> None:
+        """Answer once blocks of lower tiers have come, or it is time."""
+        generation = self._shell.pool.generation
+
+        def announce(limit_s: float) -> None:
+            if self._transport is not None and not self._transport.is_closing():
+                wait_us = int(limit_s * 1e6) + 1
+                self._send(m.Acquired(message.request_id, 0, b"", generation, wait_us))
+
+        await self._server.movement.bring(wanted, num_ready, announce)
+        if self._transport is not None and not self._transport.is_closing():
+            reply = self._lend(wanted, self._deadline_s(message.lease_s))
+            self._send_acquired(message.request_id, wanted, reply)
+
+    def _waited(self, task: "asyncio.Task[None]") -> None:
+        self._waits.discard(task)
+        if not task.cancelled():
+            task.result()  # a defect of the core ends the daemon, in the loop's handler
 
     def _release(self, message: m.Release) -> None:
         leases = [LeaseId(lease_id) for lease_id in message.lease_ids]
         self._shell.handle(on.ReadFinished(self._holder, leases))
         self._server.metrics.loaded(message.num_loaded, message.num_failed, message.load_us)
+        self._server.movement.loaded(message.num_loaded, message.load_us)
+
+    def _report_corrupt(self, message: m.ReportCorrupt) -> None:
+        hashes, namespace = codec.split_hashes(message.hashes), Namespace(message.namespace)
+        self._shell.handle(on.BlocksFoundCorrupt(namespace, message.group_idx, hashes))
+        keys = [BlockKey(namespace, h, message.group_idx) for h in dict.fromkeys(hashes)]
+        self._server.movement.corrupt(keys)
 
     def _reserve(self, message: m.Reserve) -> None:
         hashes = codec.split_hashes(message.hashes)
@@ -281,6 +337,7 @@ class SessionProtocol(asyncio.Protocol):
         reply = self._shell.handle(
             on.StoreFinished(0, self._holder, LeaseId(message.lease_id), is_stored)
         )
+        self._server.movement.stored(self._shell.ready_keys)
         num_ready = reply.num_ready if isinstance(reply, do.ReplyStored) else 0
         is_fenced = not isinstance(reply, do.ReplyStored) or reply.is_fenced
         self._server.metrics.stored(num_ready, message.store_us)

@@ -8,36 +8,21 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from kvkeep.daemon.tier_settings import AnyTierSettings, with_sizes
 from kvkeep.model.errors import InputError
+from kvkeep.model.sizes import parse_bytes
 
 ENVIRONMENT_PREFIX = "KVKEEP_"
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
-          "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
-_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*$", re.IGNORECASE)
 _COMPLAINT = re.compile(r"^(.*) - at `\$\.(\w+)`$")
 """How msgspec words what does not fit."""
 FILE_BYTES_MAX = 1 << 20
 """Of a settings file; a mistaken path must not fill the memory."""
 SOCKET_PATH_BYTES_MAX = 107
 """``sun_path`` of Linux, less its terminating zero (unix(7))."""
-
-
-def parse_bytes(text: object) -> int:
-    """A size such as ``2GiB``, ``512 MiB`` or ``1073741824`` in bytes.
-
-    Raises:
-        InputError: Not a size.
-    """
-    if isinstance(text, int) and not isinstance(text, bool):
-        return text
-    match = _SIZE.match(text) if isinstance(text, str) else None
-    if match is None or match[2].lower() not in _UNITS:
-        raise InputError(f"{text!r} is not a size: write a number and a unit, such as 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def runtime_folder() -> Path:
@@ -63,6 +48,12 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Connections at once; an engine holds two, and one more per further rank."""
     verify_on_start: bool = True
     """Whether a restarted daemon checks the digest of every block it takes over."""
+    eviction: Literal["lru", "s3fifo"] = "lru"
+    """Which block of the pool makes room first: the least recently used, or S3-FIFO."""
+    planner: Literal["auto", "load", "recompute"] = "auto"
+    """Whether blocks of lower tiers are loaded: where measured faster, always, or never."""
+    tiers: list[AnyTierSettings] = []
+    """Where blocks go below the pool, the fastest first; each has a ``kind``."""
 
     def __post_init__(self) -> None:
         if "\0" in self.socket + self.pool:
@@ -122,6 +113,8 @@ def load_settings(
         )
     if "pool_bytes" in values:
         values["pool_bytes"] = parse_bytes(values["pool_bytes"])
+    if isinstance(values.get("tiers"), list):
+        values["tiers"] = [with_sizes(tier) for tier in values["tiers"]]
     try:
         return msgspec.convert(values, DaemonSettings, strict=False)
     except msgspec.ValidationError as error:

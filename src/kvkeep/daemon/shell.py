@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence, Set
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
 from kvkeep.core.blocks import BlockState
+from kvkeep.core.eviction.base import EvictionPolicy
 from kvkeep.core.eviction.lru import LruPolicy
 from kvkeep.core.node import NodeState
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InvariantError, RefusedError
-from kvkeep.model.ids import UNKNOWN_PID
+from kvkeep.model.ids import UNKNOWN_PID, BlockKey
 from kvkeep.model.layout import KvLayout
 from kvkeep.tiers.shared_memory import PoolFile
 from kvkeep.tiers.slot_header import SlotState
@@ -29,8 +30,21 @@ Reply = do.ReplyRead | do.ReplyStore | do.ReplyStored | do.ReplyCleared
 class Shell:
     """Owns the pool file and the node's state; nothing else writes either."""
 
-    def __init__(self, pool: PoolFile, clock: Clock) -> None:
+    def __init__(
+        self,
+        pool: PoolFile,
+        clock: Clock,
+        new_policy: Callable[[int], EvictionPolicy] | None = None,
+    ) -> None:
+        """Take a pool.
+
+        Args:
+            pool: Nobody else marks its slots.
+            clock: Monotonic.
+            new_policy: Given the number of slots, makes what orders eviction; LRU if None.
+        """
         self.pool = pool
+        self._new_policy = new_policy
         self.node: NodeState | None = None
         self._clock = clock
         self._watched: dict[int, int] = {}
@@ -39,6 +53,8 @@ class Shell:
         """Processes that may be writing; the pool lists them for a daemon after this one."""
         self._is_broken = False
         """The core failed: nothing is lent, and the pool stays as it is for the next daemon."""
+        self.ready_keys: list[BlockKey] = []
+        """Blocks that the last event made readable."""
         self.num_workers = 0
         """Sessions of workers; while there is one, the pool keeps its layout."""
 
@@ -69,7 +85,9 @@ class Shell:
     def _begin_node(self) -> None:
         geometry = self.pool.geometry
         assert geometry is not None
-        self.node = NodeState(geometry.num_slots, geometry.layout.num_heads, LruPolicy())
+        make = self._new_policy
+        policy = LruPolicy() if make is None else make(geometry.num_slots)
+        self.node = NodeState(geometry.num_slots, geometry.layout.num_heads, policy)
 
     def recover(self, find_intact: Callable[[Sequence[int]], Set[int]]) -> tuple[int, int]:
         """Rebuild the ledger from the headers of a pool that an earlier daemon left.
@@ -110,6 +128,7 @@ class Shell:
         node = self.node
         if node is None:
             return None
+        self.ready_keys = []
         try:
             return self._advance(node, event)
         except Exception as error:
@@ -132,6 +151,7 @@ class Shell:
         match effect:
             case do.MarkReady(slot, key):
                 self.pool.mark(slot, SlotState.READY, key)
+                self.ready_keys.append(key)
             case do.MarkWriting(slot, key, lease_id, pid):
                 self.pool.mark(slot, SlotState.WRITING, key, lease_id=lease_id, pid=pid)
             case do.MarkFree(slot):

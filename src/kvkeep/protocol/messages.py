@@ -69,6 +69,8 @@ class Acquire(Message, frozen=True, tag=2):
     hashes: Hashes
     """``HASH_BYTES`` each, in the order of the sequence."""
     lease_s: Seconds
+    prefill_tokens_s: Count = 0
+    """Tokens a second that this engine computes, as it measured; 0 if it does not know yet."""
 
 
 class Release(Message, frozen=True, tag=3):
@@ -148,6 +150,8 @@ class Welcome(Message, frozen=True, tag=101):
     """0 until a worker's layout has formatted the pool."""
     canary_slot: Count
     """A slot lent to this worker until its session ends, for its start-up canary."""
+    lease_s_max: Seconds
+    """The longest lease that this daemon grants; to ask for a longer one ends the session."""
 
 
 class Refused(Message, frozen=True, tag=102):
@@ -166,6 +170,8 @@ class Acquired(Message, frozen=True, tag=103):
     slots: Annotated[bytes, msgspec.Meta(max_length=HASHES_MAX * 4)]
     """uint32 little-endian each."""
     generation: Id
+    wait_us: Count = 0
+    """Not 0: blocks are on their way from a lower tier; a second answer comes within this time."""
 
 
 class Reserved(Message, frozen=True, tag=104):

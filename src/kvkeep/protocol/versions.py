@@ -1,9 +1,12 @@
 """Versions of the wire format, and what each one changed."""
 
-VERSION = 1
+VERSION = 2
 """What this code speaks."""
 
-SUPPORTED = frozenset({1})
+SUPPORTED = frozenset({2})
 """What this code understands. A peer that speaks another is refused by name."""
 
-CHANGES = {1: "first version"}
+CHANGES = {
+    1: "first version",
+    2: "Welcome names the longest lease; an Acquire is answered again when blocks are on their way",
+}

@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
-from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings, parse_bytes
+from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
 from kvkeep.model.errors import InputError
+from kvkeep.model.sizes import parse_bytes
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, check_spec, make_exact
 
 STACK_FILE_BYTES_MAX = 1 << 20

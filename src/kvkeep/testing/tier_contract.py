@@ -182,8 +182,8 @@ class TierContract:
         write(tier, [1, 2])
         tier.delete([block_key(2)])
         if isinstance(tier, Probes):
-            assert tier.contains([block_key(n) for n in (1, 2, 3)]) == [True, False, False]
-            assert tier.contains([]) == []
+            assert tier.lookup([block_key(n) for n in (1, 2, 3)]) == [True, False, False]
+            assert tier.lookup([]) == []
 
     def test_a_list_has_every_key_once(self, tier: Tier) -> None:
         """Where a tier knows its keys, it knows each with namespace, hash and group."""

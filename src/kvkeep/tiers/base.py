@@ -96,7 +96,7 @@ class Tier(Protocol):
 class Probes(Protocol):
     """A tier that can tell, much faster than it reads, whether a value is there."""
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """``[num_keys]``: whether a read would find a value now, as far as the tier knows.
 
         Raises:

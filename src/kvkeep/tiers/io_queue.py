@@ -174,11 +174,11 @@ class TierQueue:
     def submit_probe(
         self, keys: Sequence[BlockKey], done: Callable[[Outcome[list[bool]]], None]
     ) -> bool:
-        """Ask as by ``Probes.contains``; False if the job was refused or the tier can't tell."""
+        """Ask as by ``Probes.lookup``; False if the job was refused or the tier can't tell."""
         tier = self.tier
         if not isinstance(tier, Probes):
             return False
-        return self._submit(Operation.PROBE, lambda: tier.contains(keys), done, 0)
+        return self._submit(Operation.PROBE, lambda: tier.lookup(keys), done, 0)
 
     def _submit(
         self,

@@ -52,7 +52,7 @@ class MemoryTier:
         scatter(value, room)
         return len(value)
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Look, without counting it as a use."""
         with self._lock:
             return [key in self._values for key in keys]

@@ -176,7 +176,7 @@ class SharedMemoryTier:
 
     # ---- capabilities
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Ask the ledger, without counting it as a use."""
         return [self._is_ready(key) for key in keys]
 

@@ -171,6 +171,11 @@ class PoolView:
             os.close(fd)
         return PoolView(mapping, geometry, pool_id)
 
+    @property
+    def region(self) -> memoryview:
+        """All bytes of the mapping."""
+        return memoryview(self._mapping)
+
     def is_whole(self) -> bool:
         """False once the file was cut: touching its end would be fatal."""
         return self._mapping.size() >= self.num_bytes

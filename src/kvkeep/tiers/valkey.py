@@ -178,7 +178,7 @@ class ValkeyTier:
         connection.end_bulk(end_s)
         return value_bytes if left == 0 else None
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Ask for lengths: a string shorter than a head is none of ours."""
         found = [False] * len(keys)
         commands: list[tuple[list[Piece], int]] = [

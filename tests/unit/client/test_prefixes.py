@@ -39,6 +39,10 @@ class ScriptedConnection:
         self.is_broken = False
         self.longest_wait_s = 0.0
 
+    def lease_s(self, wanted_s: float) -> float:
+        """As long as is wanted."""
+        return wanted_s
+
     def next_request_id(self) -> int:
         """The next number."""
         return len(self.sent) + 1
@@ -109,7 +113,8 @@ def test_a_lease_counts_from_the_question(stage: Stage) -> None:
     stage.grant(question.request_id)
 
     lease = stage.client.answer(question, 0.002)
-    expected = PrefixLease(5, (0, 1), 130.0, cast(Connection, stage.daemon), generation=1)
+    daemon = cast(Connection, stage.daemon)
+    expected = PrefixLease(5, (0, 1), 130.0, daemon, generation=1, lease_s=30.0)
     assert lease == expected
 
 

@@ -56,11 +56,13 @@ class FakePrefixes:
         for block_hash in hashes:
             self.slots[namespace, block_hash] = 100 + len(self.slots)
 
-    def ask(self, namespace: Namespace, _: int, hashes: Sequence[BlockHash]) -> Question | None:
+    def ask(
+        self, namespace: Namespace, _: int, hashes: Sequence[BlockHash], prefill_tokens_s: int = 0
+    ) -> Question | None:
         """See PrefixClient."""
         if not self.is_connected:
             return None
-        question = Question(next(self._ids), self._clock.s, cast(Any, None))
+        question = Question(next(self._ids), self._clock.s, cast(Any, None), self.lease_s)
         self.asked.append(list(hashes))
         self.open[question.request_id] = (namespace, list(hashes))
         return question
@@ -79,7 +81,9 @@ class FakePrefixes:
         if not slots:
             return Answer.NOTHING
         deadline_s = question.asked_s + self.lease_s
-        lease = PrefixLease(question.request_id, cast(Any, slots), deadline_s, cast(Any, None))
+        lease = PrefixLease(
+            question.request_id, cast(Any, slots), deadline_s, cast(Any, None), 0, question.lease_s
+        )
         self.leases[lease.lease_id] = lease
         return lease
 

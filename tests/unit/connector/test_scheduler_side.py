@@ -224,6 +224,10 @@ class SilentConnection:
     def __init__(self, clock: ManualClock) -> None:
         self._clock = clock
 
+    def lease_s(self, wanted_s: float) -> float:
+        """As long as is wanted."""
+        return wanted_s
+
     def next_request_id(self) -> int:
         """One question is enough."""
         return 1

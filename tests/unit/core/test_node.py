@@ -183,7 +183,7 @@ def test_a_failed_copy_frees_its_slot(host: Host) -> None:
     _, reply = host.ask_store(0, 1)
     effects, stored = host.finish(reply.lease_id, [True, False])
 
-    assert effects == [do.MarkReady(0, KEYS[0]), do.MarkFree(1)]
+    assert effects == [do.MarkFree(1), do.MarkReady(0, KEYS[0])]
     assert stored == do.ReplyStored(7, 1, False)
 
 
@@ -211,8 +211,8 @@ def test_a_sequence_does_not_evict_itself(host: Host) -> None:
     host.store(5, 6)
     effects, reply = host.ask_store(0, 1, 2, 3, 4)
 
-    assert effects[:2] == [do.MarkFree(2), do.MarkFree(3)]
-    assert reply.slots == [do.NO_SLOT, do.NO_SLOT, 2, 3, do.NO_SLOT]
+    assert effects[:2] == [do.MarkFree(3), do.MarkFree(2)]
+    assert reply.slots == [do.NO_SLOT, do.NO_SLOT, 3, 2, do.NO_SLOT]
     assert host.node.counters["stores_without_room"] == 1
     assert host.node.counters["blocks_evicted"] == 2
 
@@ -222,7 +222,7 @@ def test_a_block_named_twice_needs_room_once(host: Host) -> None:
     host.store(0, 1, 2, 3)
     effects, _ = host.ask_store(5, 5, 5)
 
-    assert [effect for effect in effects if isinstance(effect, do.MarkFree)] == [do.MarkFree(0)]
+    assert [effect for effect in effects if isinstance(effect, do.MarkFree)] == [do.MarkFree(3)]
 
 
 def test_there_is_a_limit_to_leases(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

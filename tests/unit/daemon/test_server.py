@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from kvkeep.daemon.metrics import Metrics
+from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.server import WRITE_BUFFER_BYTES_MAX, Server, SessionProtocol
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
@@ -105,7 +106,9 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     """A server with an empty pool."""
     clock = SystemClock()
     shell = Shell(PoolFile.open(tmp_path / "pool", 3 << 20), clock)
-    yield Server(DaemonSettings(sessions_max=3), shell, clock, Metrics(shell, clock))
+    settings, metrics = DaemonSettings(sessions_max=3), Metrics(shell, clock)
+    movement = Movement(settings, shell, clock, metrics.count)
+    yield Server(settings, shell, clock, metrics, movement)
     shell.close()
 
 

@@ -8,10 +8,10 @@ from kvkeep.daemon.settings import (
     FILE_BYTES_MAX,
     DaemonSettings,
     load_settings,
-    parse_bytes,
     runtime_folder,
 )
 from kvkeep.model.errors import InputError
+from kvkeep.model.sizes import parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,10 @@ def test_what_is_no_size_is_refused(text: object) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("pool_byte: 1GiB", "'pool_byte' is not a setting of the daemon: choose from lease_s_max"),
+        (
+            "pool_byte: 1GiB",
+            "'pool_byte' is not a setting of the daemon: choose from eviction, lease_s_max",
+        ),
         ("1: 2", "'1' is not a setting"),
         ("metrics_port: 99999", "metrics_port = 99999 can't be: expected `int` <= 65535"),
         ("lease_s_max: .nan", "lease_s_max = nan can't be: expected `float` > 0.0"),

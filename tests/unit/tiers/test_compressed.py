@@ -134,7 +134,7 @@ def test_what_cannot_be_undone_is_a_miss(
 
     assert read(tier, [block_key(1)], LENGTH) == [None]
     assert tier.counts()[reason] == 1
-    assert inner.contains([block_key(1)]) == [False]
+    assert inner.lookup([block_key(1)]) == [False]
 
 
 @pytest.mark.parametrize("claimed", [LENGTH, 1 << 40])

@@ -106,7 +106,7 @@ def test_what_was_changed_does_not_open(
 
     assert read(tier, [block_key(1)], LENGTH) == [None]
     assert reasons(tier) == {reason}
-    assert inner.contains([block_key(1)]) == [False]
+    assert inner.lookup([block_key(1)]) == [False]
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_jobs_are_done_on_threads_of_the_queue(bench: Bench) -> None:
     assert bench.done.next() == Outcome(None)
 
     assert room == value_bytes(1, LENGTH)
-    assert bench.tier.contains([block_key(1)]) == [False]
+    assert bench.tier.lookup([block_key(1)]) == [False]
     assert threading.get_ident() not in bench.done.threads
     assert set(bench.done.threads) == bench.tier.threads
 

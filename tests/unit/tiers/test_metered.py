@@ -103,7 +103,7 @@ def test_calls_keys_and_bytes_are_counted(clock: StepClock) -> None:
     read(tier, [block_key(number) for number in (1, 2, 3)], 300)
     tier.delete([block_key(1)])
     assert isinstance(tier, Probes)
-    tier.contains([block_key(1), block_key(2)])
+    tier.lookup([block_key(1), block_key(2)])
 
     meter = tier.meter()
     assert (meter.write.num_calls, meter.write.num_done, meter.write.num_bytes) == (1, 2, 600)

@@ -97,7 +97,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> SlowStore:
 
 def test_a_late_request_touches_nothing(slow: SlowStore) -> None:
     """A call ends at its deadline; what still comes goes nowhere near the caller's memory."""
-    settings = ObjectStoreSettings(url="memory://", timeout_s=0.05, num_threads=1)
+    settings = ObjectStoreSettings(url="memory://", timeout_s=0.3, num_threads=1)
     tier = ObjectStoreTier(settings)
     slow.goes_on.set()
     write(tier, [1, 2], 1000)
@@ -116,11 +116,12 @@ def test_a_late_request_touches_nothing(slow: SlowStore) -> None:
 
 def test_a_late_write_has_the_bytes_of_its_call(slow: SlowStore) -> None:
     """The caller may change its memory after the deadline: what is stored then is whole."""
-    settings = ObjectStoreSettings(url="memory://", timeout_s=0.05, num_threads=1)
+    settings = ObjectStoreSettings(url="memory://", timeout_s=0.3, num_threads=1)
     tier = ObjectStoreTier(settings)
     memory = bytearray(b"\x01" * 1000)
     with pytest.raises(UnavailableError):
-        tier.write([block_key(1)], [in_parts(memory)])
+        tier.write([block_key(1), block_key(2)], [in_parts(memory), in_parts(b"x")])
+    assert slow.begun.is_set()
     memory[:] = bytes(1000)
     slow.goes_on.set()
     tier.close()
@@ -137,7 +138,7 @@ def test_a_closed_tier_says_so() -> None:
     tier.close()
 
     with pytest.raises(UnavailableError, match="was closed"):
-        tier.contains([block_key(1)])
+        tier.lookup([block_key(1)])
 
 
 def test_a_folder_that_can_not_be_used_is_one_sentence(tmp_path: Path) -> None:

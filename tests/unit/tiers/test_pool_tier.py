@@ -56,7 +56,7 @@ def test_a_rotten_slot_is_a_miss(tier: SharedMemoryTier, path: Path) -> None:
         file.write(b"\0")
 
     assert found_of(tier, 3) == [2]
-    assert tier.contains([block_key(1), block_key(2)]) == [False, True]
+    assert tier.lookup([block_key(1), block_key(2)]) == [False, True]
     assert write(tier, [1], LENGTH) == [True]
     assert found_of(tier, 3) == [1, 2]
 
@@ -93,7 +93,7 @@ def test_a_reader_keeps_its_slot(tier: SharedMemoryTier) -> None:
     memory = bytearray(LENGTH)
     assert tier.read([block_key(1)], [Room(in_parts(memory))]) == [LENGTH]
     assert memory == value_bytes(1, LENGTH)
-    assert tier.contains([block_key(1)]) == [False]
+    assert tier.lookup([block_key(1)]) == [False]
 
 
 def test_a_pool_that_is_held_is_refused(tier: SharedMemoryTier, path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_password_that_nobody_asked_for(tmp_path: Path) -> None:
     answer = b"-ERR AUTH <password> called without any password configured\r\n"
     with tier_on(tmp_path / "s", answer, password="hunter2") as tier:
         with pytest.raises(UnavailableError, match="without any password configured") as caught:
-            tier.contains([block_key(1)])
+            tier.lookup([block_key(1)])
 
         assert "hunter2" not in str(caught.value) + repr(tier)
 
@@ -82,4 +82,4 @@ def test_a_closed_tier_says_so() -> None:
     tier.close()
 
     with pytest.raises(UnavailableError, match="was closed"):
-        tier.contains([block_key(1)])
+        tier.lookup([block_key(1)])

@@ -75,7 +75,7 @@ def test_whatever_is_wrong_is_a_miss(
 
     assert read(tier, [block_key(1)], LENGTH) == [None]
     assert {name for name, count in tier.counts().items() if count} == {reason}
-    assert inner.contains([block_key(1)]) == [False]
+    assert inner.lookup([block_key(1)]) == [False]
 
 
 def test_any_flipped_bit_of_the_envelope_is_found(tier: VerifiedTier, inner: MemoryTier) -> None:
@@ -194,7 +194,7 @@ class Bare:
 
 
 class Probing(Bare):
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         return [False] * len(keys)
 
 

@@ -118,10 +118,11 @@ class StoreThread:
         block_ids: Sequence[int],
     ) -> None:
         asked_s = self._clock.now_s()
+        lease_s = connection.lease_s(self._lease_s)
         reserved = connection.call(
             m.Reserve(
                 connection.next_request_id(), queued.namespace, 0, hashes,
-                self._memory.first_head, self._memory.num_heads, self._lease_s,
+                self._memory.first_head, self._memory.num_heads, lease_s,
             ),
             m.Reserved,
             CALL_TIMEOUT_S,
@@ -138,7 +139,7 @@ class StoreThread:
         with self._attachment.copying(connection) as may_begin:
             # A copy that begins late could still run when the lease is over; a fence would catch
             # it, but the slots would be out of use until this process says that it is quiet.
-            is_timely = begun_s - asked_s < self._lease_s / 2
+            is_timely = begun_s - asked_s < lease_s / 2
             is_copied = may_begin and is_timely and pool.view.is_whole()
             if is_copied:
                 self._mover.store(

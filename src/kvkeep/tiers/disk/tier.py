@@ -295,7 +295,7 @@ class DiskTier:
         if failed is not None:
             raise UnavailableError(f"the disk can't be written: {failed.strerror}") from failed
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Look into the index, without counting it as a use; what is torn is still there."""
         return [key in self._index for key in keys]
 

@@ -98,7 +98,7 @@ class Client:
             case Operation.DELETE:
                 # By force: else a value that was read in the last seconds would stay.
                 return list(store.batch_remove(names, True))
-            case Operation.CONTAINS:
+            case Operation.LOOKUP:
                 return list(store.batch_is_exist(names))
             case Operation.MAP:
                 return [self._map(fds[0], ask.pieces[0][0])]

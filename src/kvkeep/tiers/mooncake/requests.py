@@ -22,7 +22,7 @@ class Operation(StrEnum):
     READ = "read"
     SIZES = "sizes"
     DELETE = "delete"
-    CONTAINS = "contains"
+    LOOKUP = "lookup"
     MAP = "map"
     CLOSE = "close"
 
@@ -42,7 +42,7 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
 
     codes: list[int] = []
     """By name, Mooncake's code: negative is its error; else 0 for a write, a delete; 0 or 1 for
-    ``CONTAINS``; bytes for a read and for ``SIZES``."""
+    ``LOOKUP``; bytes for a read and for ``SIZES``."""
     complaint: str = ""
     """Why the client can't work, for a person; empty: it can."""
 

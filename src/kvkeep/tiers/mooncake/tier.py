@@ -174,13 +174,13 @@ class MooncakeTier:
             left -= size
             np.frombuffer(part, dtype=np.uint8)[:size] = self._scratch[offset : offset + size]
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Ask the master, who learns only after its ``client_ttl`` what died with a process."""
         if not keys:
             return []
         names = self._names(keys, range(len(keys)))
         with self._lane() as (client, lane):
-            return [code == 1 for code in self._ask(client, lane, Ask(Operation.CONTAINS, names))]
+            return [code == 1 for code in self._ask(client, lane, Ask(Operation.LOOKUP, names))]
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         """Remove, also what was read a moment ago."""

@@ -130,10 +130,10 @@ class _Operation:
 class _MeteredProbes(ProbesInner):
     """The capability of a ``MeteredTier`` whose inner tier ``Probes``."""
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """As the inner tier, measured."""
         tier = cast(MeteredTier, self)
-        ask = super().contains
+        ask = super().lookup
         return tier.measure(
             tier.probing, lambda: ask(keys), lambda found: (len(keys), sum(found), 0)
         )

@@ -23,9 +23,9 @@ class ProbesInner:
 
     _inner: Tier
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """As the inner tier: whether there is a value, not whether it is right."""
-        return cast(Probes, self._inner).contains(keys)
+        return cast(Probes, self._inner).lookup(keys)
 
 
 class ListsInner:

@@ -1,0 +1,43 @@
+"""How many tokens a second this engine computes, from the steps that it made.
+
+Known to the planner, which compares it with what a load from a lower tier would take.
+"""
+
+from collections import deque
+
+STEP_TOKENS_MIN = 128
+"""A smaller step is mostly launch, sampling and decode: it says nothing about prefill."""
+WEIGHT = 0.3
+"""Of the newest step in the mean."""
+STEPS_MAX = 64
+"""Remembered without a report; more than any engine has in flight."""
+
+
+class PrefillRate:
+    """A mean over the last few large steps. Used by one thread."""
+
+    def __init__(self) -> None:
+        self._begun: deque[tuple[int, float, int]] = deque(maxlen=STEPS_MAX)
+        """Step, when it was planned, tokens."""
+        self._ended_s = 0.0
+        self.tokens_s = 0.0
+        """0 until a large step has ended."""
+
+    def begun(self, step: int, num_tokens: int, now_s: float) -> None:
+        """A step was planned that computes this many tokens and loads nothing."""
+        if num_tokens >= STEP_TOKENS_MIN:
+            self._begun.append((step, now_s, num_tokens))
+
+    def ended(self, step: int, now_s: float) -> None:
+        """The report of a step has come; what was planned before it is over as well."""
+        while self._begun and self._begun[0][0] <= step:
+            begun_step, begun_s, num_tokens = self._begun.popleft()
+            if begun_step == step:
+                # A step planned while the one before still ran did not begin at once.
+                self._take(num_tokens / max(now_s - max(begun_s, self._ended_s), 1e-6))
+        self._ended_s = now_s
+
+    def _take(self, tokens_s: float) -> None:
+        if self.tokens_s:
+            tokens_s = self.tokens_s + WEIGHT * (tokens_s - self.tokens_s)
+        self.tokens_s = tokens_s

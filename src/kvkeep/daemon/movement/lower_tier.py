@@ -1,0 +1,218 @@
+"""One tier below the pool as the event loop sees it: calls to await, and what is known of it."""
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from kvkeep.core.admission import AdmissionPolicy
+from kvkeep.core.breaker import BreakerState
+from kvkeep.core.eviction.base import fingerprint_of
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import UnavailableError
+from kvkeep.model.ids import BlockKey
+from kvkeep.tiers.base import BATCH_MAX, Gauges, Parts, Probes
+from kvkeep.tiers.io_queue import Outcome, TierQueue
+
+KNOWN_MAX = 1 << 18
+"""Keys remembered of a tier that is asked over a network."""
+
+Answer = TypeVar("Answer")
+
+
+class LowerTier:
+    """Runs on the event loop's thread; the queue's threads make the calls."""
+
+    def __init__(
+        self,
+        queue: TierQueue,
+        admission: AdmissionPolicy,
+        clock: Clock,
+        *,
+        value_bytes: int,
+        is_local: bool,
+        probes_at_once: int,
+    ) -> None:
+        """Take a tier's queue.
+
+        Args:
+            queue: Before the wrapped tier.
+            admission: What this tier takes in.
+            clock: Monotonic.
+            value_bytes: Length of every value.
+            is_local: Its ``lookup`` is a lookup in memory and may be called on this thread.
+            probes_at_once: Keys in one question; 1 where each costs a round trip of its own.
+        """
+        self.name = queue.tier.name
+        self.queue = queue
+        self.admission = admission
+        self.is_local = is_local
+        self._clock = clock
+        self._value_bytes = value_bytes
+        self._probes_at_once = probes_at_once
+        self._known: OrderedDict[BlockKey, None] = OrderedDict()
+        """Keys that were there when last looked; for a tier that is not local."""
+
+    # ---- what is known
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether calls go through at all."""
+        return self.queue.breaker_state is not BreakerState.OPEN
+
+    def may_have(self, key: BlockKey) -> bool:
+        """False if it surely has not got this block; costs no call."""
+        tier = self.queue.tier
+        if self.is_local and isinstance(tier, Probes):
+            return tier.lookup([key])[0]
+        return self.queue.estimate_s(0) != float("inf")
+
+    def has(self, key: BlockKey) -> bool:
+        """True if it has this block, as far as that is known without a call."""
+        tier = self.queue.tier
+        if self.is_local and isinstance(tier, Probes):
+            return tier.lookup([key])[0]
+        return key in self._known
+
+    def _learn(self, keys: Sequence[BlockKey], are_there: Sequence[bool]) -> None:
+        if self.is_local:
+            return
+        for key, is_there in zip(keys, are_there, strict=True):
+            self._known.pop(key, None)
+            if is_there:
+                self._known[key] = None
+        while len(self._known) > KNOWN_MAX:
+            self._known.popitem(last=False)
+
+    # ---- what it takes in
+
+    def seen(self, key: BlockKey) -> None:
+        """Count a use of the block by an engine."""
+        self.admission.seen(fingerprint_of(key))
+
+    def admits(self, key: BlockKey) -> bool:
+        """Decide whether this block is to be written; if so, ``write`` or ``give_up`` follows."""
+        if self.has(key) or not self.is_asked:
+            return False
+        tier = self.queue.tier
+        free_share = None
+        if isinstance(tier, Gauges):
+            use = tier.use()
+            if use.capacity_bytes:
+                free_share = 1.0 - use.used_bytes / use.capacity_bytes
+        reason = self.admission.admit(
+            fingerprint_of(key), self._clock.now_s(),
+            num_bytes=self._value_bytes, free_share=free_share,
+        )  # fmt: skip
+        return reason.is_admitted
+
+    def give_up(self, key: BlockKey) -> None:
+        """What was admitted is not there after all."""
+        self.admission.dropped(fingerprint_of(key))
+
+    # ---- calls
+
+    async def probe(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which of these blocks it has, as far as it can tell; none if it can't be asked."""
+        tier = self.queue.tier
+        if not isinstance(tier, Probes):
+            return [False] * len(keys)
+        if self.is_local:
+            return tier.lookup(keys)
+        try:
+            if self._probes_at_once == 1:
+                return await self._bisect(keys)
+            found: list[bool] = []
+            for start in range(0, len(keys), self._probes_at_once):
+                batch = keys[start : start + self._probes_at_once]
+                answer = await self._probe_batch(batch)
+                found += answer
+                if not all(answer):
+                    # What lies behind a gap is of no use to a prefix.
+                    break
+        except UnavailableError:
+            return [False] * len(keys)
+        return found + [False] * (len(keys) - len(found))
+
+    async def _probe_batch(self, keys: Sequence[BlockKey]) -> list[bool]:
+        found: list[bool] = await self._call(partial(self.queue.submit_probe, keys))
+        self._learn(keys, found)
+        return found
+
+    async def _bisect(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Find the end of a prefix in few questions: blocks are stored from the first on.
+
+        Where that is not so (some were dropped), a read of a missing one tells.
+        """
+        low, high = 0, len(keys)
+        middle = 0
+        while low < high:
+            (is_there,) = await self._probe_batch([keys[middle]])
+            if is_there:
+                low = middle + 1
+            else:
+                high = middle
+            # The first misses most often, then the last hits most often.
+            middle = high - 1 if middle == 0 and is_there else (low + high) // 2
+        return [True] * low + [False] * (len(keys) - low)
+
+    async def read(self, keys: Sequence[BlockKey], into: Sequence[Parts]) -> list[int | None]:
+        """As ``Tier.read``; ends only when the memory is the caller's again.
+
+        Raises:
+            UnavailableError: Refused, or failed.
+        """
+        read = partial(self.queue.submit_read, keys, into)
+        lengths: list[int | None] = await self._call(read)
+        self._learn(keys, [length is not None for length in lengths])
+        return lengths
+
+    async def write(self, keys: Sequence[BlockKey], values: Sequence[Parts]) -> list[bool]:
+        """As ``Tier.write``; ends only when the memory is the caller's again.
+
+        Raises:
+            UnavailableError: Refused, or failed.
+        """
+        try:
+            write = partial(self.queue.submit_write, keys, values)
+            kept: list[bool] = await self._call(write)
+        except UnavailableError:
+            for key in keys:
+                self.give_up(key)
+            raise
+        self._learn(keys, kept)
+        for key, is_kept in zip(keys, kept, strict=True):
+            if not is_kept:
+                self.give_up(key)
+        return kept
+
+    def delete(self, keys: Sequence[BlockKey]) -> None:
+        """Have these blocks forgotten, sooner or later; nobody waits for it."""
+        for start in range(0, len(keys), BATCH_MAX):
+            batch = list(keys[start : start + BATCH_MAX])
+            self._learn(batch, [False] * len(batch))
+            for key in batch:
+                self.give_up(key)
+            self.queue.submit_delete(batch, lambda _outcome: None)
+
+    async def _call(self, submit: Callable[[Callable[[Outcome[Answer]], None]], bool]) -> Answer:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Outcome[Answer]] = loop.create_future()
+
+        def settle(outcome: Outcome[Answer]) -> None:
+            if not ended.done():
+                ended.set_result(outcome)
+
+        def done(outcome: Outcome[Answer]) -> None:
+            # On a thread of the queue; the loop may have ended before a late call did.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, outcome)
+
+        if not submit(done):
+            raise UnavailableError(f"the tier {self.name} is full or left alone for now")
+        outcome = await ended
+        if outcome.error is not None or outcome.answer is None:
+            raise outcome.error or UnavailableError(f"the tier {self.name} gave no answer")
+        return outcome.answer

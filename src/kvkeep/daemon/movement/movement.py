@@ -1,0 +1,213 @@
+"""All that moves blocks between the pool and the tiers below it, for as long as the daemon runs.
+
+The tiers are opened when the pool has a layout, as that decides the length of a value, and again
+when it gets another. Until they are open, and where one can't be, the daemon serves without.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from kvkeep.core.planner import PlanMode, PlannerSettings
+from kvkeep.daemon.movement.cascade import Cascade
+from kvkeep.daemon.movement.lower_tier import LowerTier
+from kvkeep.daemon.movement.opening import open_tier, register_pool
+from kvkeep.daemon.movement.pace import Pace
+from kvkeep.daemon.movement.promotion import Promotion, Wanted
+from kvkeep.daemon.movement.slots import value_bytes
+from kvkeep.daemon.settings import DaemonSettings
+from kvkeep.daemon.shell import Shell
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.model.ids import BlockKey
+from kvkeep.tiers.shared_memory import PoolView
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 5.0
+"""What is in motion when the daemon stops, or when the layout changes, is waited for so long."""
+PROBE_S = 0.25
+"""Announced to a client before it is known where its blocks are."""
+USES_MAX = 1 << 16
+"""Blocks read by engines of which admission has not heard yet; older ones are forgotten."""
+USES_AT_ONCE = 64
+"""Of those, so many are taken in one turn of the loop: about 0.3 ms."""
+
+
+class Movement:
+    """Runs on the event loop's thread."""
+
+    def __init__(
+        self,
+        settings: DaemonSettings,
+        shell: Shell,
+        clock: Clock,
+        count: Callable[[str, int], None],
+    ) -> None:
+        self._settings = settings
+        self._shell = shell
+        self._clock = clock
+        self._count = count
+        self._pool_id: bytes | None = None
+        """Of the pool that the tiers were opened for."""
+        self._opening: asyncio.Task[None] | None = None
+        self.tiers: list[LowerTier] = []
+        self.closed_tiers: dict[str, str] = {}
+        """Why a tier could not be opened, by its kind."""
+        self.pace: Pace | None = None
+        self._cascade: Cascade | None = None
+        self._promotion: Promotion | None = None
+        self._uses: deque[BlockKey] = deque(maxlen=USES_MAX)
+        self._is_taking_uses = False
+
+    # ---- opening and closing
+
+    async def opened(self) -> None:
+        """Wait until the tiers are open, or known not to be."""
+        self.follow()
+        if self._opening is not None:
+            await asyncio.shield(self._opening)
+
+    def follow(self) -> None:
+        """Open the tiers for the pool's layout, if they are not."""
+        pool = self._shell.pool
+        if not self._settings.tiers or pool.geometry is None or pool.pool_id == self._pool_id:
+            return
+        self._pool_id = pool.pool_id
+        before = self._opening
+        self._opening = asyncio.get_running_loop().create_task(self._reopen(before))
+
+    async def _reopen(self, before: "asyncio.Task[None] | None") -> None:
+        if before is not None:
+            await before
+        await self._close_tiers()
+        view = self._shell.pool.view()
+        pace = Pace(
+            PlannerSettings(mode=PlanMode(self._settings.planner)),
+            view.geometry.layout,
+            self._clock,
+        )
+        for settings in self._settings.tiers:
+            try:
+                tier = await asyncio.to_thread(open_tier, settings, value_bytes(view), self._clock)
+                await asyncio.to_thread(register_pool, tier, view.region)
+            except (InputError, UnavailableError) as error:
+                kind = type(settings).__struct_config__.tag
+                log.error("a tier can't be used. kind=%s reason=%s", kind, error)  # noqa: TRY400
+                self.closed_tiers[str(kind)] = str(error)
+                continue
+            self.tiers.append(tier)
+        self.pace = pace
+        self._cascade = Cascade(self._shell, self.tiers, view, self._count)
+        self._promotion = Promotion(self._shell, self.tiers, view, pace, self._clock, self._count)
+        log.info("tiers opened. names=%s", ",".join(tier.name for tier in self.tiers))
+        self._cascade.ready(self._stored_before(view))
+
+    def _stored_before(self, view: PoolView) -> list[BlockKey]:
+        """Blocks that were readable before the tiers were open, as after a restart."""
+        node = self._shell.node
+        slots = [] if node is None else node.ledger.ready_slots()
+        return [slot.key for slot in slots if slot.key is not None]
+
+    async def _close_tiers(self) -> None:
+        for mover in (self._cascade, self._promotion):
+            if mover is not None:
+                await mover.drain(DRAIN_S)
+        self._cascade = self._promotion = None
+        for tier in self.tiers:
+            hanging = await asyncio.to_thread(tier.queue.close, DRAIN_S)
+            if hanging:
+                # Its memory is still written to; it ends with the process.
+                log.warning("calls of a tier hang. tier=%s calls=%d", tier.name, len(hanging))
+            else:
+                await asyncio.to_thread(tier.queue.tier.close)
+        self.tiers = []
+        self.closed_tiers = {}
+
+    async def close(self) -> None:
+        """End what is in motion and close the tiers; what they keep stays."""
+        if self._opening is not None:
+            await self._opening
+        await self._close_tiers()
+
+    def tick(self) -> None:
+        """Several times a second: notice calls that hang."""
+        now_s = self._clock.now_s()
+        for tier in self.tiers:
+            tier.queue.sweep(now_s)
+
+    # ---- what happened
+
+    def stored(self, keys: Sequence[BlockKey]) -> None:
+        """Engines' blocks became readable in the pool."""
+        if self._cascade is not None:
+            self._cascade.ready(keys)
+
+    def used(self, wanted: Wanted, num_blocks: int) -> None:
+        """An engine was lent the leading blocks: admission hears of it when there is time."""
+        if self._cascade is None:
+            return
+        self._uses.extend(wanted.keys(0, num_blocks))
+        if not self._is_taking_uses:
+            self._is_taking_uses = True
+            asyncio.get_running_loop().call_soon(self._take_uses)
+
+    def _take_uses(self) -> None:
+        batch = [self._uses.popleft() for _ in range(min(USES_AT_ONCE, len(self._uses)))]
+        self.stored(batch)
+        self._is_taking_uses = bool(self._uses)
+        if self._uses:
+            asyncio.get_running_loop().call_soon(self._take_uses)
+
+    def loaded(self, num_blocks: int, load_us: int) -> None:
+        """An engine reported a load from the pool."""
+        if self.pace is not None and num_blocks:
+            self.pace.loaded(num_blocks, load_us / 1e6)
+
+    def corrupt(self, keys: Sequence[BlockKey]) -> None:
+        """Blocks did not match their digests: what lower tiers hold of them is doubted too."""
+        for tier in self.tiers:
+            tier.delete(keys)
+
+    # ---- what a request waits for
+
+    def may_come(self, wanted: Wanted, num_ready: int) -> bool:
+        """Whether ``bring`` may make more of the prefix readable."""
+        return self._promotion is not None and self._promotion.may_come(wanted, num_ready)
+
+    async def bring(
+        self, wanted: Wanted, num_ready: int, announce: Callable[[float], None]
+    ) -> None:
+        """Bring blocks of a prefix into the pool; ends at the time that was announced last.
+
+        Args:
+            wanted: The whole prefix.
+            num_ready: Leading blocks that are readable now; they stay until this ends.
+            announce: Called with the seconds that it may take from then on.
+        """
+        promotion = self._promotion
+        if promotion is None:
+            return
+        loop = asyncio.get_running_loop()
+        held = promotion.hold(wanted, num_ready)
+        until_s = loop.time() + PROBE_S
+        announce(PROBE_S)
+
+        def extend(limit_s: float) -> None:
+            nonlocal until_s
+            until_s = max(until_s, loop.time() + limit_s)
+            announce(until_s - loop.time())
+
+        task = loop.create_task(promotion.bring(wanted, extend))
+        try:
+            while not task.done() and (left_s := until_s - loop.time()) > 0:
+                await asyncio.wait({task}, timeout=left_s)
+            if task.done():
+                task.result()
+            else:
+                # The reads themselves go on to their ends.
+                task.cancel()
+                self._count("promotions_late", 1)
+        finally:
+            promotion.let_go(held)

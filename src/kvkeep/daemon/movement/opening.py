@@ -1,0 +1,142 @@
+"""From the settings of a tier to the tier, wrapped and with a queue before it."""
+
+from pathlib import Path
+
+from kvkeep.core.admission import SIGHTS_MAX, AdmissionPolicy, AdmissionSettings
+from kvkeep.daemon.movement.lower_tier import LowerTier
+from kvkeep.daemon.tier_settings import (
+    AnyTierSettings,
+    DiskTierSettings,
+    MooncakeTierSettings,
+    ObjectStoreTierSettings,
+    ValkeyTierSettings,
+)
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import InputError
+from kvkeep.tiers.base import BATCH_MAX, Registers, Tier
+from kvkeep.tiers.io_queue import QueueLimits, TierQueue
+from kvkeep.tiers.wrappers.compressed import CompressedTier
+from kvkeep.tiers.wrappers.encrypted import EncryptedTier
+from kvkeep.tiers.wrappers.metered import MeteredTier
+from kvkeep.tiers.wrappers.verified import VerifiedTier
+
+NUM_SIGHTS_MIN = 1 << 12
+
+
+def open_tier(settings: AnyTierSettings, value_bytes: int, clock: Clock) -> LowerTier:
+    """Open one tier; blocks for the medium, so it is called on a thread of its own.
+
+    Args:
+        settings: Of the tier.
+        value_bytes: Length of every value that it will keep.
+        clock: Monotonic.
+
+    Raises:
+        InputError: Something is not installed, or can't be used as the settings say.
+    """
+    overhead_bytes = VerifiedTier.overhead_bytes
+    overhead_bytes += EncryptedTier.overhead_bytes if settings.key_files else 0
+    overhead_bytes += CompressedTier.overhead_bytes if settings.compress else 0
+    inner = open_medium(settings, value_bytes + overhead_bytes)
+    limits = QueueLimits(
+        num_threads=settings.num_threads,
+        queue_bytes_max=max(settings.queue_bytes_max, 4 * value_bytes),
+        deadline_s=settings.deadline_s,
+    )
+    tier = MeteredTier(VerifiedTier(_sealed(settings, inner)), clock)
+    admission = AdmissionSettings(
+        capacity_bytes=settings.capacity_bytes,
+        probation_share=settings.probation_share,
+        write_bytes_per_s=settings.write_bytes_per_s or None,
+        num_sights=min(max(NUM_SIGHTS_MIN, settings.capacity_bytes // value_bytes), SIGHTS_MAX),
+    )
+    return LowerTier(
+        TierQueue(tier, limits, clock),
+        AdmissionPolicy(admission),
+        clock,
+        value_bytes=value_bytes,
+        is_local=isinstance(settings, DiskTierSettings),
+        probes_at_once=1 if isinstance(settings, ObjectStoreTierSettings) else BATCH_MAX,
+    )
+
+
+def _sealed(settings: AnyTierSettings, inner: Tier) -> Tier:
+    """Encryption next to the medium and compression before it: see decision 0013."""
+    if settings.key_files:
+        from kvkeep.tiers.wrappers.key_ring import KeyRing
+
+        inner = EncryptedTier(inner, KeyRing.load([Path(name) for name in settings.key_files]))
+    if settings.compress:
+        from kvkeep.tiers.wrappers.codecs import ZstdCodec
+
+        inner = CompressedTier(inner, ZstdCodec())
+    return inner
+
+
+def open_medium(settings: AnyTierSettings, value_bytes_max: int) -> Tier:
+    """Open the bare tier.
+
+    Raises:
+        InputError: See ``open_tier``.
+    """
+    match settings:
+        case DiskTierSettings():
+            from kvkeep.tiers.disk.tier import DiskTier
+
+            folder = Path(settings.folder).expanduser()
+            return DiskTier(folder, settings.capacity_bytes, value_bytes_max)
+        case ValkeyTierSettings():
+            from kvkeep.tiers.valkey import ValkeySettings, ValkeyTier
+
+            return ValkeyTier(
+                ValkeySettings(
+                    url=settings.url,
+                    ca_file=settings.ca_file,
+                    prefix=settings.prefix,
+                    timeout_s=settings.timeout_s,
+                )
+            )
+        case ObjectStoreTierSettings():
+            from kvkeep.tiers.object_store import ObjectStoreSettings, ObjectStoreTier
+
+            return ObjectStoreTier(
+                ObjectStoreSettings(
+                    url=settings.url,
+                    endpoint=settings.endpoint,
+                    region=settings.region,
+                    allow_http=settings.allow_http,
+                    prefix=settings.prefix,
+                    timeout_s=settings.timeout_s,
+                )
+            )
+        case MooncakeTierSettings():
+            return _open_mooncake(settings, value_bytes_max)
+
+
+def _open_mooncake(settings: MooncakeTierSettings, value_bytes_max: int) -> Tier:
+    from kvkeep.tiers.mooncake.settings import MooncakeSettings
+    from kvkeep.tiers.mooncake.tier import MooncakeTier
+
+    if settings.protocol not in ("tcp", "rdma"):
+        raise InputError(f"Mooncake's protocol {settings.protocol!r}: choose tcp or rdma")
+    return MooncakeTier(
+        MooncakeSettings(
+            master=settings.master,
+            metadata=settings.metadata,
+            local_hostname=settings.local_hostname,
+            protocol="rdma" if settings.protocol == "rdma" else "tcp",
+            rdma_devices=settings.rdma_devices,
+            segment_bytes=settings.segment_bytes,
+            replica_num=settings.replica_num,
+            prefix=settings.prefix,
+            timeout_s=settings.timeout_s,
+            value_bytes_max=value_bytes_max,
+        )
+    )
+
+
+def register_pool(tier: LowerTier, region: memoryview) -> None:
+    """Make the pool's memory known to a tier that moves bytes faster then."""
+    inner = tier.queue.tier
+    if isinstance(inner, Registers):
+        inner.register(region)

@@ -1,0 +1,139 @@
+"""What is worth waiting for: measured speeds of tiers, and the plan made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvkeep.core.planner import (
+    MeasuredRate,
+    Place,
+    PlanMode,
+    PlannerSettings,
+    PrefillSpeed,
+    RequestShape,
+    Run,
+    Source,
+    Speed,
+    plan,
+)
+from kvkeep.daemon.movement.lower_tier import LowerTier
+from kvkeep.model.clock import Clock
+from kvkeep.model.layout import KvLayout
+
+ASSUMED_POOL_SPEED = Speed(latency_s=0.0005, per_s=4e9)
+"""Of loads from the pool before one was reported; any machine's memory is faster than that."""
+STALE_S = 30.0
+"""A tier that was not read for so long may have another speed by now."""
+LIMIT_FACTOR = 3.0
+"""A promotion is waited for at most this many times its estimate ..."""
+LIMIT_MIN_S = 0.1
+"""... but for this long at least, and for no longer than computing would take, if that is more."""
+LIMIT_PINNED_S = 5.0
+"""How long is waited at most where the choice is pinned to loading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """How much of a prefix to bring, and how long to wait for it."""
+
+    num_blocks: int
+    limit_s: float
+    saved_s: float | None
+    explored: str | None
+    reason: str
+
+
+class Pace:
+    """Measures, and plans. Runs on the event loop's thread."""
+
+    def __init__(self, settings: PlannerSettings, layout: KvLayout, clock: Clock) -> None:
+        self._settings = settings
+        self._layout = layout
+        self._clock = clock
+        self._pool = MeasuredRate()
+        self._tiers: dict[str, MeasuredRate] = {}
+        self._explored: set[str] = set()
+        self._queued: dict[str, int] = {}
+        self.saved_us = 0
+        """Estimated time to first token that promotions saved so far, in microseconds."""
+        self.last_reason = ""
+
+    def loaded(self, num_blocks: int, seconds: float) -> None:
+        """An engine reported a load from the pool."""
+        amount = num_blocks * self._layout.block_bytes
+        self._pool.add(amount, seconds, now_s=self._clock.now_s())
+
+    def begun(self, name: str, num_bytes: int) -> None:
+        """A promotion asks a tier for so many bytes."""
+        self._queued[name] = self._queued.get(name, 0) + num_bytes
+
+    def ended(self, name: str, num_bytes: int, seconds: float | None) -> None:
+        """It is over.
+
+        Args:
+            name: Of the tier.
+            num_bytes: As in ``begun``.
+            seconds: How long it took; None if it failed or had to share the tier with others.
+        """
+        self._queued[name] -= num_bytes
+        self._explored.discard(name)
+        if seconds is not None:
+            rate = self._tiers.setdefault(name, MeasuredRate())
+            rate.add(num_bytes, seconds, now_s=self._clock.now_s())
+
+    def is_alone(self, name: str) -> bool:
+        """Whether no other promotion reads from this tier, so that the next one measures it."""
+        return not self._queued.get(name)
+
+    def plan(
+        self,
+        num_ready: int,
+        num_hashes: int,
+        runs: Sequence[tuple[LowerTier, int]],
+        prefill_tokens_s: float,
+    ) -> Pacing:
+        """Decide how many of the blocks behind the readable ones to bring."""
+        layout, now_s = self._layout, self._clock.now_s()
+        places: list[Run] = [(Place.POOL, num_ready)]
+        places += [(tier.name, length) for tier, length in runs]
+        shape = RequestShape(
+            num_hashes * layout.block_tokens, layout.block_tokens, layout.block_bytes
+        )
+        prefill = PrefillSpeed(prefill_tokens_s) if prefill_tokens_s else None
+        chosen = plan(places, shape, self._sources(runs, now_s), prefill, self._settings)
+        num_blocks = max(0, chosen.num_load - chosen.num_from_pool)
+        explored = str(chosen.explored) if isinstance(chosen.explored, str) else None
+        if num_blocks and explored is not None:
+            self._explored.add(explored)
+        if num_blocks and chosen.saved_s is not None and explored is None:
+            self.saved_us += int(max(0.0, chosen.saved_s) * 1e6)
+        self.last_reason = chosen.reason
+        limit_s = self._limit_s(chosen.load_s, chosen.recompute_s)
+        return Pacing(num_blocks, limit_s, chosen.saved_s, explored, chosen.reason)
+
+    def _sources(
+        self, runs: Sequence[tuple[LowerTier, int]], now_s: float
+    ) -> dict[Place | str, Source]:
+        sources: dict[Place | str, Source] = {
+            Place.POOL: Source(self._pool.speed() or ASSUMED_POOL_SPEED)
+        }
+        for tier, _ in runs:
+            rate = self._tiers.get(tier.name)
+            sources[tier.name] = Source(
+                None if rate is None else rate.speed(),
+                self._queued.get(tier.name, 0),
+                tier.name in self._explored,
+                rate is not None and now_s - rate.measured_at_s > STALE_S,
+            )
+        return sources
+
+    def _limit_s(self, load_s: float | None, recompute_s: float) -> float:
+        if self._settings.mode is PlanMode.LOAD:
+            return LIMIT_PINNED_S
+        wanted_s = LIMIT_MIN_S if load_s is None else max(LIMIT_FACTOR * load_s, LIMIT_MIN_S)
+        return min(wanted_s, max(recompute_s, LIMIT_MIN_S))
+
+    def speeds(self) -> dict[str, float]:
+        """Measured bytes a second by tier, the pool's among them; only what was measured."""
+        rates = {"pool": self._pool, **self._tiers}
+        found = {name: rate.speed() for name, rate in rates.items()}
+        return {name: speed.per_s for name, speed in found.items() if speed is not None}

@@ -1,0 +1,244 @@
+"""From a lower tier up: blocks that a request waits for are read into slots of the pool.
+
+What is on its way is never abandoned: a read that comes too late for its request still ends in its
+slots, and only then are they readable or free. The request is answered at its time with what is
+there. A block that is on its way already is waited for, not read twice.
+"""
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kvkeep.core import effects as do
+from kvkeep.core import events as on
+from kvkeep.core.node import NO_LEASE, TIERS_SESSION
+from kvkeep.daemon.movement.lower_tier import LowerTier
+from kvkeep.daemon.movement.pace import Pace
+from kvkeep.daemon.movement.slots import all_parts, value_bytes
+from kvkeep.daemon.shell import Shell
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import UnavailableError
+from kvkeep.model.ids import BlockHash, BlockKey, Holder, LeaseId, Namespace
+from kvkeep.tiers.shared_memory import PoolView
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 8 << 20
+"""Read in one call: enough for a tier's bandwidth, little enough for several threads to share."""
+POOL_SHARE_MAX = 0.5
+"""Of the pool's slots, at most this share is filled for one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What one request asks for."""
+
+    namespace: Namespace
+    group_idx: int
+    hashes: Sequence[BlockHash]
+    prefill_tokens_s: float
+    """Of the engine that asks; 0 if it does not know."""
+
+    def keys(self, first: int, end: int | None = None) -> list[BlockKey]:
+        """Keys of the blocks from ``first`` on."""
+        return [BlockKey(self.namespace, h, self.group_idx) for h in self.hashes[first:end]]
+
+
+class Promotion:
+    """Copies upwards. Runs on the event loop's thread; the copying itself is the tiers'."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        tiers: Sequence[LowerTier],
+        view: PoolView,
+        pace: Pace,
+        clock: Clock,
+        count: Callable[[str, int], None],
+    ) -> None:
+        self._shell = shell
+        self._tiers = tiers
+        self._view = view
+        self._pace = pace
+        self._clock = clock
+        self._count = count
+        self._holder = Holder(TIERS_SESSION, os.getpid())
+        self._arriving: dict[BlockKey, asyncio.Future[None]] = {}
+        self._reading: set[asyncio.Task[None]] = set()
+        layout = view.geometry.layout
+        self._batch_blocks = max(1, BATCH_BYTES // layout.block_bytes)
+        self._blocks_max = max(1, int(view.geometry.num_slots * POOL_SHARE_MAX))
+
+    def may_come(self, wanted: Wanted, num_ready: int) -> bool:
+        """Whether it may be worth waiting for more than the leading ``num_ready`` blocks."""
+        if num_ready >= len(wanted.hashes):
+            return False
+        (key,) = wanted.keys(num_ready, num_ready + 1)
+        return key in self._arriving or any(tier.may_have(key) for tier in self._tiers)
+
+    def hold(self, wanted: Wanted, num_ready: int) -> LeaseId:
+        """Keep the readable head of a prefix while its tail arrives; returns a lease."""
+        if not num_ready:
+            return NO_LEASE
+        event = on.BlocksAsked(0, self._holder, wanted.keys(0, num_ready), float("inf"))
+        reply = self._shell.handle(event)
+        return reply.lease_id if isinstance(reply, do.ReplyRead) else NO_LEASE
+
+    def let_go(self, lease_id: LeaseId) -> None:
+        """Undo ``hold``."""
+        if lease_id:
+            self._shell.handle(on.ReadFinished(self._holder, [lease_id]))
+
+    async def bring(self, wanted: Wanted, announce: Callable[[float], None]) -> None:
+        """Bring as much of a prefix into the pool as is worth it.
+
+        Args:
+            wanted: The whole prefix, with what is in the pool already.
+            announce: Called with the seconds that it may take, whenever that is known anew.
+        """
+        num_before = -1
+        while (num_ready := self._num_ready(wanted)) > num_before:
+            num_before = num_ready
+            if num_ready >= len(wanted.hashes):
+                return
+            (first,) = wanted.keys(num_ready, num_ready + 1)
+            arrival = self._arriving.get(first)
+            if arrival is not None:
+                # Somebody else's read; the announcement holds for both.
+                await asyncio.shield(arrival)
+                continue
+            runs = await self._locate(wanted, num_ready)
+            pacing = self._pace.plan(num_ready, len(wanted.hashes), runs, wanted.prefill_tokens_s)
+            if not pacing.num_blocks:
+                return
+            announce(pacing.limit_s)
+            await self._fetch(wanted, num_ready, runs, pacing.num_blocks)
+
+    def _num_ready(self, wanted: Wanted) -> int:
+        node = self._shell.node
+        if node is None:
+            return 0
+        hashes = wanted.hashes
+        return len(node.ledger.readable_prefix(wanted.namespace, wanted.group_idx, hashes))
+
+    async def _locate(self, wanted: Wanted, first: int) -> list[tuple[LowerTier, int]]:
+        """Where the blocks from ``first`` on lie: runs of one tier each, up to the first gap."""
+        keys = wanted.keys(first, first + self._blocks_max)
+        where: list[LowerTier | None] = [None] * len(keys)
+        for tier in self._tiers:
+            missing = [idx for idx, found in enumerate(where) if found is None]
+            if not missing:
+                break
+            found = await tier.probe([keys[idx] for idx in missing])
+            for idx, is_there in zip(missing, found, strict=True):
+                if is_there:
+                    where[idx] = tier
+        runs: list[tuple[LowerTier, int]] = []
+        for tier_or_none in where:
+            if tier_or_none is None:
+                break
+            if runs and runs[-1][0] is tier_or_none:
+                runs[-1] = (tier_or_none, runs[-1][1] + 1)
+            else:
+                runs.append((tier_or_none, 1))
+        return runs
+
+    async def _fetch(
+        self, wanted: Wanted, first: int, runs: Sequence[tuple[LowerTier, int]], num_blocks: int
+    ) -> None:
+        keys = wanted.keys(first, first + num_blocks)
+        sources: list[LowerTier] = []
+        for tier, length in runs:
+            sources += [tier] * length
+        node = self._shell.node
+        if node is None:
+            return
+        reply = self._shell.handle(
+            on.StoreAsked(
+                0, self._holder, wanted.namespace, wanted.group_idx,
+                [key.block_hash for key in keys], node.ledger.all_heads, float("inf"),
+            )
+        )  # fmt: skip
+        if not isinstance(reply, do.ReplyStore) or not reply.lease_id:
+            return
+        granted = [
+            (key, slot, source)
+            for key, slot, source in zip(keys, reply.slots, sources, strict=False)
+            if slot != do.NO_SLOT
+        ]
+        loop = asyncio.get_running_loop()
+        arrival = loop.create_future()
+        for key, _, _ in granted:
+            self._arriving[key] = arrival
+        task = loop.create_task(self._read(reply.lease_id, granted, arrival))
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+        await asyncio.shield(arrival)
+
+    async def _read(
+        self,
+        lease_id: LeaseId,
+        granted: Sequence[tuple[BlockKey, int, LowerTier]],
+        arrival: "asyncio.Future[None]",
+    ) -> None:
+        """Fill the slots; ends only when every read has really ended."""
+        is_stored = [False] * len(granted)
+        try:
+            batches = [
+                range(start, min(start + self._batch_blocks, len(granted)))
+                for start in range(0, len(granted), self._batch_blocks)
+            ]
+            with self._measured(granted, is_stored):
+                await asyncio.gather(*(self._read_batch(granted, b, is_stored) for b in batches))
+        finally:
+            for key, _, _ in granted:
+                self._arriving.pop(key, None)
+            self._shell.handle(on.StoreFinished(0, self._holder, lease_id, is_stored))
+            self._count("promotions_failed", is_stored.count(False))
+            arrival.set_result(None)
+
+    @contextmanager
+    def _measured(
+        self, granted: Sequence[tuple[BlockKey, int, LowerTier]], is_stored: Sequence[bool]
+    ) -> Iterator[None]:
+        """Tell the pace how long the tiers took; a time counts where it is one tier's alone."""
+        names = Counter(tier.name for _, _, tier in granted)
+        block_bytes = self._view.geometry.layout.block_bytes
+        is_alone = len(names) == 1 and all(self._pace.is_alone(name) for name in names)
+        for name, num_blocks in names.items():
+            self._pace.begun(name, num_blocks * block_bytes)
+        begun_s = self._clock.now_s()
+        try:
+            yield
+        finally:
+            seconds = self._clock.now_s() - begun_s
+            is_measured = is_alone and all(is_stored)
+            for name, num_blocks in names.items():
+                self._pace.ended(name, num_blocks * block_bytes, seconds if is_measured else None)
+
+    async def _read_batch(
+        self,
+        granted: Sequence[tuple[BlockKey, int, LowerTier]],
+        batch: range,
+        is_stored: list[bool],
+    ) -> None:
+        for tier in dict.fromkeys(granted[idx][2] for idx in batch):
+            mine = [idx for idx in batch if granted[idx][2] is tier]
+            keys = [granted[idx][0] for idx in mine]
+            into = all_parts(self._view, [granted[idx][1] for idx in mine])
+            try:
+                lengths = await tier.read(keys, into)
+            except UnavailableError as error:
+                log.warning("promotion failed. tier=%s reason=%s", tier.name, error)
+                continue
+            for idx, length in zip(mine, lengths, strict=True):
+                is_stored[idx] = length == value_bytes(self._view)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for the reads in motion."""
+        if self._reading:
+            await asyncio.wait(set(self._reading), timeout=timeout_s)

@@ -1,0 +1,111 @@
+"""What a daemon can be told about the tiers below its pool: a list, the fastest first."""
+
+from typing import Annotated, Any
+
+import msgspec
+
+from kvkeep.model.sizes import parse_bytes
+
+SIZE_FIELDS = ("capacity_bytes", "segment_bytes", "queue_bytes_max", "write_bytes_per_s")
+"""Fields in which ``100GiB`` style is understood."""
+
+Bytes = Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 50)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
+Threads = Annotated[int, msgspec.Meta(ge=1, le=64)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class TierSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"
+):
+    """What every kind of tier can be told."""
+
+    num_threads: Threads = 4
+    """Calls to the medium at once."""
+    queue_bytes_max: Bytes = 256 << 20
+    """Bytes that wait to be written or read; beyond it blocks are not cascaded."""
+    deadline_s: Seconds = 5.0
+    """A call that takes longer closes the tier for a while, in seconds."""
+    probation_share: Share = 0.5
+    """Of the capacity, how much may be filled with blocks that were seen only once."""
+    write_bytes_per_s: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
+    """At most so many bytes a second are written in the long run, as SSDs wear; 0: no limit."""
+    key_files: list[str] = []
+    """Files of 32 bytes (mode 0600): blocks are encrypted with keys made of the first, and read
+    with keys made of any; empty: not encrypted."""
+    compress: bool = False
+    """Whether blocks are compressed, without loss: pays before slow media only."""
+
+
+class DiskTierSettings(TierSettings, frozen=True, kw_only=True, tag="disk"):
+    """A folder on a local disk, of this daemon alone."""
+
+    folder: str
+    capacity_bytes: Bytes
+
+
+class ValkeyTierSettings(TierSettings, frozen=True, kw_only=True, tag="valkey"):
+    """A Valkey or Redis server; VALKEY_USER and VALKEY_PASSWORD of the environment are heeded."""
+
+    url: str
+    """``valkey://host:port/database``, ``valkeys://`` for TLS, or ``unix:///path``."""
+    ca_file: str = ""
+    prefix: str = "kvkeep/"
+    """In front of every key; deployments that share a server choose different ones."""
+    timeout_s: Seconds = 2.0
+    capacity_bytes: Bytes = 1 << 40
+    """What admission counts with; the server's own limit is its ``maxmemory``."""
+
+
+class ObjectStoreTierSettings(TierSettings, frozen=True, kw_only=True, tag="object_store"):
+    """An S3-compatible object store; credentials come from AWS_ACCESS_KEY_ID and its like."""
+
+    url: str
+    """``s3://bucket`` or ``file:///folder``."""
+    endpoint: str = ""
+    """``https://host:port`` of an S3 server; empty: AWS itself."""
+    region: str = ""
+    allow_http: bool = False
+    """Whether blocks may cross a network in clear; loopback may always."""
+    prefix: str = "kvkeep/"
+    timeout_s: Seconds = 10.0
+    deadline_s: Seconds = 15.0
+    capacity_bytes: Bytes = 1 << 44
+    """What admission counts with."""
+
+
+class MooncakeTierSettings(TierSettings, frozen=True, kw_only=True, tag="mooncake"):
+    """A Mooncake Store."""
+
+    master: str
+    """``host:port`` of mooncake_master."""
+    local_hostname: str = "127.0.0.1"
+    """Of this machine, as others reach it."""
+    metadata: str = "P2PHANDSHAKE"
+    protocol: str = "tcp"
+    rdma_devices: str = ""
+    segment_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 46)] = 0
+    """Memory that this daemon lends to the store; 0: it is a client only."""
+    replica_num: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
+    prefix: str = "kvkeep/"
+    timeout_s: Seconds = 2.0
+    capacity_bytes: Bytes = 1 << 40
+    """What admission counts with."""
+
+
+AnyTierSettings = (
+    DiskTierSettings | ValkeyTierSettings | ObjectStoreTierSettings | MooncakeTierSettings
+)
+
+
+def with_sizes(tier: Any) -> Any:
+    """What a user wrote of one tier, with sizes such as ``100GiB`` in bytes.
+
+    Raises:
+        InputError: Something is not a size.
+    """
+    if not isinstance(tier, dict):
+        return tier
+    return {
+        name: parse_bytes(value) if name in SIZE_FIELDS else value for name, value in tier.items()
+    }
