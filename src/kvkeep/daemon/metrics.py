@@ -102,7 +102,10 @@ class Metrics(Collector):
         """Every counter of the table."""
         node = self._shell.node
         core = {} if node is None else node.counters
-        return {name: self._own[name] + core.get(name, 0) for name in COUNTERS}
+        values = {name: self._own[name] + core.get(name, 0) for name in COUNTERS}
+        if self.movement is not None and self.movement.pace is not None:
+            values["promotion_saved_us"] += self.movement.pace.saved_us
+        return values
 
     def gauges(self) -> dict[str, float]:
         """What stands now: slots by state, leases, sessions' time."""
@@ -133,6 +136,7 @@ class Metrics(Collector):
                 if layout is None
                 else {name: getattr(layout, name) for name in layout.__dataclass_fields__},
             },
+            "movement": None if self.movement is None else self.movement.status(),
             "workers": self._shell.num_workers,
             "gauges": self.gauges(),
             "counters": self.counters(),

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from kvkeep.model.errors import UnavailableError
 from kvkeep.model.ids import BlockKey
 from kvkeep.tiers.base import BATCH_MAX, Gauges, Parts, Probes
 from kvkeep.tiers.io_queue import Outcome, TierQueue
+from kvkeep.tiers.wrappers.metered import MeteredTier
 
 KNOWN_MAX = 1 << 18
 """Keys remembered of a tier that is asked over a network."""
@@ -34,6 +36,7 @@ class LowerTier:
         value_bytes: int,
         is_local: bool,
         probes_at_once: int,
+        rejections: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         """Take a tier's queue.
 
@@ -44,6 +47,7 @@ class LowerTier:
             value_bytes: Length of every value.
             is_local: Its ``lookup`` is a lookup in memory and may be called on this thread.
             probes_at_once: Keys in one question; 1 where each costs a round trip of its own.
+            rejections: Values that were read and not believed, by reason.
         """
         self.name = queue.tier.name
         self.queue = queue
@@ -52,6 +56,7 @@ class LowerTier:
         self._clock = clock
         self._value_bytes = value_bytes
         self._probes_at_once = probes_at_once
+        self._rejections = rejections
         self._known: OrderedDict[BlockKey, None] = OrderedDict()
         """Keys that were there when last looked; for a tier that is not local."""
 
@@ -85,6 +90,25 @@ class LowerTier:
                 self._known[key] = None
         while len(self._known) > KNOWN_MAX:
             self._known.popitem(last=False)
+
+    def status(self) -> dict[str, object]:
+        """What a person or a script asks about it."""
+        tier, meter = self.queue.tier, None
+        if isinstance(tier, MeteredTier):
+            meter = tier.meter()
+        use = tier.use() if isinstance(tier, Gauges) else None
+        return {
+            "name": self.name,
+            "breaker": self.queue.breaker_state.value,
+            "queued_bytes": self.queue.queued_bytes,
+            "num_values": None if use is None else use.num_values,
+            "used_bytes": None if use is None else use.used_bytes,
+            "capacity_bytes": None if use is None else use.capacity_bytes,
+            "reads": None if meter is None else asdict(meter.read),
+            "writes": None if meter is None else asdict(meter.write),
+            "admitted": {r.name.lower(): n for r, n in self.admission.num_by_reason.items()},
+            "rejected": dict(self._rejections()),
+        }
 
     # ---- what it takes in
 

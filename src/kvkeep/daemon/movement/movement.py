@@ -137,6 +137,18 @@ class Movement:
         for tier in self.tiers:
             tier.queue.sweep(now_s)
 
+    def status(self) -> dict[str, object]:
+        """What stands below the pool, for a person or a script."""
+        pace = self.pace
+        return {
+            "is_open": self._cascade is not None,
+            "tiers": [tier.status() for tier in self.tiers],
+            "failed": self.closed_tiers,
+            "cascades_waiting": 0 if self._cascade is None else self._cascade.num_waiting,
+            "bytes_per_s": {} if pace is None else pace.speeds(),
+            "last_plan": "" if pace is None else pace.last_reason,
+        }
+
     # ---- what happened
 
     def stored(self, keys: Sequence[BlockKey]) -> None:

@@ -43,7 +43,16 @@ def open_tier(settings: AnyTierSettings, value_bytes: int, clock: Clock) -> Lowe
         queue_bytes_max=max(settings.queue_bytes_max, 4 * value_bytes),
         deadline_s=settings.deadline_s,
     )
-    tier = MeteredTier(VerifiedTier(_sealed(settings, inner)), clock)
+    sealed = _sealed(settings, inner)
+    verified = VerifiedTier(sealed)
+    tier = MeteredTier(verified, clock)
+
+    def rejections() -> dict[str, int]:
+        found = verified.counts()
+        if isinstance(sealed, (EncryptedTier, CompressedTier)):
+            found |= {f"sealed_{reason}": number for reason, number in sealed.counts().items()}
+        return found
+
     admission = AdmissionSettings(
         capacity_bytes=settings.capacity_bytes,
         probation_share=settings.probation_share,
@@ -57,6 +66,7 @@ def open_tier(settings: AnyTierSettings, value_bytes: int, clock: Clock) -> Lowe
         value_bytes=value_bytes,
         is_local=isinstance(settings, DiskTierSettings),
         probes_at_once=1 if isinstance(settings, ObjectStoreTierSettings) else BATCH_MAX,
+        rejections=rejections,
     )
 
 

@@ -1,0 +1,114 @@
+"""A real daemon with a disk below its pool: what the pool can't hold comes back from there."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kvkeep.client.prefixes import PrefixClient
+from kvkeep.model.ids import BlockHash
+from tests.integration.daemons import (
+    Daemon,
+    Worker,
+    acquire,
+    hashes_of,
+    opened_prefixes,
+    payload_of,
+    running_daemon,
+    wait_until,
+)
+
+NUM_SEQUENCES = 80
+SEQUENCE_BLOCKS = 250
+"""Together ten times what the pool holds."""
+
+
+@contextmanager
+def daemon_with_disk(folder: Path, planner: str = "auto") -> Iterator[Daemon]:
+    """A daemon that keeps blocks in this folder as well."""
+    folder.mkdir(exist_ok=True)
+    tier = {"kind": "disk", "folder": str(folder / "disk"), "capacity_bytes": "1GiB"}
+    config = folder / "daemon.yaml"
+    config.write_text(json.dumps({"tiers": [tier]}))
+    with running_daemon(config=config, planner=planner) as daemon:
+        yield daemon
+
+
+def wait_for_tiers(daemon: Daemon) -> None:
+    """Tiers are opened once the first worker has told how long a block is."""
+    wait_until(lambda: daemon.status()["movement"]["is_open"], "tiers open")
+
+
+def store_sequence(daemon: Daemon, worker: Worker, hashes: list[BlockHash]) -> None:
+    """Store one sequence and wait until the tier has it, as slow traffic would."""
+    wait_for_tiers(daemon)
+    before = daemon.counter("blocks_cascaded")
+    worker.store(hashes)
+    wait_until(lambda: daemon.counter("blocks_cascaded") >= before + len(hashes), "blocks cascaded")
+
+
+def serve(worker: Worker, client: PrefixClient, hashes: list[BlockHash]) -> int:
+    """Acquire and load a sequence; returns how many blocks landed, each with its bytes."""
+    lease = acquire(client, hashes)
+    if lease is None:
+        return 0
+    landed, found = worker.load(hashes[: len(lease.slots)], lease.slots)
+    client.release([lease], num_loaded=sum(landed), load_us=1000)
+    for block_hash, block, is_there in zip(hashes, found, landed, strict=False):
+        assert not is_there or np.array_equal(block, payload_of(block_hash))
+    return sum(landed)
+
+
+def test_a_replay_of_ten_times_the_pool_is_served(tmp_path: Path) -> None:
+    """From the disk, and again after everything was killed and the pool is gone."""
+    sequences = [hashes_of(1000 * n, SEQUENCE_BLOCKS) for n in range(NUM_SEQUENCES)]
+    with daemon_with_disk(tmp_path, planner="load") as daemon:
+        with Worker(daemon) as worker, opened_prefixes(daemon) as client:
+            for hashes in sequences:
+                store_sequence(daemon, worker, hashes)
+            assert daemon.gauge("slots") * 10 <= NUM_SEQUENCES * SEQUENCE_BLOCKS
+            served = sum(serve(worker, client, hashes) for hashes in sequences)
+            assert served >= 0.98 * NUM_SEQUENCES * SEQUENCE_BLOCKS
+            assert daemon.counter("blocks_promoted") > 0.8 * served
+        daemon.kill()
+        daemon.pool.unlink()
+    with (
+        daemon_with_disk(tmp_path, planner="load") as daemon,
+        Worker(daemon) as worker,
+        opened_prefixes(daemon) as client,
+    ):
+        wait_for_tiers(daemon)
+        served = sum(serve(worker, client, hashes) for hashes in sequences)
+        assert served >= 0.98 * NUM_SEQUENCES * SEQUENCE_BLOCKS
+        wait_until(lambda: daemon.gauge("read_leases") == 0, "leases given back")
+        assert daemon.gauge("write_leases") == 1  # the canary's
+
+
+def test_the_same_blocks_are_read_once_for_all_who_wait(tmp_path: Path) -> None:
+    """Eight requests for one prefix are one transfer."""
+    hashes = hashes_of(0, 200)
+    others = [hashes_of(1000 * n, SEQUENCE_BLOCKS) for n in range(1, 12)]
+    with daemon_with_disk(tmp_path, planner="load") as daemon, Worker(daemon) as worker:
+        for sequence in [hashes, *others]:
+            store_sequence(daemon, worker, sequence)
+        with opened_prefixes(daemon) as client:
+            questions = [client.ask(b"n" * 32, 0, hashes) for _ in range(8)]  # type: ignore[arg-type]
+            for question in questions:
+                assert question is not None
+                lease = client.answer(question, 10.0)
+                assert len(lease.slots) == 200  # type: ignore[union-attr]
+        assert daemon.counter("blocks_promoted") == 200
+
+
+def test_a_miss_is_not_waited_for(tmp_path: Path) -> None:
+    """What no tier has is answered at once, and so is what the pool has."""
+    with daemon_with_disk(tmp_path) as daemon, Worker(daemon) as worker:
+        store_sequence(daemon, worker, hashes_of(0, 10))
+        with opened_prefixes(daemon, patience_s=5.0) as client:
+            assert acquire(client, hashes_of(50, 10)) is None
+            lease = acquire(client, hashes_of(0, 20))
+            assert lease is not None
+            assert len(lease.slots) == 10
+        assert daemon.counter("blocks_promoted") == 0
