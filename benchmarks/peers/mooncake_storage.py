@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from mooncake.store import MooncakeDistributedStore  # type: ignore[import-not-found]
+from mooncake.store import MooncakeDistributedStore
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def _place(memory: memoryview, number: int, value_bytes: int) -> memoryview:
 def _bare_client(master: str, memory: memoryview) -> Iterator[Subject]:
     os.environ.setdefault("MC_TCP_BIND_ADDRESS", "127.0.0.1")
     os.environ.setdefault("GLOG_minloglevel", "3")
-    from mooncake.store import MooncakeDistributedStore  # type: ignore[import-untyped]
+    from mooncake.store import MooncakeDistributedStore
 
     store: Any = MooncakeDistributedStore()
     if code := store.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 * MIB, "tcp", "", master):

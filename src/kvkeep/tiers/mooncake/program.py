@@ -43,7 +43,7 @@ class Client:
     def open(self) -> str:
         """Connect to the master; returns what is wrong, or nothing."""
         try:
-            from mooncake.store import (  # type: ignore[import-untyped]
+            from mooncake.store import (
                 MooncakeDistributedStore,
                 ReplicateConfig,
             )
