@@ -59,8 +59,18 @@ class ServerProcess:
         os.kill(self.process.pid, number)
 
     def freeze(self) -> None:
-        """Let it stand still."""
+        """Let it stand still, and wait until each of its threads does."""
         self._signal(signal.SIGSTOP)
+        begun_s = time.perf_counter()
+        pause = threading.Event()
+        while self._states() != {"T"}:
+            assert time.perf_counter() - begun_s < STOP_TIMEOUT_S, f"{self.what} does not stop"
+            pause.wait(0.01)
+
+    def _states(self) -> set[str]:
+        assert self.process is not None
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
 
     def thaw(self) -> None:
         """Let it go on."""
