@@ -96,23 +96,28 @@ def _check(subject: Subject, memory: memoryview, values: Sequence[memoryview]) -
 def _in_turns(
     subjects: Sequence[Subject], values: Sequence[memoryview], batch: int, rounds: int
 ) -> dict[tuple[str, int], list[float]]:
+    """Take turns with every batch, so that what else the machine does strikes all alike."""
     speeds: dict[tuple[str, int], list[float]] = {
         (what, side): [] for what in ("write", "read") for side in range(len(subjects))
     }
+    num_bytes = sum(len(value) for value in values)
     for number in range(rounds + 1):
-        turns = list(enumerate(subjects))
-        for side, subject in turns if number % 2 else reversed(turns):
-            for what, move in (("write", subject.write), ("read", subject.read)):
-                took_s = _timed_s(move, values, batch)
-                if number:
-                    num_bytes = sum(len(value) for value in values)
+        for what in ("write", "read"):
+            moves = [getattr(subject, what) for subject in subjects]
+            for side, took_s in enumerate(_taken_s(moves, values, batch)):
+                if number:  # the first round touches memory and opens connections
                     speeds[what, side].append(num_bytes / took_s / 1e6)
     return speeds
 
 
-def _timed_s(move: Move, values: Sequence[memoryview], batch: int) -> float:
-    begun_s = time.perf_counter()
+def _taken_s(moves: Sequence[Move], values: Sequence[memoryview], batch: int) -> list[float]:
+    """Seconds that each needed for all values; who is first changes with every batch."""
+    taken_s = [0.0] * len(moves)
     for first in range(0, len(values), batch):
         group = values[first : first + batch]
-        move(range(first, first + len(group)), group)
-    return time.perf_counter() - begun_s
+        sides = range(len(moves))
+        for side in sides if first // batch % 2 else reversed(sides):
+            begun_s = time.perf_counter()
+            moves[side](range(first, first + len(group)), group)
+            taken_s[side] += time.perf_counter() - begun_s
+    return taken_s

@@ -80,6 +80,8 @@ class SeaweedServer(ServerProcess):
         (self.folder / "s3.json").write_text(json.dumps(CONFIG))
         command = [
             *(binary(), "server", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            # 4 MB pieces would cut a block of 4 MiB and its head in two.
+            "-filer.maxMB=64",
             *("-filer", "-s3", "-s3.config=s3.json", "-s3.iam=false", "-master.telemetry=false"),
             *("-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.preStopSeconds=0"),
             *("-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"),
