@@ -22,6 +22,7 @@ from kvkeep.connector.identity import (
     start_identity,
 )
 from kvkeep.connector.metadata import StepMetadata, StepReport
+from kvkeep.connector.prefill_rate import CPU_TOKENS_S, PrefillRate
 from kvkeep.connector.scheduler_side import SchedulerSide
 from kvkeep.connector.settings import load_settings
 from kvkeep.connector.worker.attachment import Attachment
@@ -90,7 +91,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             lease_s=self._settings.lease_s,
             patience_s=self._settings.patience_ms / 1e3,
         )
-        return SchedulerSide(
+        side = SchedulerSide(
             namespace=namespace,
             block_tokens=self._layout.block_tokens,
             num_ranks=self._config.parallel_config.tensor_parallel_size,
@@ -101,6 +102,9 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
                 self._layout, {"before": namespace.hex(), "reset": f"{started} {n}"}
             ),
         )
+        if self._config.device_config.device_type == "cpu":
+            side.rate = PrefillRate(CPU_TOKENS_S)
+        return side
 
     def _guard(
         self, what: Callable[[], Result], otherwise: Result, *, is_duty: bool = False

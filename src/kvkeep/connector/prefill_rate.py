@@ -9,6 +9,9 @@ STEP_TOKENS_MIN = 128
 """A smaller step is mostly launch, sampling and decode: it says nothing about prefill."""
 WEIGHT = 0.3
 """Of the newest step in the mean."""
+CPU_TOKENS_S = 10_000.0
+"""Before anything was measured: faster than a CPU computes models that people serve, so that a
+load is not chosen where computing may be faster."""
 STEPS_MAX = 64
 """Remembered without a report; more than any engine has in flight."""
 
@@ -16,12 +19,18 @@ STEPS_MAX = 64
 class PrefillRate:
     """A mean over the last few large steps. Used by one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, assumed_tokens_s: float = 0.0) -> None:
+        """Know nothing but what is assumed; 0 for unknown."""
+        self._assumed_tokens_s = assumed_tokens_s
+        self._measured_tokens_s = 0.0
         self._begun: deque[tuple[int, float, int]] = deque(maxlen=STEPS_MAX)
         """Step, when it was planned, tokens."""
         self._ended_s = 0.0
-        self.tokens_s = 0.0
-        """0 until a large step has ended."""
+
+    @property
+    def tokens_s(self) -> float:
+        """What is known, or assumed until a large step has ended."""
+        return self._measured_tokens_s or self._assumed_tokens_s
 
     def begun(self, step: int, num_tokens: int, now_s: float) -> None:
         """A step was planned that computes this many tokens and loads nothing."""
@@ -38,6 +47,5 @@ class PrefillRate:
         self._ended_s = now_s
 
     def _take(self, tokens_s: float) -> None:
-        if self.tokens_s:
-            tokens_s = self.tokens_s + WEIGHT * (tokens_s - self.tokens_s)
-        self.tokens_s = tokens_s
+        before = self._measured_tokens_s
+        self._measured_tokens_s = before + WEIGHT * (tokens_s - before) if before else tokens_s

@@ -114,7 +114,8 @@ class SchedulerSide:
         self._step = 0
         self._num_pinned = 0
         self._wait_left_s = settings.lookup_wait_ms / 1e3
-        self._rate = PrefillRate()
+        self.rate = PrefillRate()
+        """Of this engine; another may be set before the first request."""
 
     def bind_block_pool(self, block_pool: Any) -> None:
         """Take vLLM's block pool, to hold blocks while they are stored."""
@@ -144,7 +145,7 @@ class SchedulerSide:
         num_blocks = (request.num_tokens - 1) // self._block_tokens
         hashes = state.hasher.extend(request.all_token_ids)[:num_blocks]
         if hashes:
-            rate = int(self._rate.tokens_s)
+            rate = int(self.rate.tokens_s)
             state.question = self._prefixes.ask(self._namespace, 0, hashes, rate)
 
     def match(self, request: Any, num_computed_tokens: int) -> int | None:
@@ -280,7 +281,7 @@ class SchedulerSide:
                 metadata.is_awaited = True
         if not metadata.loads:
             num_tokens = scheduler_output.total_num_scheduled_tokens
-            self._rate.begun(metadata.step, num_tokens, self._clock.now_s())
+            self.rate.begun(metadata.step, num_tokens, self._clock.now_s())
         return True
 
     def _plan_store(self, state: _RequestState, num_tokens: int) -> StoreJob | None:
@@ -328,7 +329,7 @@ class SchedulerSide:
             bad_block_ids: Engine blocks that a load of any rank left without their content.
         """
         if report is not None:
-            self._rate.ended(report.step, self._clock.now_s())
+            self.rate.ended(report.step, self._clock.now_s())
             for job_id, num_ranks in report.finished_stores.items():
                 self._finish_store(job_id, num_ranks)
             for req_id, result in report.loads.items():

@@ -17,7 +17,7 @@ from kvkeep.model.errors import InputError
 from kvkeep.model.sizes import parse_bytes
 
 ENVIRONMENT_PREFIX = "KVKEEP_"
-_COMPLAINT = re.compile(r"^(.*) - at `\$\.(\w+)`$")
+_COMPLAINT = re.compile(r"^(.*) - at `\$\.(.+)`$")
 """How msgspec words what does not fit."""
 FILE_BYTES_MAX = 1 << 20
 """Of a settings file; a mistaken path must not fill the memory."""
@@ -126,8 +126,10 @@ def _name_field(complaint: str, values: Mapping[str, object]) -> str:
     match = _COMPLAINT.match(complaint)
     if match is None:
         return complaint
-    said, name = match[1], match[2]
-    return f"{name} = {values.get(name)!r} can't be: {said[0].lower()}{said[1:]}"
+    said, name = match[1][0].lower() + match[1][1:], match[2]
+    if name not in values:
+        return f"{name} can't be: {said}"
+    return f"{name} = {values[name]!r} can't be: {said}"
 
 
 def _on_one_line(error: Exception) -> str:

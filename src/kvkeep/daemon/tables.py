@@ -2,11 +2,16 @@
 
 import ast
 import inspect
+from typing import get_args
 
 import msgspec
 
 from kvkeep.daemon.metrics import COUNTERS, GAUGES
 from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
+from kvkeep.daemon.tier_settings import AnyTierSettings, TierSettings
+
+FILE_ONLY = frozenset({"tiers"})
+"""Settings that fit neither a variable nor a flag."""
 
 
 def settings_table() -> str:
@@ -15,11 +20,37 @@ def settings_table() -> str:
     lines = ["| setting | environment | flag | default | meaning |", "|---|---|---|---|---|"]
     for field in msgspec.structs.fields(DaemonSettings):
         name = field.name
+        if name in FILE_ONLY:
+            lines.append(f"| `{name}` | - | - | none | {texts[name]} |")
+            continue
         lines.append(
             f"| `{name}` | `{ENVIRONMENT_PREFIX}{name.upper()}` | `--{name.replace('_', '-')}` | "
             f"{_readable(field.default)} | {texts[name]} |"
         )
     return "\n".join(lines)
+
+
+def tiers_table() -> str:
+    """What a tier can be told: the fields of each kind, and those that all kinds have."""
+    lines = ["| kind | field | default | meaning |", "|---|---|---|---|"]
+    shared = {field.name for field in msgspec.structs.fields(TierSettings)}
+    kinds: list[type[TierSettings]] = [*get_args(AnyTierSettings), TierSettings]
+    for kind in kinds:
+        is_shared = kind is TierSettings
+        texts = field_texts(kind)
+        for field in msgspec.structs.fields(kind):
+            if not is_shared and field.name in shared:
+                continue
+            label = "every kind" if is_shared else f"`{kind.__struct_config__.tag}`"
+            text = texts.get(field.name, "")
+            lines.append(f"| {label} | `{field.name}` | {_default(field)} | {text} |")
+    return "\n".join(lines)
+
+
+def _default(field: msgspec.structs.FieldInfo) -> str:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return "none"
+    return "required" if field.default is msgspec.NODEFAULT else _readable(field.default)
 
 
 def metrics_table() -> str:

@@ -41,7 +41,9 @@ class DiskTierSettings(TierSettings, frozen=True, kw_only=True, tag="disk"):
     """A folder on a local disk, of this daemon alone."""
 
     folder: str
+    """Made if it is not there; ``~`` is the home folder."""
     capacity_bytes: Bytes
+    """Of all files in it, allocated as they are needed."""
 
 
 class ValkeyTierSettings(TierSettings, frozen=True, kw_only=True, tag="valkey"):
@@ -50,9 +52,11 @@ class ValkeyTierSettings(TierSettings, frozen=True, kw_only=True, tag="valkey"):
     url: str
     """``valkey://host:port/database``, ``valkeys://`` for TLS, or ``unix:///path``."""
     ca_file: str = ""
+    """Certificates to trust under TLS; empty: the system's."""
     prefix: str = "kvkeep/"
     """In front of every key; deployments that share a server choose different ones."""
     timeout_s: Seconds = 2.0
+    """For one call, in seconds."""
     capacity_bytes: Bytes = 1 << 40
     """What admission counts with; the server's own limit is its ``maxmemory``."""
 
@@ -65,10 +69,13 @@ class ObjectStoreTierSettings(TierSettings, frozen=True, kw_only=True, tag="obje
     endpoint: str = ""
     """``https://host:port`` of an S3 server; empty: AWS itself."""
     region: str = ""
+    """Empty: AWS_REGION, or us-east-1."""
     allow_http: bool = False
     """Whether blocks may cross a network in clear; loopback may always."""
     prefix: str = "kvkeep/"
+    """In front of every key."""
     timeout_s: Seconds = 10.0
+    """For one call, in seconds; ``deadline_s`` is 15 here."""
     deadline_s: Seconds = 15.0
     capacity_bytes: Bytes = 1 << 44
     """What admission counts with."""
@@ -82,13 +89,19 @@ class MooncakeTierSettings(TierSettings, frozen=True, kw_only=True, tag="mooncak
     local_hostname: str = "127.0.0.1"
     """Of this machine, as others reach it."""
     metadata: str = "P2PHANDSHAKE"
+    """Where peers learn of each other; this word: from each other."""
     protocol: str = "tcp"
+    """``tcp`` or ``rdma``."""
     rdma_devices: str = ""
+    """Names of devices with commas between them; empty: found by Mooncake."""
     segment_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 46)] = 0
     """Memory that this daemon lends to the store; 0: it is a client only."""
     replica_num: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
+    """Copies that a write asks for."""
     prefix: str = "kvkeep/"
+    """In front of every key."""
     timeout_s: Seconds = 2.0
+    """For one request, in seconds."""
     capacity_bytes: Bytes = 1 << 40
     """What admission counts with."""
 

@@ -62,6 +62,8 @@ class DaemonSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """TCP port on 127.0.0.1 for metrics and status; 0 takes a free one."""
     keep_pool: bool = False
     """Whether the pool stays in memory when the stack goes down, for the next ``up``."""
+    tiers: list[dict[str, Any]] = []
+    """Where blocks go below the pool, the fastest first: see docs/operations.md."""
     settings: dict[str, Any] = {}
     """Any further setting of the daemon, passed on."""
 
@@ -169,6 +171,7 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             "pool_bytes": self.daemon.pool_bytes,
             "socket": self.socket_path,
             "metrics_port": port,
+            "tiers": self.daemon.tiers,
         }
         for field in own.keys() & self.daemon.settings.keys():
             raise InputError(f"daemon.settings.{field}: write it as daemon.{field} instead.")

@@ -15,11 +15,13 @@ from kvkeep.daemon.movement.lower_tier import LowerTier
 from kvkeep.daemon.movement.opening import open_tier, register_pool
 from kvkeep.daemon.movement.pace import Pace
 from kvkeep.daemon.movement.promotion import Promotion, Wanted
+from kvkeep.daemon.movement.proving import prove_tier
 from kvkeep.daemon.movement.slots import value_bytes
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
+from kvkeep.daemon.tier_settings import AnyTierSettings
 from kvkeep.model.clock import Clock
-from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.model.errors import CorruptDataError, InputError, UnavailableError
 from kvkeep.model.ids import BlockKey
 from kvkeep.tiers.shared_memory import PoolView
 
@@ -89,20 +91,37 @@ class Movement:
             self._clock,
         )
         for settings in self._settings.tiers:
-            try:
-                tier = await asyncio.to_thread(open_tier, settings, value_bytes(view), self._clock)
-                await asyncio.to_thread(register_pool, tier, view.region)
-            except (InputError, UnavailableError) as error:
-                kind = type(settings).__struct_config__.tag
-                log.error("a tier can't be used. kind=%s reason=%s", kind, error)  # noqa: TRY400
-                self.closed_tiers[str(kind)] = str(error)
-                continue
-            self.tiers.append(tier)
+            tier = await asyncio.to_thread(self._open, settings, view, pace)
+            if tier is not None:
+                self.tiers.append(tier)
         self.pace = pace
         self._cascade = Cascade(self._shell, self.tiers, view, self._count)
         self._promotion = Promotion(self._shell, self.tiers, view, pace, self._clock, self._count)
         log.info("tiers opened. names=%s", ",".join(tier.name for tier in self.tiers))
         self._cascade.ready(self._stored_before(view))
+
+    def _open(self, settings: AnyTierSettings, view: PoolView, pace: Pace) -> LowerTier | None:
+        """Open, prove and time one tier; on a thread of its own, before anyone else uses it."""
+        kind = str(settings.__struct_config__.tag)
+        try:
+            tier = open_tier(settings, value_bytes(view), self._clock)
+        except (InputError, UnavailableError) as error:
+            log.error("a tier can't be used. kind=%s reason=%s", kind, error)  # noqa: TRY400
+            self.closed_tiers[kind] = str(error)
+            return None
+        try:
+            register_pool(tier, view.region)
+            for num_bytes, seconds in prove_tier(tier.queue.tier, value_bytes(view)):
+                pace.measured(tier.name, num_bytes, seconds)
+        except UnavailableError as error:
+            # It may come; its breaker finds out.
+            log.warning("a tier does not answer yet. tier=%s reason=%s", tier.name, error)
+        except CorruptDataError as error:
+            log.error("a tier is switched off. reason=%s", error)  # noqa: TRY400
+            self.closed_tiers[kind] = str(error)
+            tier.queue.close(DRAIN_S)
+            return None
+        return tier
 
     def _stored_before(self, view: PoolView) -> list[BlockKey]:
         """Blocks that were readable before the tiers were open, as after a restart."""

@@ -25,8 +25,11 @@ STALE_S = 30.0
 """A tier that was not read for so long may have another speed by now."""
 LIMIT_FACTOR = 3.0
 """A promotion is waited for at most this many times its estimate ..."""
+LIMIT_SHARE = 0.5
+"""... or this share of what computing would take, if that is more: an estimate knows nothing of a
+machine that is busy this very moment, and what was given up late is computed late."""
 LIMIT_MIN_S = 0.1
-"""... but for this long at least, and for no longer than computing would take, if that is more."""
+"""Below this nothing is given up: scheduling alone may take that long."""
 LIMIT_PINNED_S = 5.0
 """How long is waited at most where the choice is pinned to loading."""
 
@@ -77,8 +80,12 @@ class Pace:
         self._queued[name] -= num_bytes
         self._explored.discard(name)
         if seconds is not None:
-            rate = self._tiers.setdefault(name, MeasuredRate())
-            rate.add(num_bytes, seconds, now_s=self._clock.now_s())
+            self.measured(name, num_bytes, seconds)
+
+    def measured(self, name: str, num_bytes: int, seconds: float) -> None:
+        """A tier read so many bytes in this time, with nothing else to do."""
+        rate = self._tiers.setdefault(name, MeasuredRate())
+        rate.add(num_bytes, seconds, now_s=self._clock.now_s())
 
     def is_alone(self, name: str) -> bool:
         """Whether no other promotion reads from this tier, so that the next one measures it."""
@@ -129,8 +136,8 @@ class Pace:
     def _limit_s(self, load_s: float | None, recompute_s: float) -> float:
         if self._settings.mode is PlanMode.LOAD:
             return LIMIT_PINNED_S
-        wanted_s = LIMIT_MIN_S if load_s is None else max(LIMIT_FACTOR * load_s, LIMIT_MIN_S)
-        return min(wanted_s, max(recompute_s, LIMIT_MIN_S))
+        wanted_s = max(LIMIT_FACTOR * (load_s or 0.0), LIMIT_SHARE * recompute_s)
+        return max(min(wanted_s, recompute_s), LIMIT_MIN_S)
 
     def speeds(self) -> dict[str, float]:
         """Measured bytes a second by tier, the pool's among them; only what was measured."""

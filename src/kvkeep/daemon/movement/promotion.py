@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 BATCH_BYTES = 8 << 20
 """Read in one call: enough for a tier's bandwidth, little enough for several threads to share."""
-POOL_SHARE_MAX = 0.5
+POOL_SHARE_MAX = 0.9
 """Of the pool's slots, at most this share is filled for one request."""
 
 

@@ -1,0 +1,59 @@
+"""Before a tier serves: values are written to it and read back, byte by byte, and timed."""
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+
+from kvkeep.model.errors import CorruptDataError
+from kvkeep.model.ids import HASH_BYTES, BlockHash, BlockKey, Namespace
+from kvkeep.tiers.base import Tier
+
+CANARY_NAMESPACE = Namespace(bytes(HASH_BYTES))
+"""No digest of a layout is all zeros, so nobody can ask for a canary's block."""
+BATCH = 8
+"""Values of the larger of the two batches: two sizes tell latency and bandwidth apart."""
+
+
+def prove_tier(tier: Tier, value_bytes: int) -> list[tuple[int, float]]:
+    """Write and read back what no engine wants.
+
+    Args:
+        tier: With all its wrappers.
+        value_bytes: Length of the values that it is to keep.
+
+    Returns:
+        Bytes and seconds of each read; fewer where the tier declined to keep a value.
+
+    Raises:
+        CorruptDataError: Other bytes came back; the tier must not be used.
+        UnavailableError: The tier can't be used now.
+    """
+    keys = [
+        BlockKey(CANARY_NAMESPACE, BlockHash(secrets.token_bytes(HASH_BYTES))) for _ in range(BATCH)
+    ]
+    values = [os.urandom(value_bytes) for _ in keys]
+    kept = tier.write(keys, [[memoryview(value)] for value in values])
+    try:
+        samples = []
+        for count in (1, BATCH):
+            if not all(kept[:count]):
+                break
+            seconds = _read_back(tier, keys[:count], values[:count])
+            if seconds is not None:
+                samples.append((count * value_bytes, seconds))
+        return samples
+    finally:
+        tier.delete(keys)
+
+
+def _read_back(tier: Tier, keys: Sequence[BlockKey], values: Sequence[bytes]) -> float | None:
+    """Seconds that a read took; None if the tier has forgotten one of the values."""
+    rooms = [bytearray(len(value)) for value in values]
+    begun_s = time.perf_counter()
+    lengths = tier.read(keys, [[memoryview(room)] for room in rooms])
+    seconds = time.perf_counter() - begun_s
+    for length, room, value in zip(lengths, rooms, values, strict=True):
+        if length is not None and (length != len(value) or room != value):
+            raise CorruptDataError(f"the tier {tier.name} gave back other bytes than it was given")
+    return None if None in lengths else seconds
