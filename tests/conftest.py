@@ -166,12 +166,11 @@ def _open_files() -> Iterator[str]:
 
 
 def _children() -> dict[int, str]:
-    pids = [
-        int(pid)
-        for path in Path("/proc/self/task").glob("*/children")
-        for pid in path.read_text().split()
-    ]
-    return {pid: _command_line(pid) for pid in pids}
+    pids: list[str] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            pids += path.read_text().split()
+    return {int(pid): _command_line(int(pid)) for pid in pids}
 
 
 def _processes_of_this_run() -> dict[int, str]:
