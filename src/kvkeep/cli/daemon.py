@@ -29,10 +29,16 @@ from kvkeep.daemon.settings import load_settings
     type=click.Choice(["auto", "load", "recompute"]),
     help="Whether blocks of lower tiers are loaded.",
 )
-@click.option("--log-level", default="INFO", show_default=True, help="DEBUG, INFO or WARNING.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+    default="INFO",
+    show_default=True,
+    help="What is logged.",
+)
 def daemon(config: Path | None, log_level: str, **flags: object) -> None:
     """Keep KV blocks for the engines of this host until SIGTERM; says when it is ready."""
-    level = logging.getLevelNamesMapping().get(log_level.upper(), logging.INFO)
+    level = logging.getLevelNamesMapping()[log_level.upper()]
     logging.basicConfig(
         stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )

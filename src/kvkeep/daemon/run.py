@@ -30,7 +30,7 @@ from kvkeep.daemon.server import Server, SessionProtocol
 from kvkeep.daemon.settings import DaemonSettings, runtime_folder
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import SystemClock
-from kvkeep.model.errors import InputError, InvariantError, RefusedError
+from kvkeep.model.errors import InputError, InvariantError, RefusedError, UnavailableError
 from kvkeep.tiers.shared_memory import PoolFile
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,14 @@ def run(settings: DaemonSettings) -> None:
         stack.callback(os.close, _lock_socket(path))
         http = stack.enter_context(_bind_http(settings.metrics_port))
         pool = PoolFile.open(settings.pool_path, settings.pool_bytes)
+        path.unlink(missing_ok=True)
         stack.callback(path.unlink, missing_ok=True)
         failures: list[BaseException] = []
         uvloop.run(_serve(settings, pool, http, failures))
-    if failures:
-        raise InvariantError("kvkeep contradicted itself: start the daemon again") from failures[0]
+    for failure in failures:
+        if isinstance(failure, UnavailableError):
+            raise failure
+        raise InvariantError("kvkeep contradicted itself: start the daemon again") from failure
 
 
 def _allow_files(sessions_max: int) -> None:
@@ -81,9 +84,10 @@ def _allow_files(sessions_max: int) -> None:
 
 
 def _lock_socket(path: Path) -> int:
-    """Own the socket's path; a socket that a dead daemon left is removed.
+    """Own the socket's path, on which nobody may listen.
 
-    The lock file stays: were it removed, two daemons could each lock a file of that name.
+    The lock file stays: were it removed, two daemons could each lock a file of that name. Others
+    remove it all the same (whoever tidies temporary folders), so the socket is tried as well.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,8 +107,25 @@ def _lock_socket(path: Path) -> int:
     if path.is_symlink() or (path.exists() and not path.is_socket()):
         os.close(lock)
         raise InputError(f"{path} exists and is not a socket: choose another socket")
-    path.unlink(missing_ok=True)
+    if _is_served(path):
+        os.close(lock)
+        raise RefusedError(
+            f"another daemon serves the socket {path}: stop it, or choose another socket"
+        )
     return lock
+
+
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens on this socket; what a dead daemon left refuses."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(path))
+        except BlockingIOError:
+            return True  # its backlog is full
+        except OSError:
+            return False
+        return True
 
 
 def _check_private(folder: Path) -> None:
@@ -166,7 +187,7 @@ async def _serve(
         await web.SockSite(runner, http).start()
         listener = await _listen(loop, settings.socket_path, lambda: SessionProtocol(server))
         _announce(settings, pool, http.getsockname()[1])
-        ticks = _begin_ticks(loop, shell, movement)
+        ticks = _begin_ticks(loop, shell, movement, _ending(stopped, failures))
         await stopped.wait()
         ticks()
         listener.close()
@@ -225,21 +246,44 @@ def _announce(settings: DaemonSettings, pool: PoolFile, port: int) -> None:
     sys.stdout.flush()
 
 
+def _ending(stopped: asyncio.Event, failures: list[BaseException]) -> Callable[[str], None]:
+    """What ends the daemon because of what happened to its pool."""
+
+    def end(harm: str) -> None:
+        error = UnavailableError(f"the pool {harm} under the daemon: start it again")
+        log.error("the daemon ends. reason=%s", error)
+        failures.append(error)
+        stopped.set()
+
+    return end
+
+
 def _begin_ticks(
-    loop: asyncio.AbstractEventLoop, shell: Shell, movement: Movement
+    loop: asyncio.AbstractEventLoop,
+    shell: Shell,
+    movement: Movement,
+    harmed: Callable[[str], None],
 ) -> Callable[[], None]:
-    """Tell the core the time, again and again; returns what ends that."""
+    """Tell the core the time and look at the pool's file, again and again.
+
+    Returns:
+        What ends that.
+    """
     handle: asyncio.TimerHandle | None = None
 
     def tick() -> None:
         nonlocal handle
+        harm = shell.pool.find_harm()
+        if harm is not None:
+            harmed(harm)
+            return
         handle = loop.call_later(TICK_S, tick)
         shell.handle(on.TimePassed())
         movement.tick()
 
     def end() -> None:
-        assert handle is not None
-        handle.cancel()
+        if handle is not None:
+            handle.cancel()
 
     tick()
     return end

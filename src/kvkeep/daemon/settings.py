@@ -3,6 +3,7 @@
 Precedence: flag, environment (``KVKEEP_`` and the field's name), file, default.
 """
 
+import hashlib
 import os
 import re
 import tempfile
@@ -74,8 +75,11 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The pool's path, default applied."""
         if self.pool:
             return Path(self.pool)
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", self.socket_path).strip("-")
-        return Path("/dev/shm") / f"kvkeep-{os.getuid()}-{name[-180:]}.pool"
+        path = os.path.abspath(self.socket_path)
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", path).strip("-")
+        # Two paths may read alike once they are a name.
+        mark = hashlib.blake2b(path.encode(), digest_size=4).hexdigest()
+        return Path("/dev/shm") / f"kvkeep-{os.getuid()}-{name[-160:]}-{mark}.pool"
 
 
 def load_settings(

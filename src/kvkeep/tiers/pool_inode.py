@@ -28,8 +28,14 @@ def open_private(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
         os.close(fd)
         raise InputError(f"the pool {path} is not a file of this user: choose another path")
-    # Whoever can write the pool can write what engines compute with.
-    os.fchmod(fd, 0o600)
+    try:
+        # Whoever can write the pool can write what engines compute with.
+        os.fchmod(fd, 0o600)
+    except OSError as error:
+        os.close(fd)
+        raise InputError(
+            f"the pool {path} can't be made private ({error.strerror}): choose another path"
+        ) from error
     return fd
 
 

@@ -418,6 +418,22 @@ class PoolFile:
             self._sequence = found[-1][1].sequence
         yield from found
 
+    def find_harm(self) -> str | None:
+        """What happened to the file that makes it no pool any more; None if nothing did.
+
+        What lies beyond the end of a cut file can't be touched without ending the process.
+        """
+        found = os.fstat(self._fd)
+        if found.st_size != self.num_bytes:
+            return f"was cut from {self.num_bytes} to {found.st_size} bytes"
+        try:
+            at_path = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return "was removed"
+        if (at_path.st_dev, at_path.st_ino) != (found.st_dev, found.st_ino):
+            return "was replaced by another file"
+        return None
+
     def view(self) -> PoolView:
         """Windows on the payloads, for verification in this process."""
         assert self.geometry is not None
