@@ -76,7 +76,7 @@ def field_texts(struct: type) -> dict[str, str]:
 
 def _readable(value: object) -> str:
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return "true" if value else "false"
     if isinstance(value, int) and value >= 1 << 30 and value % (1 << 30) == 0:
         return f"{value >> 30}GiB"
     return "empty" if value == "" else str(value)

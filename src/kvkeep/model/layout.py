@@ -13,10 +13,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from kvkeep.model.errors import InputError
-from kvkeep.model.ids import Namespace
+from kvkeep.model.ids import HASH_BYTES, Namespace
+from kvkeep.model.tenant import TAG_BYTES, tag_of
 
 NUM_PAGES_MAX = 1 << 16
 PAGE_BYTES_MAX = 1 << 24
+
+
+TEXT_MAX = 80
+"""Of a field's value, as much as a message shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +66,34 @@ class KvLayout:
         """Name the fields that differ, for a person; empty if the layouts are equal."""
         mine, theirs = asdict(self), asdict(other)
         return ", ".join(
-            f"{name} {mine[name]} and {theirs[name]}" for name in mine if mine[name] != theirs[name]
+            f"{name} {_short(mine[name])}, not {_short(theirs[name])}"
+            for name in mine
+            if mine[name] != theirs[name]
         )
 
 
-def derive_namespace(layout: KvLayout, identity: Mapping[str, str]) -> Namespace:
-    """Digest of the layout and of what else decides a block's bytes.
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}..."
+
+
+def derive_namespace(layout: KvLayout, identity: Mapping[str, str], tenant: str = "") -> Namespace:
+    """Digest of the layout and of what else decides a block's bytes, and whose it is.
+
+        | 0 .. 24: digest of layout, identity and tenant | 24 .. 32: the tenant's tag |
 
     Args:
         layout: Geometry and page format.
-        identity: By name: weights' digest, RoPE and attention configuration, KV scales, tenant.
-            Never tensor-parallel size, rank, hash seed or engine id.
+        identity: By name: weights' digest, RoPE and attention configuration, KV scales, fingerprint
+            of the tenant's secret. Never tensor-parallel size, rank, hash seed or engine id.
+        tenant: By its tag a daemon finds the tenant's share of the pool.
 
     Returns:
         32 bytes, the same for the same values on every host.
     """
-    text = json.dumps([asdict(layout), dict(identity)], sort_keys=True, separators=(",", ":"))
-    return Namespace(hashlib.blake2b(text.encode(), digest_size=32, person=b"kvkeep ns 1").digest())
+    parts = [asdict(layout), dict(identity), tenant]
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.blake2b(
+        text.encode(), digest_size=HASH_BYTES - TAG_BYTES, person=b"kvkeep ns 2"
+    )
+    return Namespace(digest.digest() + tag_of(tenant))

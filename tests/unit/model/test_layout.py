@@ -6,9 +6,10 @@ import pytest
 
 from kvkeep.model.errors import InputError
 from kvkeep.model.layout import NUM_PAGES_MAX, PAGE_BYTES_MAX, KvLayout, derive_namespace
+from kvkeep.model.tenant import TAG_BYTES, tag_of
 
 LAYOUT = KvLayout(30, 3, 4096, 16, "bfloat16", "cpu-amx")
-IDENTITY = {"weights": "abc", "rope": "10000", "tenant": ""}
+IDENTITY = {"weights": "abc", "rope": "10000"}
 
 
 def test_sizes_follow_from_the_counts() -> None:
@@ -39,14 +40,14 @@ def test_a_difference_names_the_fields() -> None:
     other = replace(LAYOUT, block_tokens=32, dtype="float16")
 
     assert LAYOUT.difference(LAYOUT) == ""
-    assert LAYOUT.difference(other) == "block_tokens 16 and 32, dtype bfloat16 and float16"
+    assert LAYOUT.difference(other) == "block_tokens 16, not 32, dtype bfloat16, not float16"
 
 
 def test_a_namespace_never_changes() -> None:
     """The namespace of known input is what it has always been."""
     assert (
-        derive_namespace(LAYOUT, IDENTITY).hex()
-        == "746a309a9419fa31c6eed33b224749ef2366efb5ef2f71a8f57543b85d1f38d5"
+        derive_namespace(LAYOUT, IDENTITY, "t").hex()
+        == "44f26616115354673f16161a22eff4f6e590662f747f429e955e45a9ad4f570d"
     )
 
 
@@ -75,3 +76,11 @@ def test_every_part_of_an_identity_counts(name: str) -> None:
 
     assert derive_namespace(LAYOUT, {**IDENTITY, name: IDENTITY[name] + "x"}) != namespace
     assert derive_namespace(LAYOUT, without) != namespace
+
+
+def test_a_namespace_ends_with_its_tenants_tag() -> None:
+    """By it a daemon finds the tenant's share of the pool; the rest differs as well."""
+    mine, other = (derive_namespace(LAYOUT, IDENTITY, tenant) for tenant in ("mine", "other"))
+
+    assert (mine[-TAG_BYTES:], other[-TAG_BYTES:]) == (tag_of("mine"), tag_of("other"))
+    assert mine[:-TAG_BYTES] != other[:-TAG_BYTES]
