@@ -6,7 +6,7 @@ import itertools
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvkeep.tiers.mooncake.settings import MooncakeSettings
@@ -35,23 +35,29 @@ os._exit(0)
 class MooncakeStore:
     """One master and its storage processes; each may be frozen, killed and started again."""
 
-    def __init__(self, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self,
+        segment_bytes: int = SEGMENT_BYTES,
+        host: str = "127.0.0.1",
+        within: Sequence[str] = (),
+    ) -> None:
         package = importlib.util.find_spec("mooncake")
         assert package is not None, "mooncake-transfer-engine-non-cuda is not installed"
         assert package.origin is not None
         self._program = Path(package.origin).parent / "mooncake_master"
         self._port, self._metrics_port = free_port(), free_port()
         self._segment_bytes = segment_bytes
-        self.address = f"127.0.0.1:{self._port}"
-        self.master = ServerProcess("mooncake-master")
+        self._host = host
+        self.address = f"{host}:{self._port}"
+        self.master = ServerProcess("mooncake-master", within)
         self.storages: list[ServerProcess] = []
 
     def start_master(self) -> None:
         """Start it, on the same port each time."""
         flags = {
             "rpc_port": self._port,
-            "rpc_address": "127.0.0.1",
-            "metrics_host": "127.0.0.1",
+            "rpc_address": self._host,
+            "metrics_host": self._host,
             "metrics_port": self._metrics_port,
             "client_ttl": CLIENT_TTL_S,
             "rpc_thread_num": 2,
@@ -61,7 +67,7 @@ class MooncakeStore:
 
     def _is_listening(self) -> bool:
         with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", self._port), 1.0).close()
+            socket.create_connection((self._host, self._port), 1.0).close()
             return True
         return False
 

@@ -26,8 +26,10 @@ def free_port() -> int:
 class ServerProcess:
     """One server and its folder; may die and be started again with the same command."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, within: Sequence[str] = ()) -> None:
         self.what = what
+        self._within = within
+        """In front of every command, such as ``ip netns exec NAME``."""
         self.folder = Path(tempfile.mkdtemp(prefix=f"kvkeep-test-{what}-"))
         self.log = self.folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -36,7 +38,11 @@ class ServerProcess:
         """Start, and ask until it is ready."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self._within, *command],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         pause = threading.Event()
         begun_s = time.perf_counter()

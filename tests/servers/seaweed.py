@@ -4,6 +4,7 @@ import http.client
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import obstore.store
@@ -43,8 +44,11 @@ def binary() -> str:
 class SeaweedServer(ServerProcess):
     """Master, volume, filer and S3 in one process, on loopback, in a folder of its own."""
 
-    def __init__(self, volume_mib: int = 64) -> None:
-        super().__init__("seaweed")
+    def __init__(
+        self, volume_mib: int = 64, host: str = "127.0.0.1", within: Sequence[str] = ()
+    ) -> None:
+        super().__init__("seaweed", within)
+        self._host = host
         self._volume_mib = volume_mib
         self._ports = {
             part: free_port()
@@ -62,7 +66,7 @@ class SeaweedServer(ServerProcess):
     @property
     def endpoint(self) -> str:
         """Its address."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._host}:{self.port}"
 
     def settings(self, **changes: object) -> ObjectStoreSettings:
         """What a tier is told, which may write to ``BUCKET``."""
@@ -79,7 +83,8 @@ class SeaweedServer(ServerProcess):
         (self.folder / "data").mkdir(exist_ok=True)
         (self.folder / "s3.json").write_text(json.dumps(CONFIG))
         command = [
-            *(binary(), "server", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(binary(), "server", "-dir=data"),
+            *(f"-ip={self._host}", f"-ip.bind={self._host}"),
             # 4 MB pieces would cut a block of 4 MiB and its head in two.
             "-filer.maxMB=64",
             *("-filer", "-s3", "-s3.config=s3.json", "-s3.iam=false", "-master.telemetry=false"),
@@ -114,7 +119,7 @@ class SeaweedServer(ServerProcess):
         return True
 
     def _ask(self, method: str, path: str) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._ports["filer.port"], timeout=5)
+        connection = http.client.HTTPConnection(self._host, self._ports["filer.port"], timeout=5)
         try:
             connection.request(method, path)
             connection.getresponse().read()

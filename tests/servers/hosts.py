@@ -1,0 +1,95 @@
+"""Two hosts and a third for a store: network namespaces on a switch of their own.
+
+The switch lies in the third namespace, so that no packet can reach a network of this machine.
+"""
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CLONE_NEWNET = 0x40000000
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr.strip()}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One namespace, its address, and its end of a cable."""
+
+    name: str
+    address: str
+    """Of RFC 5737's first block for documentation, which no real network has."""
+    switch: str
+    """Namespace at the other end of its cable; its own for the host that holds the switch."""
+
+    @property
+    def within(self) -> tuple[str, ...]:
+        """What stands before a command that is to run on this host."""
+        return ("ip", "netns", "exec", self.name)
+
+    def cut(self) -> None:
+        """Pull the cable out."""
+        _ip("-n", self.name, "link", "set", "cable", "down")
+
+    def join(self) -> None:
+        """Put it back."""
+        _ip("-n", self.name, "link", "set", "cable", "up")
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have this thread's new sockets be of this host."""
+        before = os.open(f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY)
+        inside = os.open(Path("/run/netns") / self.name, os.O_RDONLY)
+        try:
+            _enter(inside)
+            try:
+                yield
+            finally:
+                _enter(before)
+        finally:
+            os.close(inside)
+            os.close(before)
+
+
+def _enter(namespace: int) -> None:
+    code = _LIBC.setns(namespace, CLONE_NEWNET)
+    assert code == 0, f"the namespace can't be entered: {os.strerror(ctypes.get_errno())}"
+
+
+@contextlib.contextmanager
+def three_hosts() -> Iterator[tuple[Host, Host, Host]]:
+    """Two hosts and one for a store, which is the last; all gone afterwards."""
+    names = [f"kvkeep-{os.getpid()}-{suffix}" for suffix in ("a", "b", "store")]
+    hosts = [Host(name, f"192.0.2.{n}", names[2]) for n, name in enumerate(names, 1)]
+    try:
+        for host in hosts:
+            _ip("netns", "add", host.name)
+            _ip("-n", host.name, "link", "set", "lo", "up")
+        switch = hosts[2]
+        _ip("-n", switch.name, "link", "add", "switch", "type", "bridge")
+        _ip("-n", switch.name, "address", "add", f"{switch.address}/24", "dev", "switch")
+        _ip("-n", switch.name, "link", "set", "switch", "up")
+        for number, host in enumerate(hosts[:2]):
+            _connect(host, f"port{number}")
+        yield hosts[0], hosts[1], hosts[2]
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
+
+
+def _connect(host: Host, port: str) -> None:
+    """Lay a cable from a host to the switch."""
+    cable = ("type", "veth", "peer", "name", "cable", "netns", host.name)
+    _ip("-n", host.switch, "link", "add", port, *cable)
+    _ip("-n", host.switch, "link", "set", port, "master", "switch", "up")
+    _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "cable")
+    host.join()
