@@ -209,10 +209,18 @@ class SimulatedEngine:
         for rank in self.ranks:
             rank.connector.shutdown()
 
-    def add(self, req_id: str, token_ids: Sequence[int], num_tokens: int = 4) -> Request:
+    def add(
+        self,
+        req_id: str,
+        token_ids: Sequence[int],
+        num_tokens: int = 4,
+        salt: str | None = None,
+    ) -> Request:
         """A request arrives."""
         parameters = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0.0)
-        request = Request(req_id, list(token_ids), parameters, None, block_hasher=self._hasher)
+        request = Request(
+            req_id, list(token_ids), parameters, None, cache_salt=salt, block_hasher=self._hasher
+        )
         self.answers[req_id] = []
         self.scheduler.add_request(request)
         return request

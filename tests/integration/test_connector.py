@@ -47,10 +47,16 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model")
 
 
-def ask(engine: SimulatedEngine, req_id: str, token_ids: list[int], num_tokens: int = 4) -> int:
+def ask(
+    engine: SimulatedEngine,
+    req_id: str,
+    token_ids: list[int],
+    num_tokens: int = 4,
+    salt: str | None = None,
+) -> int:
     """One request from its arrival to its right answer; gives the tokens that were loaded."""
     before = engine.num_loaded_tokens
-    engine.add(req_id, token_ids, num_tokens)
+    engine.add(req_id, token_ids, num_tokens, salt=salt)
     engine.run()
 
     assert engine.answers[req_id] == answer_to(token_ids, num_tokens)
@@ -164,6 +170,24 @@ def test_other_weights_and_other_tenants_load_nothing(
             assert ask(engine, "a", PROMPT) == 0
     with simulated_engine(make_config(model, daemon.socket)) as engine:
         assert ask(engine, "a", PROMPT) == PROMPT_LOADED
+
+
+def test_tenants_of_one_engine_and_of_one_name_never_meet(
+    daemon: Daemon, model: Path, tmp_path: Path
+) -> None:
+    """One prompt under two cache salts, or two secrets, is stored twice and never shared."""
+    secrets = [tmp_path / "one", tmp_path / "two"]
+    for byte, path in enumerate(secrets):
+        path.write_bytes(bytes([byte]) * 32)
+        path.chmod(0o600)
+    for path in secrets:
+        extra = {"tenant": "t", "tenant_key_file": str(path)}
+        with simulated_engine(make_config(model, daemon.socket, extra=extra)) as engine:
+            for salt in (None, "x", "y"):
+                assert ask(engine, f"cold {salt}", PROMPT, salt=salt) == 0
+            assert engine.reset_local()
+            for salt in (None, "x", "y"):
+                assert ask(engine, f"warm {salt}", PROMPT, salt=salt) == PROMPT_LOADED
 
 
 def test_a_reset_of_the_connector_ends_what_was_stored(daemon: Daemon, model: Path) -> None:

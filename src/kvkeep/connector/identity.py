@@ -19,6 +19,8 @@ from kvkeep.connector.weights import digest_folder, find_weights, has_weights
 from kvkeep.model.errors import InputError
 from kvkeep.model.ids import Namespace
 from kvkeep.model.layout import KvLayout, derive_namespace
+from kvkeep.model.tenant import TenantSecret
+from kvkeep.tiers.wrappers.key_ring import read_key_file
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,24 @@ def derive_layout(vllm_config: Any, kv_cache_config: Any) -> KvLayout:
     )
 
 
-def derive(vllm_config: Any, layout: KvLayout, settings: ConnectorSettings) -> Namespace:
+def load_secret(settings: ConnectorSettings) -> TenantSecret | None:
+    """The tenant's secret, if it has one.
+
+    Raises:
+        InputError: The file can't be read, is no key, or is open to others. The engine does not
+            start: without the secret it would look for its blocks under names that anyone knows.
+    """
+    if not settings.tenant_key_file:
+        return None
+    return TenantSecret(read_key_file(Path(settings.tenant_key_file).expanduser()))
+
+
+def derive(
+    vllm_config: Any,
+    layout: KvLayout,
+    settings: ConnectorSettings,
+    secret: TenantSecret | None = None,
+) -> Namespace:
     """The namespace of this engine's blocks, the same on every host for the same model."""
     model = vllm_config.model_config
     config = json.loads(model.hf_config.to_json_string(use_diff=False))
@@ -80,9 +99,9 @@ def derive(vllm_config: Any, layout: KvLayout, settings: ConnectorSettings) -> N
         "config": json.dumps(config, sort_keys=True),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
-        "tenant": settings.tenant,
+        "tenant_secret": "" if secret is None else secret.fingerprint,
     }
-    return derive_namespace(layout, identity)
+    return derive_namespace(layout, identity, settings.tenant)
 
 
 def _weights_identity(vllm_config: Any) -> str:

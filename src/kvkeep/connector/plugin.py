@@ -19,6 +19,7 @@ from kvkeep.connector.identity import (
     check_policy,
     derive,
     derive_layout,
+    load_secret,
     start_identity,
 )
 from kvkeep.connector.metadata import StepMetadata, StepReport
@@ -65,6 +66,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             self._cache_hit_source = source
         self._settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         check_policy(vllm_config, self._settings)
+        self._secret = load_secret(self._settings)
         self._config, self._cache_config = vllm_config, kv_cache_config
         self._clock = SystemClock()
         self._scheduler: SchedulerSide | None = None
@@ -73,7 +75,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         self._num_exceptions = 0
         try:
             self._layout = derive_layout(vllm_config, kv_cache_config)
-            self._namespace = derive(vllm_config, self._layout, self._settings)
+            self._namespace = derive(vllm_config, self._layout, self._settings, self._secret)
         except Unsupported as reason:
             log.error("kvkeep is switched off for this engine: %s", reason)  # noqa: TRY400
             return
@@ -99,9 +101,13 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             prefixes=prefixes,
             clock=self._clock,
             reset_namespace=lambda n: derive_namespace(
-                self._layout, {"before": namespace.hex(), "reset": f"{started} {n}"}
+                self._layout,
+                {"before": namespace.hex(), "reset": f"{started} {n}"},
+                self._settings.tenant,
             ),
         )
+        if self._secret is not None:
+            side.chain_key = self._secret.chain_key
         if self._config.device_config.device_type == "cpu":
             side.rate = PrefillRate(CPU_TOKENS_S)
         return side

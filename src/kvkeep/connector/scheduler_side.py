@@ -116,6 +116,8 @@ class SchedulerSide:
         self._wait_left_s = settings.lookup_wait_ms / 1e3
         self.rate = PrefillRate()
         """Of this engine; another may be set before the first request."""
+        self.chain_key = b""
+        """Keys the hashes of the tenant's blocks; set before the first request."""
 
     def bind_block_pool(self, block_pool: Any) -> None:
         """Take vLLM's block pool, to hold blocks while they are stored."""
@@ -130,7 +132,9 @@ class SchedulerSide:
         except Unsupported as reason:
             log.info("kvkeep passes request %s by: %s", request.request_id, reason)
             return
-        hasher = BlockHasher(self._namespace, self._block_tokens, extras=extras)
+        hasher = BlockHasher(
+            self._namespace, self._block_tokens, extras=extras, secret=self.chain_key
+        )
         state = _RequestState(request, hasher)
         self._requests[request.request_id] = state
         self._ask(state)

@@ -14,7 +14,11 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     socket: str
     """Path of the daemon's control socket."""
     tenant: str = ""
-    """Part of the namespace: engines of different tenants never share blocks."""
+    """Part of the namespace: engines of different tenants never share blocks. The daemon knows the
+    tenant's share of the pool (``quotas``) by this name."""
+    tenant_key_file: str = ""
+    """File of 32 bytes or 64 hexadecimal digits (mode 0600), the same for all engines of the tenant
+    on any host: it keys the block hashes, so that nobody without it can guess them."""
     model_identity: str = ""
     """Overrides the digest of the weights: whoever sets it vouches that equal means equal."""
     cartridges: bool = False

@@ -21,7 +21,7 @@ from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InputError, RefusedError
-from kvkeep.model.ids import BlockHash, BlockKey, Holder, LeaseId, Namespace
+from kvkeep.model.ids import CANARY_NAMESPACE, BlockHash, BlockKey, Holder, LeaseId, Namespace
 from kvkeep.model.layout import KvLayout
 from kvkeep.protocol import codec
 from kvkeep.protocol import messages as m
@@ -32,8 +32,6 @@ from kvkeep.protocol.versions import SUPPORTED, VERSION
 log = logging.getLogger(__name__)
 
 _CREDENTIALS = struct.Struct("3i")
-_CANARY_NAMESPACE = Namespace(b"\0" * 32)
-"""No digest of a layout is all zeros, so nobody can ask for a canary's block."""
 WRITE_BUFFER_BYTES_MAX = 8 << 20
 """A client that does not read its answers is cut off here."""
 FOREVER_S = float("inf")
@@ -233,7 +231,7 @@ class SessionProtocol(asyncio.Protocol):
         node = self._shell.node
         assert node is not None
         event = on.StoreAsked(
-            0, self._holder, _CANARY_NAMESPACE, 0, [BlockHash(secrets.token_bytes(32))],
+            0, self._holder, CANARY_NAMESPACE, 0, [BlockHash(secrets.token_bytes(32))],
             node.ledger.all_heads, FOREVER_S,
         )  # fmt: skip
         reply = self._shell.handle(event)

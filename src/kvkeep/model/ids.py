@@ -18,6 +18,9 @@ LeaseId = NewType("LeaseId", int)
 HASH_BYTES = 32
 """Width of a block hash and of a namespace, in bytes."""
 
+CANARY_NAMESPACE = Namespace(bytes(HASH_BYTES))
+"""Of the blocks with which workers prove their path to the pool; no tenant's tag is all zeros."""
+
 UNKNOWN_PID = 0
 """Instead of a process id: nobody knows which process, or there were several."""
 

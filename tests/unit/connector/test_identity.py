@@ -15,6 +15,7 @@ from kvkeep.connector.identity import (
     check_policy,
     derive,
     derive_layout,
+    load_secret,
     lora_identity,
 )
 from kvkeep.connector.settings import ConnectorSettings
@@ -41,7 +42,8 @@ def namespace(
     """What an engine of this model derives."""
     config = make_config(model, **more)
     layout = derive_layout(config, make_cache_config(spec or make_spec()))
-    return derive(config, layout, ConnectorSettings(**({"socket": "s"} | (settings or {}))))
+    made = ConnectorSettings(**({"socket": "s"} | (settings or {})))
+    return derive(config, layout, made, load_secret(made))
 
 
 # ---- equal and different
@@ -109,6 +111,47 @@ def test_a_model_that_cannot_be_found_shares_with_nobody(caplog: pytest.LogCaptu
     assert namespace(name, engine_id="one", settings=vouched) == namespace(
         name, engine_id="two", settings=vouched
     )
+
+
+# ---- the tenant's secret
+
+
+def key_file(path: Path, content: bytes, mode: int = 0o600) -> str:
+    """A file with a tenant's secret."""
+    path.write_bytes(content)
+    path.chmod(mode)
+    return str(path)
+
+
+def test_engines_with_one_secret_share_and_others_do_not(model: Path, tmp_path: Path) -> None:
+    """A tenant's engines agree on any host, however the file is written; nobody else does."""
+    raw = {"tenant_key_file": key_file(tmp_path / "raw", bytes(range(32)))}
+    text = {"tenant_key_file": key_file(tmp_path / "text", bytes(range(32)).hex().encode() + b"\n")}
+    other = {"tenant_key_file": key_file(tmp_path / "other", b"o" * 32)}
+    mine = namespace(model, settings=raw)
+
+    assert namespace(model, settings=text) == mine
+    assert namespace(model) != mine
+    assert namespace(model, settings=other) != mine
+    assert namespace(model, settings=raw | {"tenant": "b"}) != mine
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "mend"),
+    [(b"short", 0o600, "head -c 32"), (b"k" * 32, 0o640, "chmod 600"), (None, 0, "name another")],
+    ids=["short", "open", "missing"],
+)
+def test_a_secret_that_cannot_be_trusted_stops_the_engine(
+    tmp_path: Path, content: bytes | None, mode: int, mend: str
+) -> None:
+    """The engine does not start under names that anyone could guess; the secret is not shown."""
+    path = str(tmp_path / "key")
+    if content is not None:
+        key_file(tmp_path / "key", content, mode)
+
+    with pytest.raises(InputError, match=mend) as caught:
+        load_secret(ConnectorSettings(socket="s", tenant_key_file=path))
+    assert content is None or content.decode() not in str(caught.value).replace(path, "")
 
 
 # ---- layouts

@@ -88,6 +88,17 @@ def test_a_salt_gives_other_names() -> None:
     assert len({tuple(asked) for asked in engine.fake.asked}) == 3
 
 
+def test_a_tenants_key_gives_other_names() -> None:
+    """Hashes are made with the tenant's key: token ids alone don't give them."""
+    engine = stocked()
+    engine.side.chain_key = b"k" * 32
+    request = engine.arrive(make_request())
+
+    keyed = BlockHasher(NAMESPACE, BLOCK_TOKENS, secret=b"k" * 32)
+    assert engine.side.match(request, 0) == 0
+    assert engine.fake.asked == [keyed.extend(list(range(4 * BLOCK_TOKENS)))]
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -73,7 +73,7 @@ class KeyRing:
         Raises:
             InputError: A file can't be read, is not a key, or is open to others.
         """
-        return KeyRing([_read_master(path) for path in paths])
+        return KeyRing([read_key_file(path) for path in paths])
 
     def find_writing(self, namespace: Namespace) -> TenantKey:
         """The key for new values of a namespace."""
@@ -96,7 +96,12 @@ def _derive(master: bytes, info: bytes, length: int) -> bytes:
     return HKDF(algorithm=SHA256(), length=length, salt=None, info=info).derive(master)
 
 
-def _read_master(path: Path) -> bytes:
+def read_key_file(path: Path) -> bytes:
+    """Read one key: ``KEY_BYTES`` bytes, or twice as many hexadecimal digits.
+
+    Raises:
+        InputError: The file can't be read, is not a key, or is open to others.
+    """
     data = _read_private(path)
     if len(data) == KEY_BYTES:
         return data
