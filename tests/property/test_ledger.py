@@ -338,8 +338,9 @@ def test_no_sequence_of_events_breaks_a_promise() -> None:
 # ---- planted bugs: a machine that finds nothing proves nothing
 
 
-def _evict_lent_blocks(ledger: BlockLedger, num_blocks: int) -> list[Slot]:
-    slots = [ledger.slots[idx] for idx in ledger._policy.victims(num_blocks, lambda _: True)]
+def _evict_lent_blocks(ledger: BlockLedger, num_blocks: int, _: Namespace) -> list[Slot]:
+    victims = ledger.accounts.others.policy.victims(num_blocks, lambda _: True)
+    slots = [ledger.slots[idx] for idx in victims]
     for slot in slots:
         slot.num_pins = 0
         ledger._forget(slot)

@@ -12,7 +12,7 @@ from kvkeep.core.blocks import BlockLedger, Slot
 from kvkeep.core.leases import WriteLease
 from kvkeep.core.node import NodeState
 from kvkeep.model.errors import InvariantError
-from kvkeep.model.ids import UNKNOWN_PID
+from kvkeep.model.ids import UNKNOWN_PID, Namespace
 from kvkeep.testing.faults import Fault, FaultPlan
 from kvkeep.testing.simulated_pool import Auditor, SafetyError
 from kvkeep.testing.simulator import Simulation, SimulationSettings
@@ -101,8 +101,9 @@ def test_one_kind_of_fault_at_a_time(fault: Fault) -> None:
 # ---- planted bugs: a simulation that finds nothing proves nothing
 
 
-def _evict_lent_blocks(ledger: BlockLedger, num_blocks: int) -> list[Slot]:
-    slots = [ledger.slots[idx] for idx in ledger._policy.victims(num_blocks, lambda _: True)]
+def _evict_lent_blocks(ledger: BlockLedger, num_blocks: int, _: Namespace) -> list[Slot]:
+    victims = ledger.accounts.others.policy.victims(num_blocks, lambda _: True)
+    slots = [ledger.slots[idx] for idx in victims]
     for slot in slots:
         slot.num_pins = 0
         ledger._forget(slot)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from kvkeep.core.eviction.base import EvictionPolicy, fingerprint_of
+from kvkeep.core.quotas import Account, Accounts
 from kvkeep.model.errors import InvariantError
 from kvkeep.model.ids import UNKNOWN_PID, BlockHash, BlockKey, Namespace
 
@@ -68,6 +69,7 @@ class Slot:
     """One place of the pool. Only the ledger changes it."""
 
     __slots__ = (
+        "account",
         "idx",
         "key",
         "missing_heads",
@@ -83,6 +85,8 @@ class Slot:
         self.idx = idx
         self.state = BlockState.FREE
         self.key: BlockKey | None = None
+        self.account: Account | None = None
+        """Whose block is in it; None where the index has none."""
         self.num_pins = 0
         """Read leases on it."""
         self.missing_heads = 0
@@ -121,13 +125,27 @@ class BlockLedger:
 
     Invariants, checked by ``check()``: the index holds exactly the WRITING and READY slots, each
     under its own key; the free list holds exactly the FREE slots; only READY and DOOMED slots are
-    pinned; DOOMED slots are pinned; the policy knows exactly the READY slots.
+    pinned; DOOMED slots are pinned; each account's policy knows exactly its READY slots.
     """
 
-    def __init__(self, num_slots: int, num_heads: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        num_heads: int,
+        policy: EvictionPolicy,
+        tenants: Sequence[Account] = (),
+    ) -> None:
+        """Begin with free slots only.
+
+        Args:
+            num_slots: Of the pool.
+            num_heads: KV heads of a block.
+            policy: Orders the blocks of tenants that have no share of their own.
+            tenants: Those that have one.
+        """
         self.slots = [Slot(idx) for idx in range(num_slots)]
         self.all_heads = (1 << num_heads) - 1
-        self._policy = policy
+        self.accounts = Accounts(num_slots, policy, tenants)
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_slots))
         self._spaces: dict[tuple[Namespace, int], Space] = {}
         self.num_by_state = dict.fromkeys(BlockState, 0)
@@ -162,6 +180,13 @@ class BlockLedger:
         """The slot that holds or is being written with this block."""
         return self._spaces.get((key.namespace, key.group_idx), {}).get(key.block_hash)
 
+    def num_by_namespace(self) -> dict[Namespace, int]:
+        """Blocks that are readable or being written, of each namespace that has any."""
+        found: dict[Namespace, int] = {}
+        for (namespace, _), space in self._spaces.items():
+            found[namespace] = found.get(namespace, 0) + len(space)
+        return found
+
     # ---- writing
 
     def begin_write(self, key: BlockKey) -> Slot | None:
@@ -180,7 +205,7 @@ class BlockLedger:
         if slot.missing_heads:
             return False
         self._move(slot, Move.WRITE_FINISHED)
-        self._policy.added(slot.idx, fingerprint_of(self._key_of(slot)))
+        self._account_of(slot).policy.added(slot.idx, fingerprint_of(self._key_of(slot)))
         return True
 
     def fail_write(self, slot: Slot) -> None:
@@ -209,7 +234,7 @@ class BlockLedger:
         self._move(slot, Move.RECOVERED)
         del self._free[slot_idx]
         self._put(key, slot)
-        self._policy.added(slot_idx, fingerprint_of(key))
+        self._account_of(slot).policy.added(slot_idx, fingerprint_of(key))
         return True
 
     def recover_writing(self, slot_idx: int) -> Slot:
@@ -236,8 +261,9 @@ class BlockLedger:
         for slot in reversed(slots):
             slot.num_pins -= 1
             if slot.state is BlockState.READY:
-                if is_use:
-                    self._policy.used(slot.idx)
+                account = slot.account
+                if is_use and account is not None:
+                    account.policy.used(slot.idx)
             elif slot.num_pins == 0:
                 self._move(slot, Move.LAST_READER_LEFT)
                 self._release(slot)
@@ -246,13 +272,31 @@ class BlockLedger:
 
     # ---- making room
 
-    def evict(self, num_blocks: int) -> list[Slot]:
-        """Empty up to ``num_blocks`` unpinned slots, as the policy chooses."""
-        victims = self._policy.victims(num_blocks, lambda idx: not self.slots[idx].num_pins)
+    def evict(self, num_blocks: int, namespace: Namespace) -> list[Slot]:
+        """Empty up to ``num_blocks`` unpinned slots for blocks of this namespace.
+
+        Whose blocks go, the quotas say; which of theirs, their policies choose.
+        """
+        accounts = self.accounts
+        mine = accounts.find(namespace)
+        num_within = mine.quota - mine.num_held - self.num_free
+        num_due = max(0, min(num_blocks, num_within))
+        evicted: list[Slot] = []
+        for account in accounts.over_quota() if num_due else ():
+            if account is not mine:
+                num_wanted = min(account.num_over, num_due - len(evicted))
+                evicted += self._evict_of(account, num_wanted)
+        evicted += self._evict_of(mine, num_blocks - len(evicted))
+        for account in accounts.all if accounts.is_owed(mine) else ():
+            evicted += self._evict_of(account, num_blocks - len(evicted))
+        self.num_evicted += len(evicted)
+        return evicted
+
+    def _evict_of(self, account: Account, num_blocks: int) -> list[Slot]:
+        victims = account.policy.victims(num_blocks, lambda idx: not self.slots[idx].num_pins)
         slots = [self.slots[idx] for idx in victims]
         for slot in slots:
             self._forget(slot)
-        self.num_evicted += len(slots)
         return slots
 
     def doom(self, slot: Slot) -> bool:
@@ -260,8 +304,8 @@ class BlockLedger:
         if slot.num_pins == 0:
             self._forget(slot)
             return True
+        self._account_of(slot).policy.removed(slot.idx)
         self._drop(slot)
-        self._policy.removed(slot.idx)
         self._move(slot, Move.DOOMED)
         return False
 
@@ -284,13 +328,15 @@ class BlockLedger:
         return [slot for slot in self.slots if slot.state is state]
 
     def _forget(self, slot: Slot) -> None:
+        self._account_of(slot).policy.removed(slot.idx)
         self._drop(slot)
-        self._policy.removed(slot.idx)
         self._move(slot, Move.EVICTED)
         self._release(slot)
 
     def _put(self, key: BlockKey, slot: Slot) -> None:
         slot.key = key
+        slot.account = self.accounts.find(key.namespace)
+        slot.account.num_held += 1
         self._spaces.setdefault((key.namespace, key.group_idx), {})[key.block_hash] = slot
 
     def _key_of(self, slot: Slot) -> BlockKey:
@@ -298,8 +344,15 @@ class BlockLedger:
             raise InvariantError(f"a slot without a key is in the index. slot={slot.idx}")
         return slot.key
 
+    def _account_of(self, slot: Slot) -> Account:
+        if slot.account is None:
+            raise InvariantError(f"a block in the index is nobody's. slot={slot.idx}")
+        return slot.account
+
     def _drop(self, slot: Slot) -> None:
         key = self._key_of(slot)
+        self._account_of(slot).num_held -= 1
+        slot.account = None
         space = self._spaces[(key.namespace, key.group_idx)]
         del space[key.block_hash]
         if not space:
@@ -336,9 +389,20 @@ class BlockLedger:
                 raise InvariantError(f"pins don't fit the state. slot={slot.idx}")
             if slot.num_pins and slot.state not in (BlockState.READY, BlockState.DOOMED):
                 raise InvariantError(f"a slot without bytes is lent. slot={slot.idx}")
-        ready = [slot.idx for slot in self.slots if slot.state is BlockState.READY]
-        if sorted(self._policy.victims(len(self.slots), lambda _: True)) != ready:
-            raise InvariantError("the eviction policy and the READY slots differ")
+        self._check_accounts()
         for state, num in self.num_by_state.items():
             if num != sum(slot.state is state for slot in self.slots):
                 raise InvariantError(f"the count of slots is off. state={state.value}")
+
+    def _check_accounts(self) -> None:
+        for account in self.accounts.all:
+            held = [slot for slot in self.slots if slot.account is account]
+            ready = [slot.idx for slot in held if slot.state is BlockState.READY]
+            if len(held) != account.num_held:
+                raise InvariantError(f"a tenant's count of blocks is off. tenant={account.name!r}")
+            if sorted(account.policy.victims(len(self.slots), lambda _: True)) != ready:
+                raise InvariantError("the eviction policy and the READY slots differ")
+        for slot in self.slots:
+            is_indexed = slot.state in (BlockState.WRITING, BlockState.READY)
+            if is_indexed != (slot.account is not None):
+                raise InvariantError(f"a block is nobody's, or no block is. slot={slot.idx}")

@@ -10,7 +10,7 @@ the leases on it, and keeps the three promises that everything else rests on:
   writer, so an overdue slot goes behind a fence instead of back to the free list.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvkeep.core import effects as do
@@ -18,6 +18,7 @@ from kvkeep.core import events as on
 from kvkeep.core.blocks import BlockLedger, BlockState, Move, Slot
 from kvkeep.core.eviction.base import EvictionPolicy
 from kvkeep.core.leases import LeaseTable, ReadLease, WriteLease
+from kvkeep.core.quotas import Account
 from kvkeep.model.ids import UNKNOWN_PID, BlockKey, LeaseId
 
 LEASES_MAX = 1 << 16
@@ -35,8 +36,15 @@ class NodeState:
     Not thread-safe: one thread calls ``handle``.
     """
 
-    def __init__(self, num_slots: int, num_heads: int, policy: EvictionPolicy) -> None:
-        self.ledger = BlockLedger(num_slots, num_heads, policy)
+    def __init__(
+        self,
+        num_slots: int,
+        num_heads: int,
+        policy: EvictionPolicy,
+        tenants: Sequence[Account] = (),
+    ) -> None:
+        """Begin with an empty pool; the arguments are those of its ledger."""
+        self.ledger = BlockLedger(num_slots, num_heads, policy, tenants)
         self.reads: LeaseTable[ReadLease] = LeaseTable()
         self.writes: LeaseTable[WriteLease] = LeaseTable()
         self._lost: dict[int, dict[LeaseId, WriteLease]] = {}
@@ -173,7 +181,7 @@ class NodeState:
             return []
         stored = [slot for slot in found if slot is not None and slot.state is BlockState.READY]
         self.ledger.pin(stored)
-        evicted = self.ledger.evict(num_missing)
+        evicted = self.ledger.evict(num_missing, keys[0].namespace)
         self.ledger.unpin(stored)
         self.counters["blocks_evicted"] = self.ledger.num_evicted
         return [do.MarkFree(slot.idx) for slot in evicted]

@@ -106,8 +106,8 @@ def test_eviction_passes_over_lent_blocks() -> None:
     blocks = ledger(num_slots=3, num_ready=3)
     blocks.pin([blocks.slots[0]])
 
-    assert [slot.idx for slot in blocks.evict(1)] == [1]
-    assert [slot.idx for slot in blocks.evict(5)] == [2]
+    assert [slot.idx for slot in blocks.evict(1, NAMESPACE)] == [1]
+    assert [slot.idx for slot in blocks.evict(5, NAMESPACE)] == [2]
     assert found(blocks, KEYS[0]) == [0]
     assert blocks.num_evicted == 2
     blocks.check()
@@ -119,7 +119,7 @@ def test_a_prefix_loses_its_tail_first() -> None:
     blocks.pin(blocks.slots)
     blocks.unpin(blocks.slots)
 
-    assert [slot.idx for slot in blocks.evict(2)] == [2, 1]
+    assert [slot.idx for slot in blocks.evict(2, NAMESPACE)] == [2, 1]
 
 
 def test_a_doomed_block_goes_with_its_last_reader() -> None:
@@ -191,7 +191,7 @@ DAMAGE: dict[str, Callable[[Any], object]] = {
     "index": lambda blocks: blocks._spaces.clear(),
     "key": lambda blocks: setattr(blocks.slots[0], "key", KEYS[7]),
     "lent without bytes": lambda blocks: setattr(blocks.slots[3], "num_pins", 1),
-    "policy": lambda blocks: blocks._policy.removed(0),
+    "policy": lambda blocks: blocks.accounts.others.policy.removed(0),
     "count": lambda blocks: blocks.num_by_state.update({BlockState.READY: 9}),
     "pins": lambda blocks: setattr(blocks.slots[0], "num_pins", -1),
 }
