@@ -131,7 +131,8 @@ def message_list() -> str:
 
 def messages_to_daemon() -> str:
     """The fields of every message a client may send."""
-    return "\n\n".join(_describe(kind) for kind in (*get_args(m.ToDaemon), m.Layout))
+    kinds = (*get_args(m.ToDaemon), m.Layout, m.IdentityPart)
+    return "\n\n".join(_describe(kind) for kind in kinds)
 
 
 def messages_to_client() -> str:
@@ -145,7 +146,7 @@ def limits() -> str:
         ["frame", f"{_number(frames.FRAME_BYTES_MAX)} bytes", "a longer one ends the session"],
         ["header of a frame", f"{frames.HEADER_BYTES} bytes", "length of what follows"],
         ["blocks per message", _number(m.HASHES_MAX), "block hashes of 32 bytes each"],
-        ["text", f"{m.TEXT_MAX} characters", "but for Status, which fills a frame at most"],
+        ["text", f"{m.TEXT_MAX} characters", "but for Status and Told, which fill a frame at most"],
     ]
     return _table(["what", "limit", "note"], rows)
 

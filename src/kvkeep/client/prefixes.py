@@ -109,6 +109,7 @@ class PrefixClient:
         group_idx: int,
         hashes: Sequence[BlockHash],
         prefill_tokens_s: int = 0,
+        engine_request: str | None = None,
     ) -> Question | None:
         """Ask for a lease on the longest readable prefix.
 
@@ -117,6 +118,7 @@ class PrefixClient:
             group_idx: Of all the blocks.
             hashes: In the order of the sequence.
             prefill_tokens_s: Tokens a second that this engine computes; 0 if it does not know.
+            engine_request: What the engine calls the request; any text.
 
         Returns:
             The question; None if nobody can be asked.
@@ -129,7 +131,15 @@ class PrefixClient:
         lease_s = connection.lease_s(self._lease_s)
         try:
             connection.send(
-                m.Acquire(request_id, namespace, group_idx, joined, lease_s, prefill_tokens_s)
+                m.Acquire(
+                    request_id,
+                    namespace,
+                    group_idx,
+                    joined,
+                    lease_s,
+                    prefill_tokens_s,
+                    _sendable(engine_request),
+                )
             )
         except UnavailableError as error:
             self._lose(connection, error)
@@ -243,3 +253,10 @@ class PrefixClient:
     def close(self) -> None:
         """End the session."""
         self._link.close()
+
+
+def _sendable(name: str | None) -> str | None:
+    """A name that a user of the engine may have chosen, as far as it fits a message."""
+    if name is None:
+        return None
+    return name[: m.NAME_MAX].encode(errors="replace").decode()

@@ -8,6 +8,7 @@ holds a number drawn at this start, so that nothing is shared rather than someth
 import hashlib
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import vllm
 
 from kvkeep.connector import compat
 from kvkeep.connector.settings import ConnectorSettings
-from kvkeep.connector.weights import digest_folder, find_weights, has_weights
+from kvkeep.connector.sources import Unnameable, load_format_of, name_weights
 from kvkeep.model.errors import InputError
 from kvkeep.model.ids import Namespace
 from kvkeep.model.layout import KvLayout, derive_namespace
 from kvkeep.model.tenant import TenantSecret
+from kvkeep.protocol import messages as m
 from kvkeep.tiers.wrappers.key_ring import read_key_file
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,20 @@ log = logging.getLogger(__name__)
 _NO_PART_OF_A_MODEL = frozenset(
     ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype")
 )
+
+
+_STUDIED_BACKENDS = frozenset(("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN"))
+"""Their pages hold the same bytes for the same page format."""
+_DRAFTS_WITHOUT_KV = frozenset(("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"))
+_DRAFTS_WITH_KV = frozenset(("eagle", "eagle3", "mtp", "dflash", "dspark", "draft_model"))
+_ENVIRONMENT = (
+    "BATCH_INVARIANT", "E8M0", "EMULATION", "F16_ACCUM", "FP4", "FP8", "INPUT_DTYPE", "INT4",
+    "LOW_PRECISION", "MATMUL_PRECISION", "QUANT", "ROUTING_SIMULATION", "W4A8",
+)  # fmt: skip
+"""Variables VLLM_* with one of these in their names change what is computed, or how exactly."""
+_LENGTH_MATTERS = ("longrope", '"su"', '"dynamic"', "llama4")
+"""With these in a model's configuration, the maximum length picks RoPE factors or the scale of
+attention (vllm 0.32, rotary_embedding/phi3_long_rope_scaled_rope.py, models/llama4.py)."""
 
 
 class Unsupported(Exception):
@@ -51,6 +67,13 @@ def derive_layout(vllm_config: Any, kv_cache_config: Any) -> KvLayout:
     spec = groups[0].kv_cache_spec
     if type(spec).__name__ != "FullAttentionSpec" or getattr(spec, "sliding_window", None):
         raise Unsupported(f"{type(spec).__name__} layers are not supported")
+    if getattr(spec, "attention_chunk_size", None) or getattr(spec, "non_causal", False):
+        raise Unsupported("layers that don't attend to all tokens before, and these only, are not")
+    # Nobody tells a connector when the weights change, and vLLM's own reset leaves it out.
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        raise Unsupported("weights that change while the engine runs are not supported")
+    if getattr(vllm_config, "diffusion_config", None) is not None:
+        raise Unsupported("diffusion models are not supported")
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise Unsupported("KV scales computed from data differ between engines")
     if spec.page_size_bytes % spec.num_kv_heads:
@@ -91,37 +114,141 @@ def derive(
 ) -> Namespace:
     """The namespace of this engine's blocks, the same on every host for the same model."""
     model = vllm_config.model_config
-    config = json.loads(model.hf_config.to_json_string(use_diff=False))
-    for name in _NO_PART_OF_A_MODEL:
-        config.pop(name, None)
+    config = _config_text(model)
     identity = {
         "weights": settings.model_identity or _weights_identity(vllm_config),
-        "config": json.dumps(config, sort_keys=True),
+        "draft": _draft_identity(vllm_config, settings),
+        "config": config,
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
+        "numerics": json.dumps(_numerics(vllm_config, config), sort_keys=True),
         "tenant_secret": "" if secret is None else secret.fingerprint,
     }
     return derive_namespace(layout, identity, settings.tenant)
 
 
+def _model_config(model: Any) -> dict[str, Any]:
+    """The model's own configuration, overrides included, without what says where it came from."""
+    config: dict[str, Any] = json.loads(model.hf_config.to_json_string(use_diff=False))
+    return {name: value for name, value in config.items() if name not in _NO_PART_OF_A_MODEL}
+
+
+def _config_text(model: Any) -> str:
+    return json.dumps(_model_config(model), sort_keys=True)
+
+
 def _weights_identity(vllm_config: Any) -> str:
-    model = vllm_config.model_config
-    load_format = str(getattr(vllm_config.load_config.load_format, "value", None)
-                      or vllm_config.load_config.load_format)  # fmt: skip
-    if load_format == "dummy":
-        # Dummy weights follow from a fixed seed (vllm 0.26 to 0.33, weight_utils.py), but on the
-        # same kernels and build only.
-        return f"dummy vllm-{vllm.__version__}"
-    folder = find_weights(model.model, model.revision)
-    if folder is None:
+    """The target model's weights, and how they are loaded."""
+    load = vllm_config.load_config
+    if load_format_of(load) == "dummy":
+        return _dummy_identity(vllm_config)
+    return _named_weights(vllm_config, vllm_config.model_config, load)
+
+
+def _dummy_identity(vllm_config: Any) -> str:
+    """Dummy weights follow from a fixed seed, per tensor as each rank holds it.
+
+    So they are equal on the same build, split in the same way; whole numbers are left as the
+    memory was (vllm 0.26 to 0.33, weight_utils.py, initialize_dummy_weights).
+    """
+    if vllm_config.model_config.quantization is not None:
+        return f"unknown {start_identity(vllm_config)}"
+    parallel = vllm_config.parallel_config
+    split = [
+        getattr(parallel, name, None)
+        for name in ("tensor_parallel_size", "data_parallel_size", "enable_expert_parallel")
+    ]
+    return f"dummy vllm-{vllm.__version__} {split}"
+
+
+def _named_weights(vllm_config: Any, model: Any, load: Any) -> str:
+    """A model's weights by their bytes; where that can't be, something nobody else has."""
+    try:
+        digest = name_weights(model, load, _model_config(model))
+    except Unnameable as reason:
         log.warning(
-            "kvkeep can't find the weights of %s to name them by their bytes; blocks are not "
-            "shared with other engines: set model_identity in kv_connector_extra_config",
+            "kvkeep can't name the weights of %s by their bytes: %s; blocks are not shared with "
+            "other engines: set model_identity in kv_connector_extra_config",
             model.model,
+            reason,
         )
         # Drawn anew at each start, and the same in all processes of the engine.
         return f"unknown {start_identity(vllm_config)}"
-    return digest_folder(folder)
+    extra = getattr(load, "model_loader_extra_config", None) or {}
+    return f"{digest} {load_format_of(load)} {json.dumps(extra, sort_keys=True)}"
+
+
+def _draft_identity(vllm_config: Any, settings: ConnectorSettings) -> str:
+    """The draft model, where its layers keep KV among the target's.
+
+    The target's own KV does not depend on drafts: it computes all that is proposed, and what it
+    refuses is computed again in the same place before anybody reads it (vllm 0.26 to 0.33,
+    v1/core/sched/scheduler.py, update_from_output: num_rejected). So a draft without KV of its
+    own, like n-grams, is no part of a block.
+    """
+    drafts = getattr(vllm_config, "speculative_config", None)
+    if drafts is None or drafts.method in _DRAFTS_WITHOUT_KV:
+        return ""
+    model = getattr(drafts, "draft_model_config", None)
+    if drafts.method not in _DRAFTS_WITH_KV or model is None:
+        log.warning(
+            "kvkeep does not know speculative method %s; blocks are not shared with other engines",
+            drafts.method,
+        )
+        return f"unknown {start_identity(vllm_config)}"
+    load = getattr(drafts, "draft_load_config", None) or vllm_config.load_config
+    if settings.model_identity:
+        weights = settings.model_identity
+    elif load_format_of(load) == "dummy":
+        weights = _dummy_identity(vllm_config)
+    else:
+        weights = _named_weights(vllm_config, model, load)
+    parts = [drafts.method, weights, _config_text(model), str(model.dtype), str(model.quantization)]
+    return json.dumps(parts)
+
+
+def _numerics(vllm_config: Any, config: str) -> dict[str, str]:
+    """Settings of the engine that change what is computed; what is as usual is left out.
+
+    Not what only changes the order in which the same numbers are added: parallel sizes, compilation,
+    batch sizes, the kernels that vLLM picks for a device.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    found: dict[str, Any] = {
+        "quantization_config": getattr(model, "quantization_config", None),
+        "model_impl": _unless(getattr(model, "model_impl", None), "auto", "vllm"),
+        "attention_dtype": getattr(model, "override_attention_dtype", None),
+        "skip_layers": getattr(cache, "kv_cache_dtype_skip_layers", None),
+        "fast_prefill": getattr(cache, "kv_sharing_fast_prefill", None),
+        "additional_config": getattr(vllm_config, "additional_config", None),
+    }
+    if any(word in config for word in _LENGTH_MATTERS):
+        found["max_model_len"] = getattr(model, "max_model_len", None)
+    attention = getattr(vllm_config, "attention_config", None)
+    backend = getattr(attention, "backend", None)
+    found["attention"] = _unless(getattr(backend, "name", backend), *_STUDIED_BACKENDS)
+    kernels = getattr(vllm_config, "kernel_config", None)
+    for name in ("moe_backend", "linear_backend", "linear_backend_per_quant"):
+        found[name] = _unless(getattr(kernels, name, None), "auto")
+    lora = getattr(vllm_config, "lora_config", None)
+    found["lora_modules"] = getattr(lora, "target_modules", None)
+    found["lora_dtype"] = _unless(getattr(lora, "lora_dtype", None), "auto", str(model.dtype))
+    found["environment"] = _environment(os.environ)
+    return {name: repr(value) for name, value in found.items() if value}
+
+
+def _unless(value: Any, *usual: str) -> str | None:
+    """A value as text, unless it is one of these or none."""
+    text = str(getattr(value, "value", value) or "")
+    return None if text in usual else text
+
+
+def _environment(variables: Mapping[str, str]) -> list[tuple[str, str]]:
+    return sorted(
+        (name, value)
+        for name, value in variables.items()
+        if name.startswith("VLLM_") and any(word in name for word in _ENVIRONMENT)
+    )
 
 
 def start_identity(vllm_config: Any) -> str:
@@ -131,24 +258,6 @@ def start_identity(vllm_config: Any) -> str:
     to 0.33, config/vllm.py).
     """
     return f"{vllm_config.kv_transfer_config.engine_id} {vllm_config.instance_id}"
-
-
-def lora_identity(request: Any) -> str:
-    """What a request's LoRA adapter is: the bytes of its weights and of its configuration.
-
-    Raises:
-        Unsupported: The adapter can't be read; its KV must not be kept.
-    """
-    path = Path(str(request.lora_path))
-    try:
-        # It holds the scale by which the weights count.
-        config = (path / "adapter_config.json").read_bytes()
-        weights = digest_folder(path) if has_weights(path) else None
-    except OSError as error:
-        raise Unsupported(f"a LoRA adapter can't be read: {error}") from error
-    if weights is None:
-        raise Unsupported("a LoRA adapter without weight files can't be identified")
-    return f"{weights} {hashlib.blake2b(config, digest_size=16).hexdigest()}"
 
 
 def check_policy(vllm_config: Any, settings: ConnectorSettings) -> None:

@@ -19,6 +19,7 @@ from kvkeep.connector.identity import (
     check_policy,
     derive,
     derive_layout,
+    describe,
     load_secret,
     start_identity,
 )
@@ -85,7 +86,9 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
     def _make_scheduler(self, namespace: Namespace) -> SchedulerSide:
         engine_id = str(self._config.kv_transfer_config.engine_id)
         started = start_identity(self._config)
-        link = Link(self._settings.socket, lambda: m.Hello(VERSION, "scheduler", engine_id))
+        words = describe(self._config, self._layout, self._settings, self._secret)
+        hello = m.Hello(VERSION, "scheduler", engine_id, namespace=namespace, identity=words)
+        link = Link(self._settings.socket, lambda: hello)
         link.wait(self._settings.start_wait_s)
         prefixes = PrefixClient(
             link,

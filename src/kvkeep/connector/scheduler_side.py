@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from kvkeep.client.prefixes import Answer, PrefixClient, PrefixLease, Question
 from kvkeep.connector import compat
-from kvkeep.connector.identity import Unsupported, lora_identity
+from kvkeep.connector.identity import Unsupported
+from kvkeep.connector.lora import Adapters
 from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport, StoreJob
 from kvkeep.connector.prefill_rate import PrefillRate
 from kvkeep.connector.settings import ConnectorSettings
@@ -101,7 +102,7 @@ class SchedulerSide:
         self._num_resets = 0
         self._block_pool: Any = None
         self._requests: dict[str, _RequestState] = {}
-        self._adapters: dict[tuple[int, str], str] = {}
+        self._adapters = Adapters()
         self._loads: list[LoadJob] = []
         self._loading: dict[str, deque[_LoadInFlight]] = {}
         """By request id, in the order of the reports to come."""
@@ -150,7 +151,9 @@ class SchedulerSide:
         hashes = state.hasher.extend(request.all_token_ids)[:num_blocks]
         if hashes:
             rate = int(self.rate.tokens_s)
-            state.question = self._prefixes.ask(self._namespace, 0, hashes, rate)
+            state.question = self._prefixes.ask(
+                self._namespace, 0, hashes, rate, request.request_id
+            )
 
     def match(self, request: Any, num_computed_tokens: int) -> int | None:
         """Tokens that can be loaded beyond those the engine has; None to be asked again.
@@ -178,6 +181,9 @@ class SchedulerSide:
             self._drop_lease(state)
             state.is_asked = False
             return self.match(request, num_computed_tokens)
+        if not self._adapters.is_sure(request.lora_request):
+            self._drop_lease(state)
+            return 0
         state.num_local_blocks = num_computed_tokens // self._block_tokens
         return max(0, len(lease.slots) * self._block_tokens - num_computed_tokens)
 
@@ -299,6 +305,9 @@ class SchedulerSide:
         first = state.num_stored
         end = min(num_tokens, len(request.all_token_ids)) // self._block_tokens
         if end <= first or self._block_pool is None:
+            return None
+        if not self._adapters.is_sure(request.lora_request):
+            state.may_store = False
             return None
         # What is over a limit now may be stored by a later step; a gap would make all behind it
         # unreachable.
@@ -458,13 +467,12 @@ def _skips_cache(request: Any) -> bool:
     return bool(getattr(request, "skip_reading_prefix_cache", False))
 
 
-def _extras(request: Any, adapters: dict[tuple[int, str], str]) -> dict[str, str]:
+def _extras(request: Any, adapters: Adapters) -> dict[str, str]:
     """What besides token ids decides a request's KV.
 
     Args:
         request: vLLM's.
-        adapters: Identities of LoRA adapters by id and path, added to: an adapter is read once, as
-            vLLM does, whatever becomes of its files later.
+        adapters: The LoRA adapters known so far, added to.
 
     Raises:
         Unsupported: Something that can't be named: its KV must neither be loaded nor stored.
@@ -480,9 +488,5 @@ def _extras(request: Any, adapters: dict[tuple[int, str], str]) -> dict[str, str
     if request.cache_salt:
         extras["salt"] = str(request.cache_salt)
     if request.lora_request is not None:
-        adapter = request.lora_request
-        name = (int(adapter.lora_int_id), str(adapter.lora_path))
-        if name not in adapters:
-            adapters[name] = lora_identity(adapter)
-        extras["lora"] = adapters[name]
+        extras["lora"] = adapters.identify(request.lora_request)
     return extras

@@ -5,22 +5,26 @@ One event loop, one thread. Nothing here waits: a message is answered in the cal
 
 import asyncio
 import itertools
+import json
 import logging
 import os
 import secrets
 import socket
 import struct
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import cast
 
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
 from kvkeep.daemon.metrics import Metrics
+from kvkeep.daemon.misses import Misses
+from kvkeep.daemon.movement.inspection import POOL, Inspection
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.movement.promotion import Wanted
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import Clock
-from kvkeep.model.errors import InputError, RefusedError
+from kvkeep.model.errors import InputError, RefusedError, UnavailableError
 from kvkeep.model.ids import CANARY_NAMESPACE, BlockHash, BlockKey, Holder, LeaseId, Namespace
 from kvkeep.model.layout import KvLayout
 from kvkeep.protocol import codec
@@ -53,6 +57,8 @@ class Server:
         self.clock = clock
         self.metrics = metrics
         self.movement = movement
+        self.inspection = Inspection(shell, movement)
+        self.misses = Misses(shell, movement, clock)
         self.sessions: set[SessionProtocol] = set()
         self._session_ids = itertools.count(1)
 
@@ -79,7 +85,7 @@ class SessionProtocol(asyncio.Protocol):
         self._role = ""
         self._engine_id = ""
         self._waits: set[asyncio.Task[None]] = set()
-        """Acquires that wait for blocks of lower tiers."""
+        """Acquires that wait for blocks of lower tiers, and questions about tiers."""
 
     # ---- asyncio
 
@@ -164,6 +170,15 @@ class SessionProtocol(asyncio.Protocol):
                 self._send(m.Status(message.request_id, self._server.metrics.status_text()))
             case m.Clear():
                 self._clear(message)
+            case m.ListKeys():
+                self._begin(self._list_keys(message))
+            case m.VerifyTier():
+                found = self._server.inspection.verify(message.tier)
+                self._begin(self._tell_all(message.request_id, found))
+            case m.ClearTiers():
+                self._clear_tiers(message)
+            case m.Explain():
+                self._explain(message)
 
     def _deadline_s(self, lease_s: float) -> float:
         lease_s_max = self._server.settings.lease_s_max
@@ -183,6 +198,9 @@ class SessionProtocol(asyncio.Protocol):
             )
         canary_slot = 0
         self._session_role(message)
+        if message.namespace is not None:
+            identity = {part.name: part.value for part in message.identity}
+            self._server.misses.announced(Namespace(message.namespace), identity)
         if message.layout is not None:
             canary_slot = self._lend_canary_slot()
         geometry = self._shell.pool.geometry
@@ -201,11 +219,12 @@ class SessionProtocol(asyncio.Protocol):
                  self._holder.pid)  # fmt: skip
 
     def _session_role(self, message: m.Hello) -> None:
+        self._engine_id = message.engine_id
         if message.layout is None:
             return
         self._shell.open_layout(_layout(message.layout))
         self._server.movement.follow()
-        self._role, self._engine_id = "worker", message.engine_id
+        self._role = "worker"
         self._shell.num_workers += 1
         if self._speaks_for_process():
             self._shell.handle(on.HolderQuiet(self._holder.pid, self._holder.session_id))
@@ -250,13 +269,15 @@ class SessionProtocol(asyncio.Protocol):
         )
         reply = self._lend(wanted, deadline_s)
         if reply is None or not self._server.movement.may_come(wanted, len(reply.slots)):
-            self._send_acquired(message.request_id, wanted, reply)
+            self._send_acquired(message, wanted, reply)
             return
         # The blocks it may have at once stay where they are, but are lent with the others only.
         self._shell.handle(on.ReadFinished(self._holder, [reply.lease_id]))
-        task = asyncio.get_running_loop().create_task(
-            self._acquire_later(message, wanted, len(reply.slots))
-        )
+        self._begin(self._acquire_later(message, wanted, len(reply.slots)))
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        """Do what takes time beside other messages, as long as the session lasts."""
+        task = asyncio.get_running_loop().create_task(work)
         self._waits.add(task)
         task.add_done_callback(self._waited)
 
@@ -268,15 +289,20 @@ class SessionProtocol(asyncio.Protocol):
         )
         return reply if isinstance(reply, do.ReplyRead) else None
 
-    def _send_acquired(self, request_id: int, wanted: Wanted, reply: do.ReplyRead | None) -> None:
-        generation = self._shell.pool.generation
+    def _send_acquired(
+        self, message: m.Acquire, wanted: Wanted, reply: do.ReplyRead | None
+    ) -> None:
+        generation, num_lent = self._shell.pool.generation, 0
         if reply is None:
-            self._send(m.Acquired(request_id, 0, b"", generation))
-            return
-        slots = codec.join_slots(reply.slots)
-        self._send(m.Acquired(request_id, reply.lease_id, slots, generation))
-        if reply.slots:
-            self._server.movement.used(wanted, len(reply.slots))
+            self._send(m.Acquired(message.request_id, 0, b"", generation))
+        else:
+            num_lent, slots = len(reply.slots), codec.join_slots(reply.slots)
+            self._send(m.Acquired(message.request_id, reply.lease_id, slots, generation))
+        if num_lent:
+            self._server.movement.used(wanted, num_lent)
+        # After the answer is on its way.
+        request = message.engine_request
+        self._server.misses.answered(wanted, num_lent, self._engine_id, request)
 
     async def _acquire_later(self, message: m.Acquire, wanted: Wanted, num_ready: int) -> None:
         """Answer once blocks of lower tiers have come, or it is time."""
@@ -290,7 +316,7 @@ class SessionProtocol(asyncio.Protocol):
         await self._server.movement.bring(wanted, num_ready, announce)
         if self._transport is not None and not self._transport.is_closing():
             reply = self._lend(wanted, self._deadline_s(message.lease_s))
-            self._send_acquired(message.request_id, wanted, reply)
+            self._send_acquired(message, wanted, reply)
 
     def _waited(self, task: "asyncio.Task[None]") -> None:
         self._waits.discard(task)
@@ -308,6 +334,7 @@ class SessionProtocol(asyncio.Protocol):
         self._shell.handle(on.BlocksFoundCorrupt(namespace, message.group_idx, hashes))
         keys = [BlockKey(namespace, h, message.group_idx) for h in dict.fromkeys(hashes)]
         self._server.movement.corrupt(keys)
+        self._server.misses.rotten(keys)
 
     def _reserve(self, message: m.Reserve) -> None:
         hashes = codec.split_hashes(message.hashes)
@@ -335,6 +362,7 @@ class SessionProtocol(asyncio.Protocol):
         reply = self._shell.handle(
             on.StoreFinished(0, self._holder, LeaseId(message.lease_id), is_stored)
         )
+        self._server.misses.stored(self._shell.ready_keys)
         self._server.movement.stored(self._shell.ready_keys)
         num_ready = reply.num_ready if isinstance(reply, do.ReplyStored) else 0
         is_fenced = not isinstance(reply, do.ReplyStored) or reply.is_fenced
@@ -347,6 +375,48 @@ class SessionProtocol(asyncio.Protocol):
             (reply.num_cleared, reply.num_kept) if isinstance(reply, do.ReplyCleared) else (0, 0)
         )
         self._send(m.Cleared(message.request_id, cleared, kept))
+        self._server.misses.cleared()
+
+    # ---- questions of people
+
+    def _tell(self, request_id: int, part: Mapping[str, object], *, is_last: bool = True) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._send(m.Told(request_id, is_last, json.dumps(part)))
+
+    async def _tell_all(self, request_id: int, parts: AsyncIterator[Mapping[str, object]]) -> None:
+        """Pass on each piece of an answer when it is there; an error ends it, in words."""
+        end: Mapping[str, object] = {"is_done": True}
+        try:
+            async for part in parts:
+                self._tell(request_id, part, is_last=False)
+        except (InputError, UnavailableError) as error:
+            end = {"error": str(error)}
+        self._tell(request_id, end)
+
+    async def _list_keys(self, message: m.ListKeys) -> None:
+        namespace = None if message.namespace is None else Namespace(message.namespace)
+        part: Mapping[str, object]
+        try:
+            part = await self._server.inspection.keys(message.tier, namespace, message.limit)
+        except (InputError, UnavailableError) as error:
+            part = {"error": str(error)}
+        self._tell(message.request_id, part)
+
+    def _clear_tiers(self, message: m.ClearTiers) -> None:
+        if POOL in message.tiers:
+            self._server.misses.cleared()
+        found = self._server.inspection.clear(message.tiers)
+        self._begin(self._tell_all(message.request_id, found))
+
+    def _explain(self, message: m.Explain) -> None:
+        misses = self._server.misses
+        if message.namespace is not None:
+            hashes = codec.split_hashes(message.hashes)
+            namespace = Namespace(message.namespace)
+            part = misses.explain_prefix(namespace, message.group_idx, hashes)
+        else:
+            part = misses.explain_request(message.engine_request or "")
+        self._tell(message.request_id, part)
 
 
 def _layout(wire: m.Layout) -> KvLayout:

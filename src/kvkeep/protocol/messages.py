@@ -16,10 +16,15 @@ from kvkeep.model.ids import HASH_BYTES
 HASHES_MAX = 1 << 15
 """Blocks per message: a million tokens in blocks of 32, in 1 MiB."""
 TEXT_MAX = 4096
+NAME_MAX = 256
+IDENTITY_PARTS_MAX = 256
+KEYS_MAX = 1 << 12
+"""Keys in one listing: with their words in JSON, half a MiB."""
 
 Namespace = Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
 Hashes = Annotated[bytes, msgspec.Meta(max_length=HASHES_MAX * HASH_BYTES)]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+Name = Annotated[str, msgspec.Meta(max_length=NAME_MAX)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 GroupIdx = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
@@ -42,6 +47,14 @@ class Layout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     page_format: Text
 
 
+class IdentityPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One of the things that decide a namespace, in words."""
+
+    name: Name
+    value: Name
+    """Long ones are cut, with a digest of the whole behind."""
+
+
 # ---- to the daemon
 
 
@@ -58,6 +71,10 @@ class Hello(Message, frozen=True, tag=1):
     engine_id: Text
     layout: Layout | None = None
     """From a worker: how its blocks lie. The first one formats the pool; others must equal it."""
+    namespace: Namespace | None = None
+    """From a scheduler: what its questions begin under."""
+    identity: Annotated[list[IdentityPart], msgspec.Meta(max_length=IDENTITY_PARTS_MAX)] = []
+    """From a scheduler: what that namespace is made of; only shown, to explain misses."""
 
 
 class Acquire(Message, frozen=True, tag=2):
@@ -71,6 +88,8 @@ class Acquire(Message, frozen=True, tag=2):
     lease_s: Seconds
     prefill_tokens_s: Count = 0
     """Tokens a second that this engine computes, as it measured; 0 if it does not know yet."""
+    engine_request: Name | None = None
+    """What the engine calls the request; only shown, to explain misses."""
 
 
 class Release(Message, frozen=True, tag=3):
@@ -129,9 +148,48 @@ class GetStatus(Message, frozen=True, tag=8):
 
 
 class Clear(Message, frozen=True, tag=9):
-    """Forget every block. Answer: Cleared."""
+    """Forget every block of the pool. Answer: Cleared."""
 
     request_id: Id
+
+
+class ListKeys(Message, frozen=True, tag=10):
+    """Name blocks that a tier keeps. Answer: Told."""
+
+    request_id: Id
+    tier: Name
+    namespace: Namespace | None
+    """Only those of this one; nil: of all."""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=KEYS_MAX)]
+
+
+class VerifyTier(Message, frozen=True, tag=11):
+    """Read every block of a tier and compare digests. Answer: Told, again and again."""
+
+    request_id: Id
+    tier: Name
+
+
+class ClearTiers(Message, frozen=True, tag=12):
+    """Forget every block in these tiers, and let none come back. Answer: Told, for each."""
+
+    request_id: Id
+    tiers: Annotated[list[Name], msgspec.Meta(max_length=64)]
+
+
+class Explain(Message, frozen=True, tag=13):
+    """Say why a request, or a prefix, found no more blocks. Answer: Told.
+
+    With neither: the namespaces that engines announced, and the latest requests.
+    """
+
+    request_id: Id
+    engine_request: Name | None
+    """What the engine called the request, or a part of that."""
+    namespace: Namespace | None
+    """Of the hashes."""
+    group_idx: GroupIdx
+    hashes: Hashes
 
 
 # ---- to the client
@@ -212,5 +270,28 @@ class Cleared(Message, frozen=True, tag=108):
     """Blocks still lent or being written; they go when their leases end."""
 
 
-ToDaemon = Hello | Acquire | Release | Reserve | Commit | ReportCorrupt | Ping | GetStatus | Clear
-ToClient = Welcome | Refused | Acquired | Reserved | Committed | Pong | Status | Cleared
+class Told(Message, frozen=True, tag=109):
+    """Part of the answer to a question about tiers or misses, as JSON."""
+
+    request_id: Id
+    is_last: bool
+    """False: more of the answer follows."""
+    text: str
+
+
+ToDaemon = (
+    Hello
+    | Acquire
+    | Release
+    | Reserve
+    | Commit
+    | ReportCorrupt
+    | Ping
+    | GetStatus
+    | Clear
+    | ListKeys
+    | VerifyTier
+    | ClearTiers
+    | Explain
+)
+ToClient = Welcome | Refused | Acquired | Reserved | Committed | Pong | Status | Cleared | Told

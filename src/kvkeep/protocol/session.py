@@ -23,6 +23,10 @@ _REQUESTS: tuple[type[m.Message], ...] = (
     m.Ping,
     m.GetStatus,
     m.Clear,
+    m.ListKeys,
+    m.VerifyTier,
+    m.ClearTiers,
+    m.Explain,
 )
 
 TRANSITIONS: dict[SessionState, dict[type[m.Message], SessionState]] = {

@@ -57,7 +57,12 @@ class FakePrefixes:
             self.slots[namespace, block_hash] = 100 + len(self.slots)
 
     def ask(
-        self, namespace: Namespace, _: int, hashes: Sequence[BlockHash], prefill_tokens_s: int = 0
+        self,
+        namespace: Namespace,
+        _: int,
+        hashes: Sequence[BlockHash],
+        prefill_tokens_s: int = 0,
+        engine_request: str | None = None,
     ) -> Question | None:
         """See PrefixClient."""
         if not self.is_connected:

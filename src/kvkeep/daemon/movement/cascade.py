@@ -28,6 +28,8 @@ BATCH_BYTES = 16 << 20
 BATCHES_MAX = 4
 """In motion at once: 64 MiB pinned, whatever the pool's size; a pool is never smaller than 16 MiB
 and then moves one block at a time."""
+LEAVE_S = 30.0
+"""Copies that have begun when a tier is to be cleared are waited for so long."""
 PINNED_SHARE_MAX = 0.25
 """Of the pool's slots, at most this share is pinned for cascades."""
 
@@ -134,6 +136,26 @@ class Cascade:
             self._count("cascades_refused", len(keys))
             return
         self._count("blocks_cascaded", sum(kept))
+
+    async def leave(self, tiers: Sequence[LowerTier]) -> None:
+        """Copy nothing of what waits to these tiers; ends when nothing is on its way to them.
+
+        Raises:
+            UnavailableError: A copy hangs; what waits is left out all the same.
+        """
+        for key, wanted_by in list(self._waiting.items()):
+            staying = [tier for tier in wanted_by if tier not in tiers]
+            for tier in wanted_by:
+                if tier in tiers:
+                    tier.give_up(key)
+            if staying:
+                self._waiting[key] = staying
+            else:
+                del self._waiting[key]
+        if self._running:
+            _, pending = await asyncio.wait(set(self._running), timeout=LEAVE_S)
+            if pending:
+                raise UnavailableError(f"a copy to a lower tier takes longer than {LEAVE_S:.0f} s")
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until what is in motion has ended; what still waits is dropped."""

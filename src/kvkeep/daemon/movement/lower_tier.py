@@ -20,6 +20,8 @@ from kvkeep.tiers.wrappers.metered import MeteredTier
 
 KNOWN_MAX = 1 << 18
 """Keys remembered of a tier that is asked over a network."""
+REFUSED_MAX = 1 << 14
+"""Blocks of which it is remembered why they were not admitted."""
 
 Answer = TypeVar("Answer")
 
@@ -59,6 +61,10 @@ class LowerTier:
         self._rejections = rejections
         self._known: OrderedDict[BlockKey, None] = OrderedDict()
         """Keys that were there when last looked; for a tier that is not local."""
+        self._refused: OrderedDict[int, str] = OrderedDict()
+        """By fingerprint: why admission turned a block down last; the latest last."""
+        self.is_held = False
+        """It is being cleared: nothing is written to it and nothing is looked for in it."""
 
     # ---- what is known
 
@@ -69,6 +75,8 @@ class LowerTier:
 
     def may_have(self, key: BlockKey) -> bool:
         """False if it surely has not got this block; costs no call."""
+        if self.is_held:
+            return False
         tier = self.queue.tier
         if self.is_local and isinstance(tier, Probes):
             return tier.lookup([key])[0]
@@ -110,6 +118,11 @@ class LowerTier:
             "rejected": dict(self._rejections()),
         }
 
+    @property
+    def num_rejected(self) -> int:
+        """Values that were read and not believed, for whatever reason."""
+        return sum(n for why, n in self._rejections().items() if not why.endswith("failed"))
+
     # ---- what it takes in
 
     def seen(self, key: BlockKey) -> None:
@@ -118,7 +131,7 @@ class LowerTier:
 
     def admits(self, key: BlockKey) -> bool:
         """Decide whether this block is to be written; if so, ``write`` or ``give_up`` follows."""
-        if self.has(key) or not self.is_asked:
+        if self.is_held or self.has(key) or not self.is_asked:
             return False
         tier = self.queue.tier
         free_share = None
@@ -130,7 +143,16 @@ class LowerTier:
             fingerprint_of(key), self._clock.now_s(),
             num_bytes=self._value_bytes, free_share=free_share,
         )  # fmt: skip
+        self._refused.pop(fingerprint_of(key), None)
+        if not reason.is_admitted:
+            self._refused[fingerprint_of(key)] = reason.value
+            if len(self._refused) > REFUSED_MAX:
+                self._refused.popitem(last=False)
         return reason.is_admitted
+
+    def refusal(self, key: BlockKey) -> str | None:
+        """Why admission turned this block down last, if it did and that is remembered."""
+        return self._refused.get(fingerprint_of(key))
 
     def give_up(self, key: BlockKey) -> None:
         """What was admitted is not there after all."""
@@ -140,6 +162,11 @@ class LowerTier:
 
     async def probe(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which of these blocks it has, as far as it can tell; none if it can't be asked."""
+        found = await self._probe(keys)
+        # A question may have been on its way when clearing began.
+        return [False] * len(keys) if self.is_held else found
+
+    async def _probe(self, keys: Sequence[BlockKey]) -> list[bool]:
         tier = self.queue.tier
         if not isinstance(tier, Probes):
             return [False] * len(keys)
@@ -220,6 +247,32 @@ class LowerTier:
             for key in batch:
                 self.give_up(key)
             self.queue.submit_delete(batch, lambda _outcome: None)
+
+    async def forget(self, keys: Sequence[BlockKey]) -> None:
+        """Have these blocks forgotten, at most ``BATCH_MAX``; ends when they are.
+
+        Raises:
+            UnavailableError: Refused, or failed; some may be gone.
+        """
+        ended: asyncio.Future[UnavailableError | None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def done(outcome: Outcome[None]) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(ended.set_result, outcome.error)
+
+        if not self.queue.submit_delete(keys, done):
+            raise UnavailableError(f"the tier {self.name} is full or left alone for now")
+        error = await asyncio.shield(ended)
+        if error is not None:
+            raise error
+        self._learn(keys, [False] * len(keys))
+        for key in keys:
+            self.give_up(key)
+
+    def known_keys(self) -> list[BlockKey]:
+        """What it is remembered to keep, of a tier that can't list its keys."""
+        return list(self._known)
 
     async def _call(self, submit: Callable[[Callable[[Outcome[Answer]], None]], bool]) -> Answer:
         loop = asyncio.get_running_loop()

@@ -168,6 +168,11 @@ class Movement:
             "last_plan": "" if pace is None else pace.last_reason,
         }
 
+    @property
+    def plan_reason(self) -> str:
+        """What the planner said last; empty before it was asked."""
+        return "" if self.pace is None else self.pace.last_reason
+
     # ---- what happened
 
     def stored(self, keys: Sequence[BlockKey]) -> None:
@@ -200,6 +205,24 @@ class Movement:
         """Blocks did not match their digests: what lower tiers hold of them is doubted too."""
         for tier in self.tiers:
             tier.delete(keys)
+
+    async def hold(self, tiers: Sequence[LowerTier]) -> None:
+        """Keep everything away from these tiers, until ``let_go``; ends when nothing moves there.
+
+        What was on its way to them has arrived then.
+
+        Raises:
+            UnavailableError: Something on its way there hangs; they are held all the same.
+        """
+        for tier in tiers:
+            tier.is_held = True
+        if self._cascade is not None:
+            await self._cascade.leave(tiers)
+
+    def let_go(self, tiers: Sequence[LowerTier]) -> None:
+        """Undo ``hold``."""
+        for tier in tiers:
+            tier.is_held = False
 
     # ---- what a request waits for
 
