@@ -4,17 +4,16 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 import click
 
 from kvkeep.cli.target import describe, show
-from kvkeep.model.errors import UnavailableError
+from kvkeep.cli.watching import watch
+from kvkeep.model.errors import InputError, KvkeepError, UnavailableError
 from kvkeep.stack.machine import check_machine
 from kvkeep.stack.models import check_model
 from kvkeep.stack.precedence import load_spec
@@ -24,9 +23,6 @@ from kvkeep.stack.record import FolderLock, StackRecord, await_record
 from kvkeep.stack.spec import StackSpec
 from kvkeep.stack.supervisor import Stack
 
-WATCH_S = 0.5
-DAEMON_RESTARTS_MAX = 3
-"""A daemon that keeps dying has a cause; engines go on without it."""
 EXIT_INTERRUPTED = 130
 SLACK_S = 30.0
 """Beyond the stack's own time-outs, before its supervisor itself counts as stuck."""
@@ -119,32 +115,13 @@ def _run(spec: StackSpec, as_json: bool, quiet: bool) -> int:
             _print(stack.record(), stack.folder, as_json)
             if not as_json:
                 click.echo("Ctrl-C stops it.")
-            _watch(stack)
+            try:
+                watch(stack)
+            except KvkeepError as error:
+                stack.fail(str(error))  # `kvkeep wait` and `kvkeep status` say why
+                raise
     except _Interrupted:
         return 0 if is_ready else EXIT_INTERRUPTED
-
-
-def _watch(stack: Stack) -> NoReturn:
-    """Restart a daemon that ends; give up when an engine ends.
-
-    Raises:
-        UnavailableError: An engine ended.
-    """
-    restarts_left = DAEMON_RESTARTS_MAX
-    has_given_up = False
-    while True:
-        time.sleep(WATCH_S)
-        for part in stack.ended():
-            assert part.process is not None
-            if part.name != "daemon":
-                raise UnavailableError(f"{part.title} ended: {part.process.why_failed()}")
-            if restarts_left > 0:
-                restarts_left -= 1
-                click.echo(f"the daemon ended and is restarted (log: {part.process.log})", err=True)
-                stack.daemon.restart()
-            elif not has_given_up:
-                has_given_up = True
-                click.echo(f"the daemon stays down: {part.process.why_failed()}", err=True)
 
 
 def _run_behind(
@@ -161,18 +138,10 @@ def _run_behind(
     FolderLock.taken(folder).give_back()
     check_machine(spec)
     log = folder / "logs" / "supervisor.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "kvkeep", "up", str(stack_file), "--quiet", "--json"]
     for text in texts:
         command += ["--set", text]
-    with log.open("wb") as output:
-        supervisor = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    supervisor = _start_supervisor(command, log)
     longest_s = MODEL_TIMEOUT_S + 2 * spec.start_timeout_s + SLACK_S
     try:
         with (
@@ -193,3 +162,20 @@ def _run_behind(
         # It ended before it wrote a record, and said why where its output goes.
         said = telling_line(log.read_text(errors="replace")).removeprefix("kvkeep up: ")
         raise UnavailableError(said) from error
+
+
+def _start_supervisor(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise InputError(
+            f"{log} can't be written ({error.strerror}): choose another state_dir."
+        ) from error

@@ -17,7 +17,7 @@ import msgspec
 from kvkeep.model.errors import InputError
 from kvkeep.stack.models import Model
 from kvkeep.stack.spec import EngineSpec, StackSpec
-from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
+from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES, check_replaceable
 from kvkeep.tiers.slot_header import DIGEST_BYTES, HEADER_BYTES
 
 HOST = "127.0.0.1"
@@ -139,6 +139,8 @@ def check_machine(spec: StackSpec) -> None:
     Raises:
         InputError: One sentence that names the field and the mend; nothing was changed.
     """
+    if spec.daemon.enabled:
+        _check_pool(spec.daemon_settings().pool_path)
     _check_memory(spec)
     _check_cpus(spec)
     ports = {"daemon.metrics_port": spec.daemon.metrics_port if spec.daemon.enabled else 0}
@@ -155,6 +157,25 @@ def check_machine(spec: StackSpec) -> None:
             f"daemon.socket = {spec.socket_path}: no daemon listens there; start one, or set "
             "daemon.enabled: true."
         )
+
+
+def _check_pool(pool: Path) -> None:
+    """Refuse a path that the daemon would, before anything is started."""
+    field = f"daemon.settings.pool = {pool}"
+    folder = next(path for path in pool.absolute().parents if os.path.lexists(path))
+    if not folder.is_dir():
+        raise InputError(f"{field}: {folder} is not a folder; choose another path.")
+    if not os.path.lexists(pool):
+        return
+    if pool.is_symlink() or not pool.is_file():
+        raise InputError(f"{field}: it is not a file; choose another path.")
+    try:
+        with pool.open("rb") as file:
+            check_replaceable(pool, file.fileno())
+    except OSError as error:
+        raise InputError(
+            f"{field}: it can't be read ({error.strerror}); choose another path."
+        ) from error
 
 
 def _check_memory(spec: StackSpec) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import UnavailableError
 from kvkeep.stack.engines import Launch
+from kvkeep.stack.machine import is_port_free
 from kvkeep.stack.process import POLL_S, StackProcess
 from kvkeep.stack.progress import Progress
 from kvkeep.stack.readiness import (
@@ -64,8 +65,15 @@ def start_process(process: StackProcess, launch: Launch, folder: Path) -> None:
     Raises:
         UnavailableError: It can't be started; nothing runs.
     """
-    for name, text in launch.files.items():
-        (folder / name).write_text(text)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, text in launch.files.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        raise UnavailableError(
+            f"{process.name} can't be started: {error.filename} can't be written "
+            f"({error.strerror})."
+        ) from error
     process.start(launch.command, environment=launch.environment, folder=folder)
 
 
@@ -93,6 +101,7 @@ class DaemonPart:
         self._launch, self._folder = launch, folder
         self._start_timeout_s, self._changed = start_timeout_s, changed
         self._ready: Ready | None = None
+        self._begun_s = 0.0
 
     @property
     def pid(self) -> int:
@@ -130,8 +139,14 @@ class DaemonPart:
         return self._ready is not None
 
     def begin(self) -> None:
-        """Start it, on the metrics port it had before; `await_ready` waits for it."""
+        """Start it; `await_ready` waits for it.
+
+        A second start takes the metrics port it had before, unless another program has it now:
+        then the port that the stack file names, or else any free one.
+        """
         port = self._ready.metrics_port if self._ready else None
+        if port is not None and not is_port_free(port):
+            port = None
         start_process(self.process, self._launch(port), self._folder)
         self._changed()
 
@@ -153,10 +168,34 @@ class DaemonPart:
         Raises:
             UnavailableError: It did not become ready; it is stopped.
         """
+        self.begin_again()
+        try:
+            await_ready([self], self._start_timeout_s)
+        except UnavailableError:
+            self.stop()
+            raise
+        self._changed()
+
+    def begin_again(self) -> None:
+        """End what is left of it and start it, as `restart`, without waiting until it is ready."""
         self.stop()
         self.begin()
-        await_ready([self], self._start_timeout_s)
+        self._begun_s = SystemClock().now_s()
+
+    def is_restarted(self) -> bool:
+        """Ask whether it is ready after `begin_again`; quick.
+
+        Raises:
+            UnavailableError: It ended, or was not ready in time; it is stopped.
+        """
+        if not _is_done(self):
+            if SystemClock().now_s() > self._begun_s + self._start_timeout_s:
+                late = UnavailableError(_too_late(self, self._start_timeout_s))
+                self.stop()
+                raise late
+            return False
         self._changed()
+        return True
 
     def kill(self) -> None:
         """End it with SIGKILL, as a crash would."""
@@ -255,7 +294,11 @@ class EnginePart:
         """
         self._own_process().stop()
         self.begin()
-        await_ready([self], self._start_timeout_s)
+        try:
+            await_ready([self], self._start_timeout_s)
+        except UnavailableError:
+            self.stop()
+            raise
         self._changed()
 
     def kill(self) -> None:
@@ -284,7 +327,7 @@ def await_ready(
         said: Told each part's name and what it does, when that changes.
 
     Raises:
-        UnavailableError: A part ended, or was not ready in time; that part is stopped.
+        UnavailableError: A part ended, or was not ready in time; what runs is the caller's to stop.
     """
     progress = progress or Progress(quiet=True)
     clock = SystemClock()

@@ -28,6 +28,8 @@ ENVIRONMENT: Mapping[str, str] = {
 """Field by environment variable; a daemon's own ``KVKEEP_`` variables are understood as well."""
 
 Values = dict[str, Any]
+_NAMES_ARE_TEXT = "YAML reads yes, no, on, off and numbers as values: quote what is meant as text"
+_TOO_DEEP = "is nested too deep: no field needs more than a few levels"
 
 
 def load_spec(
@@ -60,7 +62,7 @@ def make_spec(
     default_name: str = "default",
 ) -> StackSpec:
     """Settle every value of a stack that is given as plain values; see `load_spec`."""
-    values = msgspec.convert(msgspec.to_builtins(values), Values)
+    values = _plain(values, default_name)
     values.setdefault("name", default_name)
     _apply_environment(values, os.environ if environment is None else environment)
     for field, value in _pairs(overrides):
@@ -82,12 +84,25 @@ def _read(path: Path) -> Values:
         values = msgspec.yaml.decode(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}; name a stack file.") from error
+    except RecursionError as error:
+        raise InputError(f"{path} {_TOO_DEEP}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not YAML: {reason}.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a mapping: write fields such as `model: smollm2`.")
-    return values
+    return _plain(values, str(path))
+
+
+def _plain(values: Values, source: str) -> Values:
+    """A copy of nothing but texts, numbers, lists and mappings, with text as every top key."""
+    for key in values:
+        if not isinstance(key, str):
+            raise InputError(f"{source}: {key!r} is not the name of a field; {_NAMES_ARE_TEXT}.")
+    try:
+        return msgspec.convert(msgspec.to_builtins(values), Values)
+    except RecursionError as error:
+        raise InputError(f"{source} {_TOO_DEEP}.") from error
 
 
 def _name_from(path: Path) -> str:
@@ -183,6 +198,8 @@ def _sentence(text: str, values: Values) -> str:
     """Turn msgspec's complaint into a sentence that names the field and the mend."""
     what, _, path = text.partition(" - at `$")
     path = path.rstrip("`").removeprefix(".")
+    if key_of := re.search(r"at `key` in `\$\.?(.*)`", text):
+        return f"{key_of[1]}: a field's name must be text; {_NAMES_ARE_TEXT}."
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
     if unknown:
         return _unknown_field(path, unknown[1])

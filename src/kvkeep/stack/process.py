@@ -4,6 +4,7 @@ Blocking; one thread at a time may use an object. Which processes exist is writt
 stack's record (`kvkeep.stack.record`), so that another process can end them.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import msgspec
 
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import UnavailableError
-from kvkeep.stack.programs.reaper import start_ticks
+from kvkeep.stack.programs.reaper import TRACKER_GRACE_S, is_tracker, start_ticks
 
 STOP_GRACE_S = 15.0
 """Time a process has to end after SIGTERM before it is killed."""
@@ -75,11 +76,23 @@ class StackProcess:
             UnavailableError: It can't be started; nothing runs.
         """
         assert self._reaper is None, f"{self.name} runs already"
-        mine, theirs = socket.socketpair()
+        try:
+            self._start_reaper(command, environment, folder)
+        except OSError as error:
+            raise UnavailableError(
+                f"{self.name} can't be started: {error.strerror} ({error.filename or folder})."
+            ) from error
+        self._id = self._hear_id()
+        return self._id
+
+    def _start_reaper(
+        self, command: Sequence[str], environment: Mapping[str, str], folder: Path
+    ) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with theirs, self.log.open("ab") as log:
+        mine, theirs = socket.socketpair()
+        with contextlib.ExitStack() as undone, theirs, self.log.open("ab") as log:
+            undone.enter_context(mine)
             self._log_start = log.tell()
-            self._channel = mine
             self._reaper = subprocess.Popen(
                 _reaper_command(theirs.fileno(), command),
                 stdin=subprocess.DEVNULL,
@@ -90,8 +103,8 @@ class StackProcess:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self._id = self._hear_id()
-        return self._id
+            undone.pop_all()
+        self._channel = mine
 
     def _hear_id(self) -> ProcessId:
         assert self._channel is not None
@@ -165,9 +178,12 @@ class StackProcess:
         self._reaper = self._channel = None
 
     def new_output(self) -> bytes:
-        """What it wrote since its start, the last ``LOG_TAIL_BYTES`` of it."""
-        with self.log.open("rb") as log:
-            return _tail(log, self._log_start)
+        """What it wrote since its start, the last ``LOG_TAIL_BYTES``; empty if the log is gone."""
+        try:
+            with self.log.open("rb") as log:
+                return _tail(log, self._log_start)
+        except OSError:
+            return b""
 
     def why_failed(self) -> str:
         """The most telling thing it wrote, and where the rest is."""
@@ -201,23 +217,31 @@ def telling_line(text: str) -> str:
     return lines[-1][:400] if lines else "it wrote nothing"
 
 
-def end_session(leader: ProcessId | None) -> None:
+def end_session(leader: ProcessId | None) -> list[int]:
     """Kill what is left of the session that a process led; for when its reaper was killed.
 
     A session's id is not given out again as a pid while a process of it lives, so members
     without their leader are still ours; a leader that began at another time is a stranger.
+
+    Returns:
+        Pids of what was killed.
     """
     if leader is None or start_ticks(leader.pid) not in (None, leader.start_ticks):
-        return
+        return []
     clock = SystemClock()
     end_s = clock.now_s() + REAPER_SPARE_S
+    trackers_end_s = clock.now_s() + TRACKER_GRACE_S
+    killed: dict[int, None] = {}
     while (members := list(_session_members(leader))) and clock.now_s() < end_s:
         for pid in members:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
+            # Once its users are gone a tracker removes what they left in shared memory, and ends.
+            if is_tracker(pid) and clock.now_s() < trackers_end_s:
                 continue
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed[pid] = None
         time.sleep(POLL_S)
+    return list(killed)
 
 
 def _session_members(leader: ProcessId) -> list[int]:

@@ -8,7 +8,9 @@ import contextlib
 import fcntl
 import os
 import signal
+import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import msgspec
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.stack.process import REAPER_SPARE_S, STOP_GRACE_S, ProcessId, end_session
+from kvkeep.tiers.pool_inode import FILE_MAGIC
 
 RECORD_NAME = "stack.json"
 LOCK_NAME = "stack.lock"
@@ -44,8 +47,10 @@ class DaemonRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where the daemon is."""
 
     socket: str
+    """Its control socket, once it has announced it; else empty: the path may be another's."""
     metrics_url: str
     pool: str
+    """The pool that goes with the stack; empty for one that is not the stack's to remove."""
     keep_pool: bool
 
 
@@ -103,10 +108,16 @@ class FolderLock:
         """Take the lock, waiting at most ``wait_s`` seconds.
 
         Raises:
-            InputError: Another process has it.
+            InputError: Another process has it, or the folder can't be made.
         """
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InputError(
+                f"The state folder {folder} can't be used ({error.strerror}): "
+                "choose another state_dir."
+            ) from error
         clock = SystemClock()
         end_s = clock.now_s() + wait_s
         while not _try_lock(file):
@@ -150,32 +161,69 @@ def _in_use(folder: Path) -> str:
 def clear(folder: Path) -> list[str]:
     """End and remove what a stack left whose supervisor is gone. The caller holds the lock.
 
-    A pid that belongs to another process by now is left alone.
-
-    Returns:
-        Names of the processes that still ran.
+    See `clear_recorded`; without a record there is nothing to clear.
     """
     record = read_record(folder)
-    if record is None:
-        return []
-    ended = []
-    for entry in reversed(record.processes):
-        if entry.process.is_alive() or entry.reaper.is_alive():
-            ended.append(entry.name)
-        _end(entry)
+    return [] if record is None else clear_recorded(folder, record)
+
+
+def clear_recorded(folder: Path, record: StackRecord) -> list[str]:
+    """End what a record names and still runs, and remove its files and the record itself.
+
+    A pid that belongs to another process by now is left alone. A file that can't be removed is
+    named on stderr: it must not keep the next stack from its folder.
+
+    Returns:
+        Names of the processes of which something still ran.
+    """
+    ended = [entry.name for entry in reversed(record.processes) if _end(entry)]
     if record.daemon is not None:
         _remove_files(record.daemon)
-    (folder / RECORD_NAME).unlink(missing_ok=True)
+    now = read_record(folder)
+    if now is None or now.supervisor == record.supervisor:  # not one that came after it
+        _remove(folder / RECORD_NAME)
     return ended
 
 
 def _remove_files(daemon: DaemonRecord) -> None:
-    """Remove a dead daemon's socket and pool; a living one, not ours, holds locks on them."""
-    if not _is_locked(Path(f"{daemon.socket}.lock")):
-        with contextlib.suppress(OSError):
-            Path(daemon.socket).unlink()
-    if not daemon.keep_pool and not _is_locked(Path(daemon.pool)):
-        Path(daemon.pool).unlink(missing_ok=True)
+    """Remove a dead daemon's socket and pool; a living one, not ours, holds locks on them.
+
+    A path alone proves nothing: what lies there now may be a file of the user's, so it goes only
+    if it is a socket, or begins as pools do.
+    """
+    socket, pool = Path(daemon.socket), Path(daemon.pool)
+    if daemon.socket and _is_socket(socket) and not _is_locked(Path(f"{socket}.lock")):
+        _remove(socket)
+    if daemon.pool and not daemon.keep_pool and is_pool(pool) and not _is_locked(pool):
+        _remove(pool)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except NotADirectoryError:
+        return  # nothing is there
+    except OSError as error:
+        print(f"kvkeep: {path} can't be removed ({error.strerror})", file=sys.stderr, flush=True)
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def is_pool(path: Path) -> bool:
+    """Whether a regular file, not a link to one, begins as a pool does; False if unreadable."""
+    magic = FILE_MAGIC.rstrip(b"\0")
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False
 
 
 def _is_locked(path: Path) -> bool:
@@ -189,13 +237,19 @@ def _is_locked(path: Path) -> bool:
         os.close(file)
 
 
-def _end(entry: ProcessRecord) -> None:
-    """End one process with all it started: by its reaper, or without where that is gone too."""
+def _end(entry: ProcessRecord) -> bool:
+    """End one process with all it started: by its reaper, or without where that is gone too.
+
+    Returns:
+        Whether anything of it still ran.
+    """
+    has_run = entry.process.is_alive() or entry.reaper.is_alive()
     if entry.reaper.is_alive():
-        os.kill(entry.reaper.pid, signal.SIGTERM)
-        if not wait_for_end(entry.reaper, STOP_GRACE_S + REAPER_SPARE_S):
-            os.kill(entry.reaper.pid, signal.SIGKILL)
-    end_session(entry.process)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry.reaper.pid, signal.SIGTERM)
+            if not wait_for_end(entry.reaper, STOP_GRACE_S + REAPER_SPARE_S):
+                os.kill(entry.reaper.pid, signal.SIGKILL)
+    return bool(end_session(entry.process)) or has_run
 
 
 def wait_for_end(process: ProcessId, timeout_s: float) -> bool:
@@ -221,7 +275,7 @@ def bring_down(folder: Path) -> list[str]:
         UnavailableError: It would not stop; ``kvkeep down`` may be run again.
     """
     record = read_record(folder)
-    if record is None and not (folder / LOCK_NAME).exists():
+    if record is None and not os.path.exists(folder / LOCK_NAME):
         return []
     running = []
     if record is not None:

@@ -6,6 +6,7 @@ in `kvkeep.stack.precedence`.
 """
 
 import itertools
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -214,6 +215,7 @@ def check_spec(spec: StackSpec) -> None:
     Raises:
         InputError: One sentence that names the field and the mend.
     """
+    _check_paths(spec)
     spec.daemon_settings()
     names: dict[str, int] = {}
     ports: dict[int, str] = {}
@@ -237,6 +239,13 @@ def check_spec(spec: StackSpec) -> None:
         _check_engine(engine, field)
         _check_tier(spec, engine, field)
     _check_layouts(spec)
+
+
+def _check_paths(spec: StackSpec) -> None:
+    for field, text in (("state_dir", spec.state_dir), ("daemon.socket", spec.daemon.socket)):
+        is_nobodys = text.startswith("~") and os.path.expanduser(text) == text
+        if is_nobodys or "\0" in text:
+            raise InputError(f"{field} = {text!r}: there can be no such path; write another.")
 
 
 def _check_engine(engine: EngineSpec, field: str) -> None:

@@ -8,14 +8,14 @@ a signal into an exception, and the ``with`` block does the rest. If this proces
 outright, the reapers see it and end what they watch.
 """
 
-import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
-from kvkeep.model.errors import InputError, KvkeepError
+from kvkeep.model.errors import InputError, KvkeepError, UnavailableError
 from kvkeep.stack.engines import Launch, Placement, launch_daemon, launch_engine
 from kvkeep.stack.machine import HOST, check_machine, free_port, has_gpu, size_pool
 from kvkeep.stack.models import Model, check_model, resolve_model
@@ -30,6 +30,7 @@ from kvkeep.stack.record import (
     StackRecord,
     State,
     clear,
+    clear_recorded,
     write_record,
 )
 from kvkeep.stack.spec import EngineSpec, StackSpec
@@ -41,7 +42,7 @@ class Stack:
     """One running stack; a context manager that is used once.
 
     ``engines`` holds the engines by name, in the order of the file. What `stop` removes: every
-    process, the socket, the record, and the pool unless ``daemon.keep_pool``; logs stay.
+    process, the socket, the record, and its own pool unless ``daemon.keep_pool``; logs stay.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class Stack:
             launcher: Makes an engine's command line; for engines kvkeep does not know.
         """
         folder = (state_dir or spec.state_path).expanduser().resolve()
-        self.spec = msgspec.structs.replace(spec, state_dir=str(folder))
+        self.spec = _with_whole_paths(msgspec.structs.replace(spec, state_dir=str(folder)))
         self.folder = folder
         self.engines: dict[str, EnginePart] = {}
         self._daemon: DaemonPart | None = None
+        self._is_pool_made = False
         self._progress = progress or Progress(quiet=True)
         self._launcher = launcher
         self._lock: FolderLock | None = None
@@ -117,7 +119,7 @@ class Stack:
         except BaseException as error:
             # Also Ctrl-C and SIGTERM: a half-started stack is stopped before anything else.
             reason = str(error) if isinstance(error, KvkeepError) else "It was interrupted."
-            self._fail(reason)
+            self.fail(reason)
             raise
 
     def _start(self) -> None:
@@ -144,7 +146,15 @@ class Stack:
         return model
 
     def _start_daemon(self) -> None:
-        Path(self.spec.socket_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(self.spec.socket_path).parent
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"daemon.socket = {self.spec.socket_path}: {folder} can't be made "
+                f"({error.strerror}); choose another path."
+            ) from error
+        self._is_pool_made = not os.path.lexists(self.spec.daemon_settings().pool_path)
         self._daemon = DaemonPart(
             lambda port: launch_daemon(self.spec, metrics_port=port),
             self.folder,
@@ -202,13 +212,28 @@ class Stack:
         return [*([self._daemon] if self._daemon else []), *self.engines.values()]
 
     def stop(self) -> None:
-        """Stop everything in reverse order of the start. Idempotent."""
+        """Stop everything in reverse order of the start. Idempotent.
+
+        It needs nothing of the state folder, which may be gone or full.
+        """
         if self._lock is None:
             return
         self._state = "stopping"
         self._write()
         self._end_processes()
-        clear(self.folder)
+        clear_recorded(self.folder, self.record())
+        self._unlock()
+
+    def fail(self, reason: str) -> None:
+        """Stop everything, and leave a record that says why. Does nothing after a stop."""
+        if self._lock is None:
+            return
+        self._end_processes()
+        clear(self.folder)  # also what an earlier stack left, if it came to nothing more
+        clear_recorded(self.folder, self.record())
+        self._state, self._error, self._doing = "failed", reason, {}
+        self._daemon, self.engines = None, {}
+        self._write()
         self._unlock()
 
     def _end_processes(self) -> None:
@@ -221,22 +246,25 @@ class Stack:
         if self._daemon is not None:
             self._daemon.stop()
 
-    def _fail(self, reason: str) -> None:
-        self._end_processes()
-        clear(self.folder)
-        self._state, self._error = "failed", reason
-        self._daemon, self.engines = None, {}
-        with contextlib.suppress(OSError):  # a full disk must not hide the reason
-            self._write()
-        self._unlock()
-
     def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.give_back()
             self._lock = None
 
     def _write(self) -> None:
-        write_record(self.folder, self.record())
+        """Write down what is; a stack that is up goes on where that fails.
+
+        Raises:
+            UnavailableError: It starts, and nobody could find what it started.
+        """
+        try:
+            write_record(self.folder, self.record())
+        except OSError as error:
+            if self._state == "starting":
+                raise UnavailableError(
+                    f"{self.folder} can't be written ({error.strerror}): "
+                    "make room, or choose another state_dir."
+                ) from error
 
     def record(self) -> StackRecord:
         """The stack as it is now, as it is written down."""
@@ -260,12 +288,37 @@ class Stack:
     def _daemon_record(self) -> DaemonRecord | None:
         if self._daemon is None:
             return None
+        was_ready = self._daemon.was_ready
         return DaemonRecord(
-            socket=self.spec.socket_path,
-            metrics_url=self._daemon.metrics_url if self._daemon.was_ready else "",
-            pool=str(self.spec.daemon_settings().pool_path),
+            socket=self._daemon.socket if was_ready else "",
+            metrics_url=self._daemon.metrics_url if was_ready else "",
+            pool=self._own_pool(self._daemon),
             keep_pool=self.spec.daemon.keep_pool,
         )
+
+    def _own_pool(self, daemon: DaemonPart) -> str:
+        """Path of the pool that goes with the stack; empty where it is not the stack's.
+
+        Its own is one that was not there before, and one that its daemon took over under the name
+        that follows from the stack's folder: that name no other daemon uses. Any other pool that
+        was there may have been left by a daemon for its next start.
+        """
+        settings = self.spec.daemon_settings()
+        is_named_after_folder = not self.spec.daemon.socket and not settings.pool
+        if self._is_pool_made or (is_named_after_folder and daemon.was_ready):
+            return str(settings.pool_path)
+        return ""
+
+
+def _with_whole_paths(spec: StackSpec) -> StackSpec:
+    """The daemon and the engines run in the state folder, and must mean the user's paths."""
+    socket, settings = spec.daemon.socket, dict(spec.daemon.settings)
+    if pool := settings.get("pool"):
+        settings["pool"] = os.path.abspath(os.path.expanduser(str(pool)))
+    if socket:
+        socket = os.path.abspath(os.path.expanduser(socket))
+    daemon = msgspec.structs.replace(spec.daemon, socket=socket, settings=settings)
+    return msgspec.structs.replace(spec, daemon=daemon)
 
 
 def _pid(process: StackProcess | None) -> int | None:

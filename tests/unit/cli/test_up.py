@@ -11,8 +11,9 @@ from kvkeep.cli import up as module
 from kvkeep.cli.main import main
 from kvkeep.model.errors import UnavailableError
 from kvkeep.stack.process import this_process
-from kvkeep.stack.record import StackRecord
-from kvkeep.stack.spec import StackSpec
+from kvkeep.stack.record import StackRecord, read_record
+from kvkeep.stack.spec import EngineSpec, StackSpec
+from kvkeep.stack.supervisor import Stack
 
 
 @pytest.fixture
@@ -70,58 +71,24 @@ def test_no_file_is_one_sentence(specs: list[StackSpec]) -> None:
     assert result.stderr.startswith("kvkeep up: none.yaml can't be read")
 
 
-class FakePart:
-    """A part that ended."""
-
-    def __init__(self, name: str) -> None:
-        self.name = self.title = name
-        self.process = self
-        self.log = "x.log"
-        self.restarts = 0
-
-    def why_failed(self) -> str:
-        return "it was killed"
-
-    def restart(self) -> None:
-        self.restarts += 1
-
-
-class FakeStack:
-    """A stack whose parts end by a plan."""
-
-    def __init__(self, *rounds: list[FakePart]) -> None:
-        self.rounds = list(rounds)
-        self.daemon: Any = next((part for ended in rounds for part in ended), None)
-
-    def ended(self) -> list[FakePart]:
-        return self.rounds.pop(0)
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WATCH_S", 0)
-
-
-def test_an_engine_that_ends_ends_the_stack() -> None:
-    """Whoever watches is told which engine ended, and why."""
-    stack: Any = FakeStack([], [FakePart("a")])
-
-    with pytest.raises(UnavailableError, match="a ended: it was killed"):
-        module._watch(stack)
-
-
-def test_a_daemon_that_ends_is_restarted_a_few_times(
-    capsys: pytest.CaptureFixture[str],
+def test_a_stack_that_ends_by_a_failure_leaves_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Engines go on without a daemon; one that keeps dying is left alone, and that is said once."""
-    daemon = FakePart("daemon")
-    stack: Any = FakeStack(*[[daemon]] * 6, [FakePart("a")])
+    """Whoever asks later is told which engine ended, and why."""
 
-    with pytest.raises(UnavailableError, match="a ended"):
-        module._watch(stack)
+    def end(stack: Any) -> None:
+        raise UnavailableError("engine a ended: it was killed")
 
-    assert daemon.restarts == module.DAEMON_RESTARTS_MAX
-    assert capsys.readouterr().err.count("the daemon stays down: it was killed") == 1
+    monkeypatch.setattr(module, "watch", end)
+    monkeypatch.setattr(Stack, "_start", lambda stack: None)
+    spec = StackSpec(name="s", state_dir=str(tmp_path), engines=[EngineSpec(name="a")])
+
+    with pytest.raises(UnavailableError):
+        module._run(spec, as_json=True, quiet=True)
+
+    record = read_record(tmp_path)
+    assert record is not None
+    assert (record.state, record.error) == ("failed", "engine a ended: it was killed")
 
 
 def test_a_detached_stack_gets_the_same_flags(
@@ -165,3 +132,35 @@ def test_a_ready_stack_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> N
     module._print(record, Path("/f"), as_json=True)
 
     assert json.loads(capsys.readouterr().out)["state"] == "ready"
+
+
+@pytest.mark.parametrize("flags", [[], ["--detach"]])
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--state-dir", "/dev/null/x"], "The state folder /dev/null/x can't be used (Not a dir"),
+        (["--set", "daemon.settings.pool=/dev/null/x"], "/dev/null is not a folder; choose"),
+        (["--set", "daemon.settings.pool=/dev"], "daemon.settings.pool = /dev: it is not a file"),
+        (["--set", "daemon.socket=/proc/zz/a.sock"], "/proc/zz can't be made"),
+        (["--set", "state_dir=~nobody-has-this-name/x"], "there can be no such path"),
+    ],
+)
+def test_a_path_that_can_t_be_is_one_sentence(
+    tmp_path: Path, flags: list[str], option: list[str], sentence: str
+) -> None:
+    """It is refused before anything starts, and `down` finds nothing to stop after it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        f"model: {tmp_path}/model\nstate_dir: {tmp_path}/state\n"
+        "daemon: {pool_bytes: 16MiB}\nengines: [{name: a, kv_cache_bytes: 1MiB}]\n"
+    )
+
+    up = CliRunner().invoke(main, ["up", str(file), "--quiet", *flags, *option])
+    down = CliRunner().invoke(main, ["down", str(file)])
+
+    assert up.exit_code == 2
+    assert sentence in up.stderr
+    assert up.stderr.count("\n") == 1
+    assert (down.exit_code, down.output) == (0, "nothing was up\n")

@@ -257,6 +257,9 @@ def test_a_list_in_the_environment_is_refused() -> None:
         ("{", "is not YAML"),
         ("- a", "is not a mapping: write fields such as `model: smollm2`."),
         ("#" * (1 << 20) + "##", "is larger than"),
+        ("a: " + "[" * 5000 + "]" * 5000, "is nested too deep"),
+        ("a: &a [*a]", "is nested too deep"),
+        ("yes: 1", "True is not the name of a field; YAML reads yes, no, on, off"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
@@ -277,3 +280,17 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str | None, sentence
 def test_every_example_is_a_stack_file(file: Path) -> None:
     """What the project shows can be started."""
     assert load_spec(file, environment={}).name == file.stem
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({True: 1}, "default: True is not the name of a field; YAML reads yes"),
+        ({1: 2}, "default: 1 is not the name of a field; YAML reads yes"),
+        (ONE | {"daemon": {1: 2}}, "daemon: a field's name must be text; YAML reads yes"),
+    ],
+)
+def test_a_key_that_is_no_text_is_one_sentence(values: dict[Any, Any], sentence: str) -> None:
+    """YAML reads `yes` and `on` as values, also where a field's name stands."""
+    with pytest.raises(InputError, match=sentence):
+        spec_of(values)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 from pathlib import Path
 
 import msgspec
@@ -18,9 +19,11 @@ from kvkeep.stack.record import (
     await_record,
     bring_down,
     clear,
+    clear_recorded,
     read_record,
     write_record,
 )
+from kvkeep.tiers.pool_inode import FILE_MAGIC
 
 GONE = ProcessId(this_process().pid, 1)
 """Our pid with another beginning: a stranger that was given it later."""
@@ -78,8 +81,9 @@ def leave(folder: Path, *, keep_pool: bool = False) -> DaemonRecord:
         pool=str(folder / "pool"),
         keep_pool=keep_pool,
     )
-    Path(daemon.socket).touch()
-    Path(daemon.pool).touch()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(daemon.socket)
+    Path(daemon.pool).write_bytes(FILE_MAGIC)
     entry = ProcessRecord(name="engine a", process=GONE, reaper=GONE, log="")
     make(folder, supervisor=GONE, daemon=daemon, processes=[entry])
     return daemon
@@ -91,6 +95,70 @@ def test_a_stranger_s_process_is_left_alone(tmp_path: Path) -> None:
 
     assert clear(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", [b"precious", b"", None])
+def test_what_is_no_pool_and_no_socket_stays(tmp_path: Path, what: bytes | None) -> None:
+    """A file or folder of the user's at a recorded path is never removed; the record is."""
+    daemon = leave(tmp_path)
+    for path in (Path(daemon.socket), Path(daemon.pool)):
+        path.unlink()
+        path.mkdir() if what is None else path.write_bytes(what)
+
+    clear(tmp_path)
+
+    assert {path.name for path in tmp_path.iterdir()} == {"d.sock", "pool"}
+
+
+def test_a_link_to_a_pool_stays(tmp_path: Path) -> None:
+    """A pool is where its daemon made it, never behind a link."""
+    daemon = leave(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    Path(daemon.pool).rename(elsewhere)
+    Path(daemon.pool).symlink_to(elsewhere)
+
+    clear(tmp_path)
+
+    assert (Path(daemon.pool).is_symlink(), elsewhere.exists()) == (True, True)
+
+
+@pytest.mark.parametrize("pool", ["", "/dev/null/x", "/dev"])
+def test_a_path_that_can_t_be_does_not_poison_the_folder(tmp_path: Path, pool: str) -> None:
+    """A record with an impossible pool is cleared like any other."""
+    daemon = DaemonRecord(socket="", metrics_url="", pool=pool, keep_pool=False)
+    make(tmp_path, supervisor=GONE, daemon=daemon)
+
+    assert clear(tmp_path) == []
+    assert read_record(tmp_path) is None
+
+
+def test_a_file_that_can_t_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without the right to remove is said, and is no reason to stop half-way."""
+    daemon = leave(tmp_path)
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == Path(daemon.pool):
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    clear(tmp_path)
+
+    assert read_record(tmp_path) is None
+    assert f"{daemon.pool} can't be removed (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_later_stack_s_record_stays(tmp_path: Path) -> None:
+    """Whoever lost its folder to another stack leaves that one's record."""
+    mine = make(tmp_path, supervisor=GONE)
+    theirs = make(tmp_path)
+
+    clear_recorded(tmp_path, mine)
+
+    assert read_record(tmp_path) == theirs
 
 
 def test_a_kept_pool_is_kept(tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 ORPHAN_GRACE_S = 5.0
 """Time to end well where the owner is dead: nobody waits for the result."""
+SETTLE_S = 1.0
+"""Time that the command's descendants have to end well once it is gone itself."""
+TRACKER_GRACE_S = 2.0
+"""Time that Python's resource trackers have after that to remove what the killed left."""
 SWEEP_S = 0.05
 CHECK_OWNER_S = 1.0
 """The channel tells at once; the owner's pid is asked as well, for a fork may hold the channel."""
@@ -71,6 +75,20 @@ def descendants(root: int) -> Iterator[int]:
         pid = found.pop()
         yield pid
         found.extend(children.get(pid, ()))
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether a process is the one that removes shared memory which Python programs leave.
+
+    multiprocessing starts it beside a program, and it ends by itself when the last of its users
+    has. Killed before, it leaves ``psm_*`` and ``sem.mp-*`` in /dev/shm for good.
+    Source: CPython 3.11, Lib/multiprocessing/resource_tracker.py, ``ensure_running``.
+    """
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"multiprocessing.resource_tracker" in file.read()
+    except OSError:
+        return False
 
 
 class Reaper:
@@ -118,7 +136,7 @@ class Reaper:
             self._reap()
         if self._code is None:
             self._stop(grace_s)
-        self._kill_rest()
+        self._end_rest()
         code = self._code if self._code is not None else 1
         self._tell({"code": code})
         return code
@@ -166,16 +184,28 @@ class Reaper:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
 
-    def _kill_rest(self) -> None:
-        """Kill whatever is left, again and again, for it may fork meanwhile."""
+    def _end_rest(self) -> None:
+        """End whatever is left: politely, then by force, and those that tidy up last."""
+        self._signal_until(signal.SIGTERM, SETTLE_S, trackers=False)
+        self._signal_until(signal.SIGKILL, TRACKER_GRACE_S, trackers=False)
+        self._signal_until(signal.SIGKILL, None, trackers=True)
+
+    def _signal_until(self, number: int, limit_s: float | None, *, trackers: bool) -> None:
+        """Send a signal again and again, for they may fork, until none is left or time is up."""
+        end_s = None if limit_s is None else time.perf_counter() + limit_s
+        asked: set[int] = set()
         while True:
             self._reap()
             left = list(descendants(os.getpid()))
-            if not left:
+            if not left or (end_s is not None and time.perf_counter() > end_s):
                 return
             for pid in left:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+                if pid in asked and number != signal.SIGKILL:
+                    continue
+                if trackers or not is_tracker(pid):
+                    asked.add(pid)
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, number)
             self._wait_quietly(SWEEP_S)
 
 
