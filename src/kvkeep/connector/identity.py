@@ -8,6 +8,8 @@ holds a number drawn at this start, so that nothing is shared rather than someth
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -113,9 +115,16 @@ def derive(
     secret: TenantSecret | None = None,
 ) -> Namespace:
     """The namespace of this engine's blocks, the same on every host for the same model."""
+    return derive_namespace(layout, _identity(vllm_config, settings, secret), settings.tenant)
+
+
+def _identity(
+    vllm_config: Any, settings: ConnectorSettings, secret: TenantSecret | None
+) -> dict[str, str]:
+    """Everything but the layout that decides a block's bytes, by name (decision 0017)."""
     model = vllm_config.model_config
     config = _config_text(model)
-    identity = {
+    return {
         "weights": settings.model_identity or _weights_identity(vllm_config),
         "draft": _draft_identity(vllm_config, settings),
         "config": config,
@@ -124,7 +133,33 @@ def derive(
         "numerics": json.dumps(_numerics(vllm_config, config), sort_keys=True),
         "tenant_secret": "" if secret is None else secret.fingerprint,
     }
-    return derive_namespace(layout, identity, settings.tenant)
+
+
+def describe(
+    vllm_config: Any,
+    layout: KvLayout,
+    settings: ConnectorSettings,
+    secret: TenantSecret | None = None,
+) -> list[m.IdentityPart]:
+    """What the namespace is made of, in words: only shown, to explain misses."""
+    words = {f"layout.{name}": str(value) for name, value in asdict(layout).items()}
+    for name, value in _identity(vllm_config, settings, secret).items():
+        if name in ("config", "numerics"):
+            fields = json.loads(value)
+            words |= {f"{name}.{field}": json.dumps(fields[field]) for field in sorted(fields)}
+        else:
+            words[name] = value
+    words["tenant"] = settings.tenant
+    parts = [m.IdentityPart(name[: m.NAME_MAX], _cut(words[name])) for name in words]
+    return parts[: m.IDENTITY_PARTS_MAX]
+
+
+def _cut(value: str) -> str:
+    """A value short enough to be sent; of a long one its start, and a digest of the whole."""
+    if len(value) <= m.NAME_MAX:
+        return value
+    digest = hashlib.blake2b(value.encode(), digest_size=8).hexdigest()
+    return f"{value[: m.NAME_MAX - len(digest) - 4]}... {digest}"
 
 
 def _model_config(model: Any) -> dict[str, Any]:
@@ -210,8 +245,8 @@ def _draft_identity(vllm_config: Any, settings: ConnectorSettings) -> str:
 def _numerics(vllm_config: Any, config: str) -> dict[str, str]:
     """Settings of the engine that change what is computed; what is as usual is left out.
 
-    Not what only changes the order in which the same numbers are added: parallel sizes, compilation,
-    batch sizes, the kernels that vLLM picks for a device.
+    Not what only changes the order in which the same numbers are added: parallel sizes, batch
+    sizes, compilation, the kernels that vLLM picks for a device.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     found: dict[str, Any] = {
