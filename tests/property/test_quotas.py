@@ -13,7 +13,7 @@ from kvkeep.core.eviction.base import EvictionPolicy
 from kvkeep.core.eviction.lru import LruPolicy
 from kvkeep.core.eviction.s3fifo import S3FifoPolicy
 from kvkeep.core.node import NodeState
-from kvkeep.core.quotas import make_accounts
+from kvkeep.core.quotas import OTHERS, make_accounts
 from kvkeep.model.ids import BlockHash, Holder, LeaseId, Namespace
 from kvkeep.model.tenant import TAG_BYTES, tag_of
 
@@ -94,7 +94,7 @@ class Pool:
 
     def _name(self, namespace: Namespace) -> str:
         tags = {tag_of(account.name): account.name for account in self.ledger.accounts.tenants}
-        return tags.get(namespace[-TAG_BYTES:], "")
+        return tags.get(namespace[-TAG_BYTES:], OTHERS)
 
     def _evictable(self) -> dict[int, str]:
         """Owner's name by slot."""
@@ -106,7 +106,7 @@ class Pool:
 
     def _held(self) -> dict[str, int]:
         names = [self._name(slot.key.namespace) for slot in self.ledger.slots if slot.key]
-        return {name: names.count(name) for name in ("", "a", "b", "c")}
+        return {name: names.count(name) for name in (OTHERS, "a", "b", "c")}
 
     def _judge(
         self,

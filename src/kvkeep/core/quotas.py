@@ -20,6 +20,8 @@ from kvkeep.model.tenant import TAG_BYTES, tag_of
 
 TENANTS_MAX = 64
 """With a share of their own."""
+OTHERS = "others"
+"""Name of the account of all tenants without a share of their own."""
 
 
 class Account:
@@ -31,7 +33,7 @@ class Account:
         """Hold nothing.
 
         Args:
-            name: Of the tenant; empty of those without a share of their own.
+            name: Of the tenant, or ``OTHERS``.
             quota: Slots, at least 0.
             policy: Of this account alone; knows its READY slots.
         """
@@ -77,9 +79,9 @@ class Accounts:
         num_left = num_slots - sum(account.quota for account in tenants)
         if num_left < 0 or len(tenants) > TENANTS_MAX:
             raise ValueError(f"shares don't fit the pool. tenants={len(tenants)} left={num_left}")
-        self.others = Account("", num_left, policy)
+        self.others = Account(OTHERS, num_left, policy)
         self.tenants = tuple(tenants)
-        self._canaries = Account("", num_slots, LruPolicy())
+        self._canaries = Account("canaries", num_slots, LruPolicy())
         """Held while a worker runs, never READY, and owed to it whoever fills the pool."""
         self._by_tag = {tag_of(account.name): account for account in tenants}
 

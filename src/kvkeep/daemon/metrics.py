@@ -63,6 +63,12 @@ GAUGES = {
 }
 """Name to help text."""
 
+TENANT_GAUGES = {
+    "tenant_blocks": "blocks in the pool of a tenant with a quota; `others`: of all without",
+    "tenant_quota_blocks": "blocks that a tenant can count on",
+}
+"""Name to help text; one value for each tenant that the settings name, and one for all others."""
+
 
 class Metrics(Collector):
     """Counts, and renders what it and the ledger counted."""
@@ -121,6 +127,17 @@ class Metrics(Collector):
         values["uptime_s"] = self._clock.now_s() - self._begun_s
         return values
 
+    def tenants(self) -> dict[str, dict[str, int]]:
+        """What each tenant with a quota, and all others, hold of the pool and can count on."""
+        node = self._shell.node
+        if node is None:
+            return {}
+        accounts = node.ledger.accounts
+        return {
+            account.name: dict(zip(TENANT_GAUGES, (account.num_held, account.quota), strict=True))
+            for account in (*accounts.tenants, accounts.others)
+        }
+
     def status(self) -> dict[str, object]:
         """Everything a person or a script asks first."""
         pool = self._shell.pool
@@ -138,6 +155,7 @@ class Metrics(Collector):
             },
             "movement": None if self.movement is None else self.movement.status(),
             "workers": self._shell.num_workers,
+            "tenants": self.tenants(),
             "gauges": self.gauges(),
             "counters": self.counters(),
         }
@@ -153,3 +171,9 @@ class Metrics(Collector):
             yield CounterMetricFamily(f"kvkeep_{name}", text, value=values[name])
         for name, value in self.gauges().items():
             yield GaugeMetricFamily(f"kvkeep_{name}", GAUGES[name], value=value)
+        tenants = self.tenants()
+        for name, text in TENANT_GAUGES.items():
+            family = GaugeMetricFamily(f"kvkeep_{name}", text, labels=["tenant"])
+            for tenant, found in tenants.items():
+                family.add_metric([tenant], found[name])
+            yield family

@@ -167,7 +167,8 @@ async def _serve(
 ) -> None:
     """Serve until told to stop, or until something happens that the core rules out."""
     clock = SystemClock()
-    shell = Shell(pool, clock, S3FifoPolicy if settings.eviction == "s3fifo" else _lru)
+    policy = S3FifoPolicy if settings.eviction == "s3fifo" else _lru
+    shell = Shell(pool, clock, policy, settings.quotas)
     metrics = Metrics(shell, clock)
     movement = Movement(settings, shell, clock, metrics.count)
     metrics.movement = movement

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from kvkeep.daemon.tier_settings import AnyTierSettings, with_sizes
+from kvkeep.core.quotas import OTHERS, TENANTS_MAX
+from kvkeep.daemon.tier_settings import AnyTierSettings, Share, with_sizes
 from kvkeep.model.errors import InputError
 from kvkeep.model.sizes import parse_bytes
 
@@ -30,6 +31,9 @@ def runtime_folder() -> Path:
     """Where sockets of this user live: private, and gone after a reboot."""
     base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     return Path(base) / f"kvkeep-{os.getuid()}"
+
+
+TenantName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
 class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,12 +57,21 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which block of the pool makes room first: the least recently used, or S3-FIFO."""
     planner: Literal["auto", "load", "recompute"] = "auto"
     """Whether blocks of lower tiers are loaded: where measured faster, always, or never."""
+    quotas: dict[TenantName, Share] = {}
+    """Share of the pool by tenant, as engines name it (``tenant``): what it can count on, not a
+    limit. The others share what is left; together at most 1."""
     tiers: list[AnyTierSettings] = []
     """Where blocks go below the pool, the fastest first; each has a ``kind``."""
 
     def __post_init__(self) -> None:
         if "\0" in self.socket + self.pool:
             raise ValueError("a path holds no zero byte: write another socket or pool")
+        if OTHERS in self.quotas:
+            raise ValueError(f"quotas can't name {OTHERS!r}, which stands for all it does not name")
+        if not sum(self.quotas.values()) <= 1 + 1e-9:
+            raise ValueError("quotas are more than 1 together: lower a share")
+        if len(self.quotas) > TENANTS_MAX:
+            raise ValueError(f"quotas names more than {TENANTS_MAX} tenants: leave some out")
         if len(self.socket_path.encode()) > SOCKET_PATH_BYTES_MAX:
             raise ValueError(
                 f"socket has more than {SOCKET_PATH_BYTES_MAX} bytes, the limit of Unix sockets: "

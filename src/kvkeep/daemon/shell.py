@@ -7,7 +7,7 @@ sessions' own writers; watching a process costs one descriptor (pidfd_open, Linu
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
@@ -15,6 +15,7 @@ from kvkeep.core.blocks import BlockState
 from kvkeep.core.eviction.base import EvictionPolicy
 from kvkeep.core.eviction.lru import LruPolicy
 from kvkeep.core.node import NodeState
+from kvkeep.core.quotas import make_accounts
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InvariantError, RefusedError
 from kvkeep.model.ids import UNKNOWN_PID, BlockKey
@@ -35,6 +36,7 @@ class Shell:
         pool: PoolFile,
         clock: Clock,
         new_policy: Callable[[int], EvictionPolicy] | None = None,
+        quotas: Mapping[str, float] | None = None,
     ) -> None:
         """Take a pool.
 
@@ -42,8 +44,10 @@ class Shell:
             pool: Nobody else marks its slots.
             clock: Monotonic.
             new_policy: Given the number of slots, makes what orders eviction; LRU if None.
+            quotas: Shares of the pool by tenant.
         """
         self.pool = pool
+        self._quotas = quotas or {}
         self._new_policy = new_policy
         self.node: NodeState | None = None
         self._clock = clock
@@ -85,9 +89,9 @@ class Shell:
     def _begin_node(self) -> None:
         geometry = self.pool.geometry
         assert geometry is not None
-        make = self._new_policy
-        policy = LruPolicy() if make is None else make(geometry.num_slots)
-        self.node = NodeState(geometry.num_slots, geometry.layout.num_heads, policy)
+        num_slots, make = geometry.num_slots, self._new_policy or (lambda _: LruPolicy())
+        tenants = make_accounts(num_slots, self._quotas, make)
+        self.node = NodeState(num_slots, geometry.layout.num_heads, make(num_slots), tenants)
 
     def recover(self, find_intact: Callable[[Sequence[int]], Set[int]]) -> tuple[int, int]:
         """Rebuild the ledger from the headers of a pool that an earlier daemon left.

@@ -6,11 +6,11 @@ from typing import get_args
 
 import msgspec
 
-from kvkeep.daemon.metrics import COUNTERS, GAUGES
+from kvkeep.daemon.metrics import COUNTERS, GAUGES, TENANT_GAUGES
 from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
 from kvkeep.daemon.tier_settings import AnyTierSettings, TierSettings
 
-FILE_ONLY = frozenset({"tiers"})
+FILE_ONLY = frozenset({"quotas", "tiers"})
 """Settings that fit neither a variable nor a flag."""
 
 
@@ -58,6 +58,9 @@ def metrics_table() -> str:
     lines = ["| metric | kind | meaning |", "|---|---|---|"]
     lines += [f"| `kvkeep_{name}_total` | counter | {text} |" for name, text in COUNTERS.items()]
     lines += [f"| `kvkeep_{name}` | gauge | {text} |" for name, text in GAUGES.items()]
+    lines += [
+        f"| `kvkeep_{name}{{tenant}}` | gauge | {text} |" for name, text in TENANT_GAUGES.items()
+    ]
     return "\n".join(lines)
 
 

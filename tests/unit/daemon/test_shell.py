@@ -10,12 +10,14 @@ import pytest
 
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
+from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.recovery import recover
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError, InvariantError, RefusedError
 from kvkeep.model.ids import UNKNOWN_PID, BlockHash, Holder, Namespace
 from kvkeep.model.layout import KvLayout
+from kvkeep.model.tenant import tag_of
 from kvkeep.tiers.shared_memory import WRITERS_MAX, PoolFile
 
 LAYOUT = KvLayout(2, 2, 512, 16, "bfloat16", "test")
@@ -196,3 +198,34 @@ async def test_a_broken_shell_formats_nothing(
         shell.open_layout(LAYOUT)
 
     assert sum(1 for _, header in shell.pool.scan() if header is not None) == 4
+
+
+async def test_quotas_hold_over_a_restart(tmp_path: Path) -> None:
+    """Whose a recovered block is, its namespace says; the figures are shown by tenant."""
+    mine = Namespace(bytes(24) + tag_of("mine"))
+    shell = Shell(PoolFile.open(tmp_path / "pool", POOL_BYTES), SystemClock())
+    shell.open_layout(LAYOUT)
+    reply = shell.handle(on.StoreAsked(0, ME, mine, 0, HASHES, 3, FAR_S))
+    assert isinstance(reply, do.ReplyStore)
+    shell.handle(on.StoreFinished(0, ME, reply.lease_id, [True] * 4))
+    store(shell)
+    shell.close()
+    again = Shell(
+        PoolFile.open(shell.pool.path, POOL_BYTES), SystemClock(), quotas={"mine": 0.25, "x": 0.5}
+    )
+    again.recover(set)
+    assert again.node is not None
+    num_slots = len(again.node.ledger.slots)
+    found = Metrics(again, SystemClock())
+
+    assert found.tenants() == {
+        "mine": {"tenant_blocks": 4, "tenant_quota_blocks": num_slots // 4},
+        "x": {"tenant_blocks": 0, "tenant_quota_blocks": num_slots // 2},
+        "others": {
+            "tenant_blocks": 4,
+            "tenant_quota_blocks": num_slots - num_slots // 4 - num_slots // 2,
+        },
+    }
+    samples = [sample for family in found.collect() for sample in family.samples]
+    assert [s.value for s in samples if s.labels == {"tenant": "mine"}] == [4.0, num_slots // 4]
+    again.close()
