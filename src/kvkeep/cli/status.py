@@ -1,20 +1,22 @@
-"""``kvkeep status``: what a daemon holds and has done."""
+"""``kvkeep status``: what a stack runs, and what a daemon holds and has done."""
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import click
 import httpx
-from rich.console import Console
-from rich.table import Table
 
+from kvkeep.cli.target import describe, find_folder
+from kvkeep.cli.target import show as show_stack
 from kvkeep.client.connection import Connection
 from kvkeep.daemon.metrics import COUNTERS
 from kvkeep.daemon.settings import load_settings
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.protocol import messages as m
 from kvkeep.protocol.versions import VERSION
+from kvkeep.stack.record import StackRecord, require_ready
 
 TIMEOUT_S = 5.0
 """For the whole answer: a daemon answers within milliseconds or is frozen."""
@@ -22,18 +24,45 @@ _SCALES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"
 
 
 @click.command()
+@click.argument("stack", required=False)
+@click.option("--state-dir", type=click.Path(path_type=Path), help="The stack's state folder.")
 @click.option("--socket", help="Control socket of the daemon; by default this user's own.")
 @click.option("--url", help="Address of its metrics port instead, such as http://127.0.0.1:9100.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-def status(socket: str | None, url: str | None, as_json: bool) -> None:
-    """Show the pool, the leases and the counters of a daemon."""
-    if socket is not None and url is not None:
-        raise InputError("give either --socket or --url, not both")
+def status(
+    stack: str | None, state_dir: Path | None, socket: str | None, url: str | None, as_json: bool
+) -> None:
+    """Show the pool, the leases and the counters of a daemon.
+
+    With STACK, a name or a stack file, of that stack's daemon, and where its engines are.
+    """
+    if sum(given is not None for given in (stack, socket, url)) > 1:
+        raise InputError("name one daemon: by a stack, by --socket or by --url")
+    if stack is not None:
+        folder = find_folder(stack, state_dir)
+        _show_stack_status(require_ready(folder), folder, as_json)
+        return
+    if state_dir is not None:
+        raise InputError("--state-dir belongs to a stack: name the stack too")
     found = _ask_url(url) if url is not None else _ask_socket(socket)
     if as_json:
         click.echo(json.dumps(found))
     else:
-        show(found, Console())
+        show(found)
+
+
+def _show_stack_status(record: StackRecord, folder: Path, as_json: bool) -> None:
+    """Show a stack, and the status of its daemon if it has one of its own."""
+    told = {"stack": describe(record, folder)}
+    if not as_json:
+        show_stack(record, folder)
+    if record.daemon is not None:
+        found = _ask_socket(record.daemon.socket)
+        told |= found
+        if not as_json:
+            show(found)
+    if as_json:
+        click.echo(json.dumps(told))
 
 
 def _ask_socket(socket: str | None) -> dict[str, Any]:
@@ -42,7 +71,7 @@ def _ask_socket(socket: str | None) -> dict[str, Any]:
         connection = Connection.open(path, m.Hello(VERSION, "tool", "status"), TIMEOUT_S)
     except UnavailableError as error:
         raise UnavailableError(
-            f"{error}: start one with kvkeep daemon, or name --socket"
+            f"{error}: start one with kvkeep daemon, or name a stack or --socket"
         ) from error
     try:
         request = m.GetStatus(connection.next_request_id())
@@ -65,29 +94,43 @@ def _ask_url(url: str) -> dict[str, Any]:
     return found
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Print a status for a person; counters that are zero are left out."""
+def show(found: dict[str, Any]) -> None:
+    """Print a status for a person; counters that are zero are left out.
+
+    One line each, whole at any width: a path that is cut can't be used.
+    """
     pool, gauges, counters = found["pool"], found["gauges"], found["counters"]
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("pool", f"{pool['path']}, {readable_bytes(pool['bytes'])}")
-    table.add_row("daemon", f"version {found['version']}, generation {found['generation']}, "
-                  f"up {gauges['uptime_s']:.0f} s")  # fmt: skip
-    if pool["layout"] is None:
-        table.add_row("blocks", "none yet: no engine has come")
-    else:
-        layout = pool["layout"]
-        table.add_row(
-            "blocks",
-            f"{gauges['slots_ready']:.0f} ready of {gauges['slots']:.0f}, "
-            f"{readable_bytes(pool['block_bytes'])} each, {layout['block_tokens']} tokens, "
-            f"{layout['dtype']}",
-        )
-    table.add_row("engines", f"{found['workers']} workers, {gauges['read_leases']:.0f} read leases,"
-                  f" {gauges['write_leases']:.0f} write leases")  # fmt: skip
+    rows = [
+        ("pool", f"{pool['path']}, {readable_bytes(pool['bytes'])}"),
+        (
+            "daemon",
+            f"version {found['version']}, generation {found['generation']}, "
+            f"up {gauges['uptime_s']:.0f} s",
+        ),
+        ("blocks", _describe_blocks(pool, gauges)),
+        (
+            "engines",
+            f"{found['workers']} workers, {gauges['read_leases']:.0f} read leases, "
+            f"{gauges['write_leases']:.0f} write leases",
+        ),
+    ]
     for name, value in counters.items():
         if value:
-            table.add_row(name, f"{value:,}  {COUNTERS.get(name, '')}")
-    console.print(table)
+            rows.append((name, f"{value:,}  {COUNTERS.get(name, '')}"))
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        click.echo(f"{name:<{width}}  {text}".rstrip())
+
+
+def _describe_blocks(pool: dict[str, Any], gauges: dict[str, float]) -> str:
+    layout = pool["layout"]
+    if layout is None:
+        return "none yet: no engine has come"
+    return (
+        f"{gauges['slots_ready']:.0f} ready of {gauges['slots']:.0f}, "
+        f"{readable_bytes(pool['block_bytes'])} each, {layout['block_tokens']} tokens, "
+        f"{layout['dtype']}"
+    )
 
 
 def readable_bytes(num_bytes: int) -> str:

@@ -40,6 +40,11 @@ class Task:
             print(f"{self._title}: {doing}", file=sys.stderr, flush=True)
         return has_changed
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has said what it does."""
+        return self._doing != ""
+
     def finish(self, outcome: str) -> None:
         """Show the end of it; only the first call counts."""
         if self._is_finished:
@@ -102,6 +107,7 @@ class Progress:
             try:
                 yield task
             except BaseException:
-                task.finish("stopped")
+                # What never began to do something did not stop either; the error says the rest.
+                task.finish("stopped" if task.has_begun else "")
                 raise
             task.finish(f"done in {self._clock.now_s() - begun_s:.1f} s")

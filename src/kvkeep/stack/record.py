@@ -347,17 +347,47 @@ def _require_hope(
     Raises:
         UnavailableError: The reason; empty where the supervisor ended without a record.
     """
-    if record is not None and record.state == "failed":
-        raise UnavailableError(record.error)
-    if supervisor is not None:
-        if supervisor.poll() is not None:
-            raise UnavailableError("")
-    elif record is None:
+    if supervisor is None:
+        require_alive(folder, record)
+    elif record is not None and record.state == "failed":
+        raise UnavailableError(_why_failed(record))
+    elif supervisor.poll() is not None:
+        raise UnavailableError("")
+
+
+def require_alive(folder: Path, record: StackRecord | None) -> StackRecord:
+    """The record of a stack whose supervisor runs.
+
+    Raises:
+        UnavailableError: There is none; the reason and what to do.
+    """
+    if record is None:
         raise UnavailableError(
             f"No stack is up or starting in {folder}: start it with `kvkeep up`."
         )
-    elif not record.supervisor.is_alive():
+    if record.state == "failed":
+        raise UnavailableError(_why_failed(record))
+    if not record.supervisor.is_alive():
         raise UnavailableError(
             f"The stack {record.name} crashed: its supervisor is gone; `kvkeep down {record.name}` "
             "clears what it left."
         )
+    return record
+
+
+def require_ready(folder: Path) -> StackRecord:
+    """The record of a stack that is ready now.
+
+    Raises:
+        UnavailableError: It is not; the reason and what to do.
+    """
+    record = require_alive(folder, read_record(folder))
+    if record.state != "ready":
+        raise UnavailableError(
+            f"The stack {record.name} is {record.state}: `kvkeep wait {record.name}` waits for it."
+        )
+    return record
+
+
+def _why_failed(record: StackRecord) -> str:
+    return record.error or f"The stack {record.name} failed, and nothing says why: see its logs."

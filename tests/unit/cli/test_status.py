@@ -1,14 +1,16 @@
 """How a status looks to a person; asking a real daemon is in tests/integration."""
 
-import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 from kvkeep.cli.main import main
 from kvkeep.cli.status import readable_bytes, show
+from kvkeep.stack.process import ProcessId, this_process
+from kvkeep.stack.record import EngineRecord, StackRecord, write_record
 
 STATUS: dict[str, Any] = {
     "version": "0.1.0",
@@ -31,27 +33,31 @@ STATUS: dict[str, Any] = {
 }
 
 
-def shown(status: dict[str, Any]) -> str:
-    """What a person sees."""
-    out = io.StringIO()
-    show(status, Console(file=out, width=120))
-    return out.getvalue()
-
-
-def test_a_person_sees_what_is_held_and_what_was_done() -> None:
+def test_a_person_sees_what_is_held_and_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
     """Sizes have units; counters that never moved are left out."""
-    text = shown(STATUS)
+    show(STATUS)
+    text = capsys.readouterr().out
 
     assert "17 ready of 2900, 720.0 KiB each, 32 tokens" in text
     assert "12,345" in text
     assert "blocks_evicted" not in text
 
 
-def test_a_daemon_without_engines_says_so() -> None:
+def test_a_path_is_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """A path stands whole on its line, however narrow the terminal is."""
+    path = f"/dev/shm/{'long-' * 40}.pool"
+    show(STATUS | {"pool": STATUS["pool"] | {"path": path}})
+
+    assert f"  {path}, 2.0 GiB\n" in capsys.readouterr().out
+
+
+def test_a_daemon_without_engines_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """Before the first engine there is no layout, and that is not an error."""
     pool = STATUS["pool"] | {"layout": None, "block_bytes": 0}
 
-    assert "no engine has come" in shown(STATUS | {"pool": pool})
+    show(STATUS | {"pool": pool})
+
+    assert "no engine has come" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,10 @@ def test_sizes_are_readable(num_bytes: int, text: str) -> None:
     ("arguments", "sentence"),
     [
         (["--socket", "/nowhere/d.sock"], "start one with kvkeep daemon"),
-        (["--socket", "a", "--url", "b"], "not both"),
+        (["--socket", "a", "--url", "b"], "name one daemon"),
+        (["s", "--url", "b"], "name one daemon"),
+        (["--state-dir", "a"], "name the stack too"),
+        (["s", "--state-dir", "/nowhere"], "No stack is up or starting in /nowhere"),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(arguments: list[str], sentence: str) -> None:
@@ -76,3 +85,40 @@ def test_bad_input_is_one_sentence_and_code_2(arguments: list[str], sentence: st
     assert done.exit_code == 2
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"state": "failed", "error": "engine a ended: no memory"}, "engine a ended: no memory"),
+        ({"state": "failed"}, "failed, and nothing says why: see its logs"),
+        ({"state": "starting"}, "The stack s is starting: `kvkeep wait s` waits for it."),
+        ({"supervisor": ProcessId(1, 0)}, "`kvkeep down s` clears what it left"),
+    ],
+)
+def test_a_stack_that_is_not_up_says_why(
+    tmp_path: Path, fields: dict[str, Any], sentence: str
+) -> None:
+    """Asked by its name, a stack that failed or crashed tells the reason."""
+    known: dict[str, Any] = {"state": "ready", "supervisor": this_process()}
+    write_record(tmp_path, StackRecord(name="s", model="m", **(known | fields)))
+
+    done = CliRunner().invoke(main, ["status", "s", "--state-dir", str(tmp_path)])
+
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+
+
+def test_a_stack_without_a_daemon_shows_its_engines(tmp_path: Path) -> None:
+    """There is no pool to tell of, and that is no error."""
+    engines = [EngineRecord(name="a", url="http://127.0.0.1:1", pid=None)]
+    write_record(
+        tmp_path,
+        StackRecord(name="s", state="ready", supervisor=this_process(), model="m", engines=engines),
+    )
+
+    person = CliRunner().invoke(main, ["status", "s", "--state-dir", str(tmp_path)])
+    machine = CliRunner().invoke(main, ["status", "s", "--state-dir", str(tmp_path), "--json"])
+
+    assert (person.exit_code, person.output.splitlines()[0]) == (0, "stack s is ready")
+    assert json.loads(machine.output)["stack"]["engines"] == {"a": "http://127.0.0.1:1"}

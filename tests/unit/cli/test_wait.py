@@ -31,7 +31,9 @@ def test_no_stack_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Waiting for what nobody starts ends with exit code 2 and says so."""
     monkeypatch.setattr(records, "APPEAR_S", 0.0)
 
-    result = CliRunner().invoke(main, ["wait", "s", "--state-dir", str(tmp_path), "--quiet"])
+    result = CliRunner().invoke(main, ["wait", "s", "--state-dir", str(tmp_path)])
 
     assert result.exit_code == 2
-    assert result.stderr.startswith("kvkeep wait: No stack is up or starting in")
+    assert result.stderr == (
+        f"kvkeep wait: No stack is up or starting in {tmp_path}: start it with `kvkeep up`.\n"
+    )

@@ -37,12 +37,25 @@ def test_a_task_that_fails_is_not_done(capsys: pytest.CaptureFixture[str]) -> No
     """An error is not shown as success, and goes on to the caller."""
 
     def fail() -> None:
-        with Progress(clock=StoppedClock()).task("model m"):
+        with Progress(clock=StoppedClock()).task("model m") as task:
+            task.say("reading")
             raise LookupError
 
     with pytest.raises(LookupError):
         fail()
-    assert capsys.readouterr().err == "model m: stopped\n"
+    assert capsys.readouterr().err == "model m: reading\nmodel m: stopped\n"
+
+
+def test_what_never_began_is_not_said_to_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    """Waiting for what is not there is an error, and no more than that."""
+
+    def fail() -> None:
+        with Progress(clock=StoppedClock()).task("stack s"):
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_gets_bars() -> None:
