@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "check": "kvkeep.cli.check:check",
     "status": "kvkeep.cli.status:status",
     "daemon": "kvkeep.cli.daemon:daemon",
+    "cache": "kvkeep.cli.cache:cache",
 }
 """``module:function`` by command, in the order in which a newcomer needs them."""
 

@@ -14,6 +14,7 @@ from kvkeep.daemon.tier_settings import (
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InputError
 from kvkeep.tiers.base import BATCH_MAX, Registers, Tier
+from kvkeep.tiers.disk.tier import DiskTier
 from kvkeep.tiers.io_queue import QueueLimits, TierQueue
 from kvkeep.tiers.wrappers.compressed import CompressedTier
 from kvkeep.tiers.wrappers.encrypted import EncryptedTier
@@ -51,6 +52,8 @@ def open_tier(settings: AnyTierSettings, value_bytes: int, clock: Clock) -> Lowe
         found = verified.counts()
         if isinstance(sealed, (EncryptedTier, CompressedTier)):
             found |= {f"sealed_{reason}": number for reason, number in sealed.counts().items()}
+        if isinstance(inner, DiskTier):
+            found["wrong_on_disk"] = inner.num_rotten
         return found
 
     admission = AdmissionSettings(
@@ -91,8 +94,6 @@ def open_medium(settings: AnyTierSettings, value_bytes_max: int) -> Tier:
     """
     match settings:
         case DiskTierSettings():
-            from kvkeep.tiers.disk.tier import DiskTier
-
             folder = Path(settings.folder).expanduser()
             return DiskTier(folder, settings.capacity_bytes, value_bytes_max)
         case ValkeyTierSettings():

@@ -1,0 +1,71 @@
+"""What several commands share: a session with a daemon, and its answers piece by piece."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from kvkeep.client.connection import Connection
+from kvkeep.daemon.settings import load_settings
+from kvkeep.model.clock import SystemClock
+from kvkeep.model.errors import UnavailableError
+from kvkeep.protocol import messages as m
+from kvkeep.protocol.versions import VERSION
+
+GREETING_S = 5.0
+"""A daemon greets within milliseconds or is frozen."""
+PATIENCE_S = 120.0
+"""For the next piece of an answer: a far store may take long to list its names."""
+
+
+@contextlib.contextmanager
+def asked_daemon(socket: str | None, why: str) -> Iterator[Connection]:
+    """A session with the daemon of a socket, by default this user's own.
+
+    Raises:
+        UnavailableError: Nobody answers there.
+    """
+    path = load_settings(None, os.environ, {"socket": socket} if socket else {}).socket_path
+    try:
+        connection = Connection.open(path, m.Hello(VERSION, "tool", why), GREETING_S)
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"{error}: start one with kvkeep daemon, or name --socket"
+        ) from error
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def ask_status(connection: Connection) -> dict[str, Any]:
+    """What ``GET /status`` answers."""
+    request = m.GetStatus(connection.next_request_id())
+    found: dict[str, Any] = json.loads(connection.call(request, m.Status, GREETING_S).text)
+    return found
+
+
+def told(connection: Connection, request: m.Message) -> Iterator[dict[str, Any]]:
+    """Every piece of the answer to a question about tiers or misses, as it comes.
+
+    Raises:
+        UnavailableError: The daemon could not do it, in its words, or does not answer.
+    """
+    connection.send(request)
+    request_id = getattr(request, "request_id")  # noqa: B009 - requests have it, Message has not
+    clock = SystemClock()
+    deadline_s = clock.now_s() + PATIENCE_S
+    while (left_s := deadline_s - clock.now_s()) > 0:
+        for answer in connection.receive(left_s):
+            if not isinstance(answer, m.Told) or answer.request_id != request_id:
+                continue
+            deadline_s = clock.now_s() + PATIENCE_S
+            part = json.loads(answer.text)
+            if "error" in part:
+                raise UnavailableError(str(part["error"]))
+            if not part.get("is_done"):
+                yield part
+            if answer.is_last:
+                return
+    raise UnavailableError(f"no answer within {PATIENCE_S:.0f} s: see the daemon's log")

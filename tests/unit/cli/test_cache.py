@@ -1,0 +1,79 @@
+"""What ``kvkeep cache`` makes of a status; asking real daemons is in tests/integration."""
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from kvkeep.cli.cache import parse_namespace, rows_of, sentence_of
+from kvkeep.cli.main import main
+from kvkeep.model.errors import InputError
+
+STATUS: dict[str, Any] = {
+    "pool": {"block_bytes": 1000},
+    "gauges": {"slots": 20.0, "slots_ready": 7.0},
+    "counters": {"lookup_blocks": 50, "blocks_lent": 30},
+    "movement": {
+        "tiers": [
+            {
+                "name": "disk",
+                "breaker": "open",
+                "num_values": 5,
+                "used_bytes": 5120,
+                "capacity_bytes": 1 << 30,
+                "reads": {"num_keys": 9, "num_done": 4},
+            }
+        ],
+        "failed": {"valkey": "nobody answers"},
+        "bytes_per_s": {"disk": 2e9},
+    },
+}
+
+
+def test_every_tier_is_a_row() -> None:
+    """The pool first, then the open tiers, then those that could not be opened, with the reason."""
+    pool, disk, valkey = rows_of(STATUS)
+
+    assert (pool["num_blocks"], pool["used_bytes"], pool["capacity_bytes"]) == (7, 7000, 20_000)
+    assert (pool["num_hits"], pool["num_asked"]) == (30, 50)
+    assert (disk["num_blocks"], disk["num_hits"], disk["num_asked"]) == (5, 4, 9)
+    assert disk["state"] == "left alone (open)"
+    assert disk["bytes_per_s"] == 2e9
+    assert (valkey["state"], valkey["num_blocks"]) == ("nobody answers", None)
+
+
+def test_a_pool_without_tiers_is_one_row() -> None:
+    """Before an engine came there is nothing in it either."""
+    (pool,) = rows_of(STATUS | {"movement": None, "gauges": {"slots": 0.0, "slots_ready": 0.0}})
+
+    assert pool["state"] == "no engine has come"
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ({"num_kept": 0, "is_whole": True}, "disk: 1,234 blocks cleared"),
+        ({"num_kept": 2, "is_whole": False}, "2 kept until their leases end"),
+        ({"num_kept": 0, "is_whole": False}, "some may be left"),
+    ],
+)
+def test_what_was_kept_is_said(found: dict[str, Any], sentence: str) -> None:
+    """Why a tier is not empty after it was cleared."""
+    assert sentence in sentence_of({"tier": "disk", "num_cleared": 1234} | found)
+
+
+@pytest.mark.parametrize("text", ["", "zz", "00" * 31, "00" * 33])
+def test_a_namespace_has_64_digits(text: str) -> None:
+    """Whatever else is refused before anyone is asked."""
+    with pytest.raises(InputError, match="give 64 hexadecimal digits"):
+        parse_namespace(text)
+
+
+@pytest.mark.parametrize("command", ["stat", "ls", "verify", "clear"])
+def test_without_a_daemon_it_is_one_sentence_and_code_2(command: str) -> None:
+    """Nobody there."""
+    done = CliRunner().invoke(main, ["cache", command, "--socket", "/nowhere/d.sock"])
+
+    assert done.exit_code == 2
+    assert "start one with kvkeep daemon" in done.stderr
+    assert done.stderr.count("\n") == 1
