@@ -213,10 +213,7 @@ def test_a_stack_without_its_state_folder_is_stopped_all_the_same(spec: StackSpe
     """What was written down is gone; every process and the pool go when the stack is stopped."""
     with fake_stack(spec) as stack:
         pool = Path(stack.daemon.pool)
-        parts = [
-            stack.daemon.process.id,
-            *(e.process.id for e in stack.engines.values() if e.process),
-        ]
+        record = stack.record()
         shutil.rmtree(stack.folder)
 
     assert not pool.exists()
