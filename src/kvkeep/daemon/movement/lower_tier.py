@@ -9,7 +9,6 @@ from functools import partial
 from typing import TypeVar
 
 from kvkeep.core.admission import AdmissionPolicy
-from kvkeep.core.breaker import BreakerState
 from kvkeep.core.eviction.base import fingerprint_of
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import UnavailableError
@@ -70,8 +69,8 @@ class LowerTier:
 
     @property
     def is_asked(self) -> bool:
-        """Whether calls go through at all."""
-        return self.queue.breaker_state is not BreakerState.OPEN
+        """Whether a call would go through now: true again when the breaker wants a trial."""
+        return self.queue.estimate_s(0) != float("inf")
 
     def may_have(self, key: BlockKey) -> bool:
         """False if it surely has not got this block; costs no call."""
