@@ -1,4 +1,4 @@
-"""How a stack that is up is watched: a daemon is restarted, the end of an engine ends it all."""
+"""How a stack that is up is watched: a daemon or a tier's server is restarted, an engine is not."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,38 +8,40 @@ import click
 
 from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import KvkeepError, UnavailableError
-from kvkeep.stack.parts import DaemonPart
+from kvkeep.stack.parts import Restartable
 from kvkeep.stack.supervisor import Stack
 
 WATCH_S = 0.5
 RESTART_DELAYS_S: Sequence[float] = (0.0, 1.0, 4.0)
-"""Before each restart of a daemon; one that keeps dying has a cause, and engines go on without."""
+"""Before each restart of a part; one that keeps dying has a cause, and engines go on without."""
 
 
 def watch(stack: Stack, clock: Clock | None = None) -> NoReturn:
-    """Restart a daemon that ends; give up when an engine ends.
+    """Restart a daemon or a server that ends; give up when an engine ends.
 
     Raises:
         UnavailableError: An engine ended.
     """
     clock = clock or SystemClock()
-    restarts = DaemonRestarts(stack.daemon, clock) if stack.has_daemon else None
+    parts: list[Restartable] = [*stack.servers, *([stack.daemon] if stack.has_daemon else [])]
+    restarts = {part.name: Restarts(part, clock) for part in parts}
     while True:
         time.sleep(WATCH_S)
         ended = stack.ended()
         for part in ended:
-            if part.name != "daemon" and part.process is not None:
+            if part.name not in restarts and part.process is not None:
                 raise UnavailableError(f"{part.title} ended: {part.process.why_failed()}")
-        if restarts is not None:
-            restarts.look(has_ended=any(part.name == "daemon" for part in ended))
+        names = {part.name for part in ended}
+        for name, each in restarts.items():
+            each.look(has_ended=name in names)
 
 
-class DaemonRestarts:
-    """The few restarts that a daemon gets; every look is quick, for the engines are watched too."""
+class Restarts:
+    """The few restarts that a part gets; every look is quick, for the engines are watched too."""
 
-    def __init__(self, daemon: DaemonPart, clock: Clock) -> None:
-        """Begin with a daemon that runs."""
-        self._daemon, self._clock = daemon, clock
+    def __init__(self, part: Restartable, clock: Clock) -> None:
+        """Begin with a part that runs."""
+        self._part, self._clock = part, clock
         self._num_begun = 0
         self._due_s: float | None = None
         """When the next restart begins; None while none is planned."""
@@ -47,7 +49,7 @@ class DaemonRestarts:
         self._has_given_up = False
 
     def look(self, *, has_ended: bool) -> None:
-        """Go on with a restart, or plan one for a daemon that ended."""
+        """Go on with a restart, or plan one for a part that ended."""
         if self._has_given_up:
             return
         if self._is_starting:
@@ -57,7 +59,7 @@ class DaemonRestarts:
                 self._due_s, self._num_begun = None, self._num_begun + 1
                 self._try(self._begin)
         elif has_ended:
-            self._plan(f"it ended: {self._daemon.process.why_failed()}")
+            self._plan(f"it ended: {self._part.process.why_failed()}")
 
     def _try(self, step: Callable[[], None]) -> None:
         try:
@@ -67,20 +69,22 @@ class DaemonRestarts:
             self._plan(str(error))
 
     def _begin(self) -> None:
-        self._daemon.begin_again()
+        self._part.begin_again()
         self._is_starting = True
 
     def _follow(self) -> None:
-        if self._daemon.is_restarted():
+        if self._part.is_restarted():
             self._is_starting = False
-            click.echo("the daemon is back", err=True)
+            click.echo(f"the {self._part.title} is back", err=True)
 
     def _plan(self, why: str) -> None:
         if self._num_begun >= len(RESTART_DELAYS_S):
             self._has_given_up = True
-            click.echo(f"the daemon stays down, engines go on without it: {why}", err=True)
+            click.echo(
+                f"the {self._part.title} stays down, engines go on without it: {why}", err=True
+            )
             return
         delay_s = RESTART_DELAYS_S[self._num_begun]
         self._due_s = self._clock.now_s() + delay_s
         when = f"in {delay_s:g} s" if delay_s else "at once"
-        click.echo(f"the daemon is restarted {when}: {why}", err=True)
+        click.echo(f"the {self._part.title} is restarted {when}: {why}", err=True)

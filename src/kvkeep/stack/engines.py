@@ -56,14 +56,25 @@ class Placement(msgspec.Struct, frozen=True):
     gpu: bool = False
 
 
-def launch_daemon(spec: StackSpec, *, metrics_port: int | None = None) -> Launch:
-    """Start the daemon with every setting in a file: the environment has been heard already."""
+def launch_daemon(
+    spec: StackSpec,
+    *,
+    metrics_port: int | None = None,
+    more_environment: Mapping[str, str] | None = None,
+) -> Launch:
+    """Start the daemon with every setting in a file: the environment has been heard already.
+
+    Args:
+        spec: Of the stack.
+        metrics_port: Which it must take, or None.
+        more_environment: What it needs to use the servers of its tiers.
+    """
     settings = msgspec.to_builtins(spec.daemon_settings(metrics_port=metrics_port))
     own = {ENVIRONMENT_PREFIX + name.upper() for name in DaemonSettings.__struct_fields__}
     environment = {name: value for name, value in os.environ.items() if name not in own}
     return Launch(
         command=[sys.executable, "-m", "kvkeep", "daemon", "--config", "daemon.yaml"],
-        environment=_with_kvkeep(environment),
+        environment=_with_kvkeep({**environment, **(more_environment or {})}),
         files={"daemon.yaml": json.dumps(settings, indent=2) + "\n"},  # JSON is YAML
     )
 

@@ -16,6 +16,7 @@ import msgspec
 
 from kvkeep.model.errors import InputError
 from kvkeep.stack.models import Model
+from kvkeep.stack.servers.started import find_started
 from kvkeep.stack.spec import EngineSpec, StackSpec
 from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES, check_replaceable
 from kvkeep.tiers.slot_header import DIGEST_BYTES, HEADER_BYTES
@@ -145,6 +146,10 @@ def check_machine(spec: StackSpec) -> None:
     _check_cpus(spec)
     ports = {"daemon.metrics_port": spec.daemon.metrics_port if spec.daemon.enabled else 0}
     ports |= {f"engines[{idx}].port": engine.port for idx, engine in enumerate(spec.engines)}
+    ports |= {
+        f"daemon.tiers[{server.tier_idx}].port": server.port
+        for server in find_started(spec.daemon.tiers)
+    }
     for field, port in ports.items():
         if port and not is_port_free(port):
             raise InputError(

@@ -59,6 +59,27 @@ class Part(Protocol):
         ...
 
 
+class Restartable(Part, Protocol):
+    """A part that is started again when it ends, while the others go on without it."""
+
+    @property
+    def process(self) -> StackProcess:
+        """Its process."""
+        ...
+
+    def begin_again(self) -> None:
+        """End what is left of it and start it; `is_restarted` tells when it is ready."""
+        ...
+
+    def is_restarted(self) -> bool:
+        """Ask whether it is ready after `begin_again`; quick."""
+        ...
+
+    def stop(self) -> None:
+        """End it. Idempotent."""
+        ...
+
+
 def start_process(process: StackProcess, launch: Launch, folder: Path) -> None:
     """Write the files of a launch and start it in their folder.
 
@@ -188,11 +209,7 @@ class DaemonPart:
         Raises:
             UnavailableError: It ended, or was not ready in time; it is stopped.
         """
-        if not _is_done(self):
-            if SystemClock().now_s() > self._begun_s + self._start_timeout_s:
-                late = UnavailableError(_too_late(self, self._start_timeout_s))
-                self.stop()
-                raise late
+        if not is_ready_in_time(self, self._begun_s, self._start_timeout_s):
             return False
         self._changed()
         return True
@@ -350,6 +367,21 @@ def await_ready(
                 raise UnavailableError(_too_late(tasks[0][0], timeout_s))
             if tasks:
                 time.sleep(POLL_S)
+
+
+def is_ready_in_time(part: "Restartable", begun_s: float, timeout_s: float) -> bool:
+    """Ask whether a part that was started at ``begun_s`` is ready; quick.
+
+    Raises:
+        UnavailableError: It ended, or was not ready in time; it is stopped.
+    """
+    if _is_done(part):
+        return True
+    if SystemClock().now_s() > begun_s + timeout_s:
+        late = UnavailableError(_too_late(part, timeout_s))
+        part.stop()
+        raise late
+    return False
 
 
 def _too_late(part: Part, timeout_s: float) -> str:

@@ -19,6 +19,7 @@ from kvkeep.daemon.settings import SOCKET_PATH_BYTES_MAX, DaemonSettings, runtim
 from kvkeep.daemon.settings import load_settings as load_daemon_settings
 from kvkeep.model.errors import InputError
 from kvkeep.stack.models import DEFAULT_MODEL
+from kvkeep.stack.servers.started import check_started, client_settings
 
 ENGINES_MAX = 64
 BLOCK_TOKENS_UNIT = 32
@@ -64,7 +65,8 @@ class DaemonSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     keep_pool: bool = False
     """Whether the pool stays in memory when the stack goes down, for the next ``up``."""
     tiers: list[dict[str, Any]] = []
-    """Where blocks go below the pool, the fastest first: see docs/operations.md."""
+    """Where blocks go below the pool, the fastest first; docs/operations.md has their fields. The
+    stack starts the server of one that says ``start: true``: see below."""
     settings: dict[str, Any] = {}
     """Any further setting of the daemon, passed on."""
 
@@ -172,7 +174,7 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             "pool_bytes": self.daemon.pool_bytes,
             "socket": self.socket_path,
             "metrics_port": port,
-            "tiers": self.daemon.tiers,
+            "tiers": [client_settings(tier) for tier in self.daemon.tiers],
         }
         for field in own.keys() & self.daemon.settings.keys():
             raise InputError(f"daemon.settings.{field}: write it as daemon.{field} instead.")
@@ -216,6 +218,7 @@ def check_spec(spec: StackSpec) -> None:
         InputError: One sentence that names the field and the mend.
     """
     _check_paths(spec)
+    check_started(spec.daemon.tiers)
     spec.daemon_settings()
     names: dict[str, int] = {}
     ports: dict[int, str] = {}

@@ -33,6 +33,9 @@ from kvkeep.stack.record import (
     clear_recorded,
     write_record,
 )
+from kvkeep.stack.servers.launch import find_program, launch_server
+from kvkeep.stack.servers.part import ServerPart
+from kvkeep.stack.servers.started import find_started, with_ports
 from kvkeep.stack.spec import EngineSpec, StackSpec
 
 Launcher = Callable[[EngineSpec, Placement], Launch]
@@ -41,7 +44,8 @@ Launcher = Callable[[EngineSpec, Placement], Launch]
 class Stack:
     """One running stack; a context manager that is used once.
 
-    ``engines`` holds the engines by name, in the order of the file. What `stop` removes: every
+    ``engines`` holds the engines by name, in the order of the file, ``servers`` what the tiers made
+    the stack start. What an object store keeps stays, as do logs. What else `stop` removes: every
     process, the socket, the record, and its own pool unless ``daemon.keep_pool``; logs stay.
     """
 
@@ -65,6 +69,7 @@ class Stack:
         self.spec = _with_whole_paths(msgspec.structs.replace(spec, state_dir=str(folder)))
         self.folder = folder
         self.engines: dict[str, EnginePart] = {}
+        self.servers: list[ServerPart] = []
         self._daemon: DaemonPart | None = None
         self._is_pool_made = False
         self._progress = progress or Progress(quiet=True)
@@ -132,8 +137,11 @@ class Stack:
         else:
             model = Model(location=self.spec.model, is_local=False)
         check_machine(self.spec)
+        for server in find_started(self.spec.daemon.tiers):
+            find_program(server.kind)
         with self._progress:
             if self.spec.daemon.enabled:
+                self._start_servers()
                 self._start_daemon()
             self._start_engines(model)
         self._state, self._doing = "ready", {}
@@ -144,6 +152,24 @@ class Stack:
         model = resolve_model(self.spec.model, progress=self._progress)
         self._doing.clear()
         return model
+
+    def _start_servers(self) -> None:
+        """Start the servers of tiers; from here on the spec has their ports."""
+        tiers = self.spec.daemon.tiers
+        ports = {server.tier_idx: server.port or free_port() for server in find_started(tiers)}
+        daemon = msgspec.structs.replace(self.spec.daemon, tiers=with_ports(tiers, ports))
+        self.spec = msgspec.structs.replace(self.spec, daemon=daemon)
+        for server in find_started(daemon.tiers):
+            part = ServerPart(
+                server,
+                launch_server(server),
+                self.folder,
+                start_timeout_s=self.spec.start_timeout_s,
+                changed=self._write,
+            )
+            self.servers.append(part)
+            part.begin()
+        self._await(list(self.servers))
 
     def _start_daemon(self) -> None:
         folder = Path(self.spec.socket_path).parent
@@ -156,13 +182,19 @@ class Stack:
             ) from error
         self._is_pool_made = not os.path.lexists(self.spec.daemon_settings().pool_path)
         self._daemon = DaemonPart(
-            lambda port: launch_daemon(self.spec, metrics_port=port),
+            self._launch_daemon,
             self.folder,
             start_timeout_s=self.spec.start_timeout_s,
             changed=self._write,
         )
         self._daemon.begin()
         self._await([self._daemon])
+
+    def _launch_daemon(self, metrics_port: int | None) -> Launch:
+        more: dict[str, str] = {}
+        for part in self.servers:
+            more |= part.how.daemon_environment
+        return launch_daemon(self.spec, metrics_port=metrics_port, more_environment=more)
 
     def _start_engines(self, model: Model) -> None:
         ports = {0, *(engine.port for engine in self.spec.engines)}
@@ -209,7 +241,8 @@ class Stack:
 
     def _parts(self) -> list[Part]:
         """Everything that was made, in the order of the start."""
-        return [*([self._daemon] if self._daemon else []), *self.engines.values()]
+        daemon = [self._daemon] if self._daemon else []
+        return [*self.servers, *daemon, *self.engines.values()]
 
     def stop(self) -> None:
         """Stop everything in reverse order of the start. Idempotent.
@@ -232,12 +265,12 @@ class Stack:
         clear(self.folder)  # also what an earlier stack left, if it came to nothing more
         clear_recorded(self.folder, self.record())
         self._state, self._error, self._doing = "failed", reason, {}
-        self._daemon, self.engines = None, {}
+        self._daemon, self.engines, self.servers = None, {}, []
         self._write()
         self._unlock()
 
     def _end_processes(self) -> None:
-        """Engines together, for each takes a while, then the daemon they talk to."""
+        """Engines together, for each takes a while, then the daemon, then what it talks to."""
         engines = [p.process for p in reversed(self.engines.values()) if p.process is not None]
         for process in engines:
             process.ask_stop()
@@ -245,6 +278,8 @@ class Stack:
             process.stop()
         if self._daemon is not None:
             self._daemon.stop()
+        for server in self.servers:
+            server.end()
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -4,6 +4,7 @@ import msgspec
 
 from kvkeep.daemon.tables import field_texts
 from kvkeep.stack.precedence import ENVIRONMENT
+from kvkeep.stack.servers.started import StartedFields
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec
 
 
@@ -20,6 +21,11 @@ def daemon_fields() -> str:
 def engine_fields() -> str:
     """Fields of one of ``engines``."""
     return _fields_table(EngineSpec)
+
+
+def server_fields() -> str:
+    """Fields that an entry of ``daemon.tiers`` may have beside the tier's own."""
+    return _fields_table(StartedFields)
 
 
 def environment_table() -> str:

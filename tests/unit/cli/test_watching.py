@@ -51,6 +51,7 @@ class FakeStack:
     def __init__(self, daemon: FakePart | None, *rounds: list[FakePart]) -> None:
         self.rounds = list(rounds)
         self.daemon, self.has_daemon = daemon, daemon is not None
+        self.servers: list[FakePart] = []
 
     def ended(self) -> list[FakePart]:
         return self.rounds.pop(0)
@@ -62,6 +63,21 @@ def test_an_engine_that_ends_ends_the_stack() -> None:
 
     with pytest.raises(UnavailableError, match="a ended: it was killed"):
         module.watch(stack)
+
+
+def test_a_tiers_server_that_ends_is_restarted_beside_the_daemon(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It costs neither the daemon nor an engine."""
+    daemon, server = FakePart("daemon"), FakePart("valkey-server", False, True)
+    stack: Any = FakeStack(daemon, [server], [], [], [], [FakePart("a")])
+    stack.servers.append(server)
+
+    with pytest.raises(UnavailableError, match="a ended"):
+        module.watch(stack)
+
+    assert (daemon.num_begun, server.num_begun) == (0, 1)
+    assert "the valkey-server is back" in capsys.readouterr().err
 
 
 def test_an_engine_is_watched_while_the_daemon_starts() -> None:
@@ -80,7 +96,7 @@ def test_a_daemon_that_can_t_be_restarted_costs_no_engine(
 ) -> None:
     """A restart that fails is used up; after the last the engines go on, and that is said once."""
     daemon, clock = FakePart("daemon", False, "its port is taken"), HandClock()
-    restarts = module.DaemonRestarts(daemon, clock)  # type: ignore[arg-type]
+    restarts = module.Restarts(daemon, clock)  # type: ignore[arg-type]
 
     for _ in range(40):
         clock.time_s += 1.0
@@ -96,7 +112,7 @@ def test_a_daemon_that_can_t_be_restarted_costs_no_engine(
 def test_a_restart_waits_for_its_time() -> None:
     """The second one begins only when its delay is over."""
     daemon, clock = FakePart("daemon", "no"), HandClock()
-    restarts = module.DaemonRestarts(daemon, clock)  # type: ignore[arg-type]
+    restarts = module.Restarts(daemon, clock)  # type: ignore[arg-type]
     for _ in range(5):  # planned, begun, failed and planned again, then not yet due
         restarts.look(has_ended=True)
     before = daemon.num_begun
@@ -110,7 +126,7 @@ def test_a_restart_waits_for_its_time() -> None:
 def test_a_daemon_that_came_back_runs_on(capsys: pytest.CaptureFixture[str]) -> None:
     """A restart that worked is followed by nothing until the daemon ends again."""
     daemon = FakePart("daemon", True)
-    restarts = module.DaemonRestarts(daemon, HandClock())  # type: ignore[arg-type]
+    restarts = module.Restarts(daemon, HandClock())  # type: ignore[arg-type]
     restarts.look(has_ended=True)
     for _ in range(5):
         restarts.look(has_ended=False)

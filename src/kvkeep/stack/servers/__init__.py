@@ -1,0 +1,1 @@
+"""Servers behind a daemon's tiers that a stack starts itself."""

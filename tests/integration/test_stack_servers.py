@@ -1,0 +1,146 @@
+"""Servers that a stack starts for its daemon's tiers: real programs, engines that only pretend."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+
+from kvkeep.stack.readiness import make_client
+from kvkeep.stack.record import read_record
+from kvkeep.stack.spec import StackSpec
+from kvkeep.stack.supervisor import Stack
+from tests.integration.daemons import (
+    Daemon,
+    Worker,
+    hashes_of,
+    load_right_or_not_at_all,
+    opened_prefixes,
+    wait_until,
+)
+from tests.integration.test_stack import fake_stack, spec_of
+
+NUM_BLOCKS = 24
+TIERS: dict[str, dict[str, object]] = {
+    "valkey": {"kind": "valkey", "start": True, "capacity_bytes": "64MiB"},
+    "object_store": {"kind": "object_store", "start": True, "capacity_bytes": "1GiB"},
+    "mooncake": {"kind": "mooncake", "start": True, "segment_bytes": "64MiB"},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model as far as a stack looks at it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def with_tier(tmp_path: Path, model: Path, tier: dict[str, object]) -> StackSpec:
+    """A stack whose daemon has this tier, and loads whatever it finds."""
+    daemon = {"pool_bytes": "16MiB", "tiers": [tier], "settings": {"planner": "load"}}
+    engines = [{"name": "a", "kv_cache_bytes": "1MiB"}]
+    return spec_of(tmp_path, model, {"daemon": daemon, "engines": engines})
+
+
+def status(stack: Stack) -> dict[str, Any]:
+    """``GET /status`` of a stack's daemon."""
+    with make_client(stack.daemon.metrics_url) as client:
+        found: dict[str, Any] = client.get(f"{stack.daemon.metrics_url}/status").json()
+        return found
+
+
+@contextmanager
+def opened_worker(stack: Stack) -> Iterator[Worker]:
+    """A worker, with the daemon's tiers open."""
+    with Worker(cast(Daemon, stack.daemon)) as worker:
+        wait_until(lambda: status(stack)["movement"]["is_open"], "tiers open", 20.0)
+        yield worker
+
+
+def store(stack: Stack, worker: Worker, first: int = 0) -> None:
+    """Store blocks, and use them until the tier, which may come up late, has them."""
+    hashes = hashes_of(first, NUM_BLOCKS)
+    goal = num_cascaded(stack) + NUM_BLOCKS
+    worker.store(hashes)
+    with opened_prefixes(cast(Daemon, stack.daemon), patience_s=5.0) as client:
+
+        def is_kept() -> bool:
+            assert load_right_or_not_at_all(worker, client, hashes) == NUM_BLOCKS
+            return num_cascaded(stack) >= goal
+
+        wait_until(is_kept, "cascaded", 30.0)
+
+
+def num_cascaded(stack: Stack) -> int:
+    """Blocks that were written to the tier."""
+    return int(status(stack)["counters"]["blocks_cascaded"])
+
+
+def num_served(stack: Stack, worker: Worker) -> int:
+    """Blocks that come from the tier with their bytes."""
+    before = status(stack)["counters"]["blocks_promoted"]
+    with opened_prefixes(cast(Daemon, stack.daemon), patience_s=5.0) as client:
+        num_landed = load_right_or_not_at_all(worker, client, hashes_of(0, NUM_BLOCKS))
+    promoted: int = status(stack)["counters"]["blocks_promoted"] - before
+    return min(num_landed, promoted)
+
+
+@pytest.mark.parametrize("kind", TIERS)
+def test_a_started_server_keeps_what_the_pool_can_not(
+    tmp_path: Path, model: Path, kind: str
+) -> None:
+    """Blocks that the pool evicted come back from it; down, nothing of it runs or is told."""
+    with fake_stack(with_tier(tmp_path, model, TIERS[kind])) as stack:
+        with opened_worker(stack) as worker:
+            store(stack, worker)
+            worker.store(hashes_of(1000, 3 * int(status(stack)["gauges"]["slots"])))
+
+            assert num_served(stack, worker) == NUM_BLOCKS
+        record = read_record(stack.folder)
+        assert record is not None
+        assert f"server of tier {kind}" in [entry.name for entry in record.processes]
+    assert not any(entry.process.is_alive() for entry in record.processes)
+    assert not list(stack.folder.glob("servers/*/*.json"))
+    assert not list(stack.folder.glob("servers/*/*.conf"))
+
+
+def test_an_object_stores_blocks_are_there_at_the_next_up(tmp_path: Path, model: Path) -> None:
+    """Its data stays in the state folder, whatever ports it gets."""
+    spec = with_tier(tmp_path, model, TIERS["object_store"])
+    with fake_stack(spec) as stack, opened_worker(stack) as worker:
+        store(stack, worker)
+    with fake_stack(spec) as stack, opened_worker(stack) as worker:
+        assert num_served(stack, worker) == NUM_BLOCKS
+
+
+def test_a_server_that_died_is_used_again(tmp_path: Path, model: Path) -> None:
+    """Started anew on its port and with its password, it keeps blocks as before."""
+    with (
+        fake_stack(with_tier(tmp_path, model, TIERS["valkey"])) as stack,
+        opened_worker(stack) as worker,
+    ):
+        store(stack, worker, first=0)
+        (server,) = stack.servers
+        server.process.kill()
+        assert stack.ended() == [server]
+        server.begin_again()
+        wait_until(server.is_restarted, "restarted")
+        store(stack, worker, first=500)
+
+
+def test_strangers_are_refused(tmp_path: Path, model: Path) -> None:
+    """Another user of the machine, who knows no password, gets nothing out of the servers."""
+    tiers = [TIERS["valkey"], TIERS["object_store"]]
+    daemon = {"pool_bytes": "16MiB", "tiers": tiers}
+    with fake_stack(spec_of(tmp_path, model, {"daemon": daemon})) as stack:
+        valkey, objects = stack.servers
+        with socket.create_connection(("127.0.0.1", valkey.server.port), 5.0) as connection:
+            connection.sendall(b"DBSIZE\r\n")
+            assert connection.recv(100).startswith(b"-NOAUTH")
+        answer = httpx.get(f"http://{objects.address}/kvkeep/", trust_env=False)
+        assert answer.status_code == 403
