@@ -16,6 +16,7 @@ import msgspec
 from kvkeep.core.quotas import OTHERS, TENANTS_MAX
 from kvkeep.daemon.tier_settings import AnyTierSettings, Share, with_sizes
 from kvkeep.model.errors import InputError
+from kvkeep.model.plain import check_plain
 from kvkeep.model.sizes import parse_bytes
 
 ENVIRONMENT_PREFIX = "KVKEEP_"
@@ -23,6 +24,8 @@ _COMPLAINT = re.compile(r"^(.*) - at `\$\.(.+)`$")
 """How msgspec words what does not fit."""
 FILE_BYTES_MAX = 1 << 20
 """Of a settings file; a mistaken path must not fill the memory."""
+SHOWN_CHARS_MAX = 200
+"""Of a value that is refused."""
 SOCKET_PATH_BYTES_MAX = 107
 """``sun_path`` of Linux, less its terminating zero (unix(7))."""
 
@@ -146,7 +149,11 @@ def _name_field(complaint: str, values: Mapping[str, object]) -> str:
     said, name = match[1][0].lower() + match[1][1:], match[2]
     if name not in values:
         return f"{name} can't be: {said}"
-    return f"{name} = {values[name]!r} can't be: {said}"
+    return f"{name} = {_short(repr(values[name]))} can't be: {_short(said)}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS_MAX else f"{text[:SHOWN_CHARS_MAX]}..."
 
 
 def _on_one_line(error: Exception) -> str:
@@ -164,10 +171,13 @@ def _read_file(file: Path) -> dict[str, Any]:
         values = msgspec.yaml.decode(text)
     except OSError as error:
         raise InputError(f"{file} can't be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise InputError(f"{file} is nested too deeply: make it flat") from error
     except (msgspec.DecodeError, ValueError) as error:
         raise InputError(f"{file} is not YAML: {_on_one_line(error)}") from error
     if not isinstance(values, dict):
         raise InputError(
             f"{file} is not a mapping of settings: write lines such as 'pool_bytes: 2GiB'"
         )
+    check_plain(values, str(file))
     return values

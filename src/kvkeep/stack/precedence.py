@@ -14,6 +14,7 @@ import msgspec
 
 from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
 from kvkeep.model.errors import InputError
+from kvkeep.model.plain import check_plain
 from kvkeep.model.sizes import parse_bytes
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, check_spec, make_exact
 
@@ -86,11 +87,12 @@ def _read(path: Path) -> Values:
         raise InputError(f"{path} can't be read: {error.strerror}; name a stack file.") from error
     except RecursionError as error:
         raise InputError(f"{path} {_TOO_DEEP}.") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not YAML: {reason}.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a mapping: write fields such as `model: smollm2`.")
+    check_plain(values, str(path))
     return _plain(values, str(path))
 
 
