@@ -25,8 +25,9 @@ def make_config(model: Path | str, **changes: Any) -> Any:
         model: Folder or name of the model.
         changes: ``extra`` for kv_connector_extra_config, ``policy``, ``engine_id``,
             ``instance_id``, ``dtype``, ``cache_dtype``, ``load_format``, ``quantization``,
-            ``tp_size``, ``pp_size``, ``dcp``, ``scales``, ``rank`` and ``hf`` for fields of the
-            model's own configuration.
+            ``tp_size``, ``pp_size``, ``dcp``, ``scales``, ``rank``, ``hf`` for fields of the
+            model's own configuration, and ``model_config``, ``load_config``, ``cache_config`` and
+            ``engine`` for further fields of vLLM's.
     """
     hf = {"hidden_size": 128, "num_hidden_layers": 3, "num_key_value_heads": 2}
     hf_config = LlamaConfig(**(hf | changes.get("hf", {})))
@@ -38,13 +39,17 @@ def make_config(model: Path | str, **changes: Any) -> Any:
             quantization=changes.get("quantization"),
             hf_config=hf_config,
             get_total_num_kv_heads=lambda: hf_config.num_key_value_heads,
+            **changes.get("model_config", {}),
         ),
         cache_config=SimpleNamespace(
             cache_dtype=changes.get("cache_dtype", "auto"),
             calculate_kv_scales=changes.get("scales", False),
+            **changes.get("cache_config", {}),
         ),
         instance_id=changes.get("instance_id", "1"),
-        load_config=SimpleNamespace(load_format=changes.get("load_format", "auto")),
+        load_config=SimpleNamespace(
+            load_format=changes.get("load_format", "auto"), **changes.get("load_config", {})
+        ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=changes.get("tp_size", 1),
             pipeline_parallel_size=changes.get("pp_size", 1),
@@ -56,6 +61,7 @@ def make_config(model: Path | str, **changes: Any) -> Any:
             kv_load_failure_policy=changes.get("policy", "recompute"),
             kv_connector_extra_config=changes.get("extra", {"socket": "/nowhere/d.sock"}),
         ),
+        **changes.get("engine", {}),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import platformdirs
 import pytest
 import torch
+from vllm.model_executor import model_loader
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvkeep.connector import compat
@@ -15,8 +16,8 @@ from kvkeep.connector.identity import (
     check_policy,
     derive,
     derive_layout,
+    describe,
     load_secret,
-    lora_identity,
 )
 from kvkeep.connector.settings import ConnectorSettings
 from kvkeep.model.errors import InputError
@@ -74,6 +75,19 @@ DIFFERENT: list[dict[str, Any]] = [
     {"hf": {"rms_norm_eps": 1e-5}},
     {"hf": {"num_key_value_heads": 4}, "spec": make_spec(num_kv_heads=4)},
     {"load_format": "dummy"},
+    {"load_format": "safetensors"},
+    {"load_config": {"model_loader_extra_config": {"num_threads": 4}}},
+    {"model_config": {"quantization_config": {"activations": "fp8"}}},
+    {"model_config": {"model_impl": "transformers"}},
+    {"model_config": {"override_attention_dtype": "float32"}},
+    {"cache_config": {"kv_cache_dtype_skip_layers": ["0"]}},
+    {"cache_config": {"kv_sharing_fast_prefill": True}},
+    {"engine": {"attention_config": SimpleNamespace(backend="FLEX_ATTENTION")}},
+    {"engine": {"kernel_config": SimpleNamespace(moe_backend="marlin")}},
+    {"engine": {"kernel_config": SimpleNamespace(linear_backend_per_quant={"fp8": "marlin"})}},
+    {"engine": {"lora_config": SimpleNamespace(target_modules=["q_proj"])}},
+    {"engine": {"lora_config": SimpleNamespace(lora_dtype=torch.float16)}},
+    {"engine": {"additional_config": {"plugin": 1}}},
 ]
 
 
@@ -81,6 +95,182 @@ DIFFERENT: list[dict[str, Any]] = [
 def test_what_changes_kv_changes_the_namespace(model: Path, changes: dict[str, Any]) -> None:
     """Two engines that would compute other bytes for a block never share it."""
     assert namespace(model, **changes) != namespace(model)
+
+
+EQUAL: list[dict[str, Any]] = [
+    {"model_config": {"max_model_len": 64, "model_impl": "vllm", "enforce_eager": True}},
+    {"engine": {"attention_config": SimpleNamespace(backend=SimpleNamespace(name="FLASH_ATTN"))}},
+    {"engine": {"kernel_config": SimpleNamespace(moe_backend="auto", linear_backend="auto")}},
+    {
+        "engine": {
+            "lora_config": SimpleNamespace(
+                target_modules=None, lora_dtype=torch.bfloat16, max_loras=8
+            )
+        }
+    },
+    {"engine": {"speculative_config": SimpleNamespace(method="ngram")}},
+    {"load_config": {"model_loader_extra_config": {}, "download_dir": "/elsewhere"}},
+]
+
+
+@pytest.mark.parametrize("changes", EQUAL, ids="-".join)
+def test_what_leaves_kv_as_it_is_is_shared(model: Path, changes: dict[str, Any]) -> None:
+    """Engines that compute the same function share blocks, however fast they do."""
+    assert namespace(model, **changes) == namespace(model)
+
+
+@pytest.mark.parametrize(
+    ("variable", "is_shared"),
+    [("VLLM_MARLIN_INPUT_DTYPE", False), ("VLLM_BATCH_INVARIANT", False), ("VLLM_PORT", True)],
+)
+def test_variables_that_change_numbers_count(
+    model: Path, monkeypatch: pytest.MonkeyPatch, variable: str, is_shared: bool
+) -> None:
+    """The environment may quantize activations, or promise the same bits."""
+    before = namespace(model)
+    monkeypatch.setenv(variable, "1")
+
+    assert (namespace(model) == before) is is_shared
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_the_greatest_length_may_decide_positions(model: Path, rope: dict[str, Any]) -> None:
+    """LongRoPE takes its long factors where the engine admits long prompts."""
+    hf = {"rope_parameters": {"rope_theta": 1e4} | rope}
+    short, long = (
+        namespace(model, hf=hf, model_config={"max_model_len": length}) for length in (4096, 8192)
+    )
+
+    assert short != long
+
+
+# ---- weights
+
+
+def test_another_load_format_reads_other_weights(tmp_path: Path) -> None:
+    """A folder may hold two models: an engine shares with those that read the same files."""
+    model, other = (make_weights(tmp_path / name) for name in ("model", "other"))
+    (model / "model.pt").write_bytes(b"other weights")
+    (other / "model.pt").write_bytes(b"third weights")
+
+    assert namespace(model) == namespace(other)
+    assert namespace(model, load_format="pt") != namespace(model)
+    assert namespace(model, load_format="pt") != namespace(other, load_format="pt")
+    assert namespace(model, load_format="pt") == namespace(model, load_format="pt", engine_id="two")
+
+
+UNNAMEABLE: list[dict[str, Any]] = [
+    *(
+        {"load_format": load_format}
+        for load_format in (
+            "npcache", "tensorizer", "runai_streamer", "sharded_state", "bitsandbytes", "gguf",
+            "modelexpress", "ipc_cache", "mistral", "pt", "a plugin's",
+        )
+    ),
+    {"load_config": {"model_loader_extra_config": {"uri": "s3://bucket/model"}}},
+    {"load_config": {"model_loader_extra_config": object()}},
+    {"model_config": {"model_weights": "s3://bucket/model"}},
+    {"model_config": {"model_class_overrides": {"LlamaForCausalLM": "mine:Llama"}}},
+    {"model_config": {"trust_remote_code": True, "using_transformers_backend": lambda: True}},
+    {"model_config": {"architecture": "Cosmos3ForConditionalGeneration"}},
+    {"model_config": {"architecture": "NoModelOfVllm"}},
+    {"hf": {"text_model_id": "some/model"}},
+    {"hf": {"quantization_config_file": "/somewhere/scales.json"}},
+    {"load_format": "dummy", "quantization": "awq"},
+    {"engine": {"speculative_config": SimpleNamespace(method="custom_class")}},
+    {"engine": {"speculative_config": SimpleNamespace(method="eagle", draft_model_config=None)}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", UNNAMEABLE, ids="-".join)
+def test_what_cannot_be_named_is_shared_with_nobody(model: Path, changes: dict[str, Any]) -> None:
+    """Where other bytes may be loaded than those digested, each start keeps to itself."""
+    mine = namespace(model, **changes)
+
+    assert namespace(model, **changes) == mine
+    assert namespace(model, engine_id="another", **changes) != mine
+    assert namespace(model, instance_id="next start", **changes) != mine
+
+
+def test_code_of_vllm_is_shared(model: Path) -> None:
+    """Permission for a model's own code is nothing where vLLM's is used."""
+    changes = {"trust_remote_code": True, "using_transformers_backend": lambda: False}
+
+    assert namespace(model, model_config=changes) == namespace(model)
+    assert namespace(model, model_config={"architecture": "LlamaForCausalLM"}) == namespace(model)
+
+
+def test_a_loader_of_a_plugin_is_shared_with_nobody(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plugin may put its own loader under the name of one of vLLM's."""
+    monkeypatch.setitem(model_loader._LOAD_FORMAT_TO_MODEL_LOADER, "auto", object)
+
+    assert namespace(model, engine_id="one") != namespace(model, engine_id="two")
+    assert "load format 'auto' is a plugin's" in caplog.text
+    assert "model_identity" in caplog.text
+
+
+def test_dummy_weights_are_those_of_a_rank(model: Path) -> None:
+    """They are drawn per tensor, so engines that split tensors in other ways differ."""
+    one = namespace(model, load_format="dummy")
+
+    assert namespace(model, load_format="dummy", engine_id="two") == one
+    assert namespace(model, load_format="dummy", tp_size=2) != one
+
+
+def draft(model: Path, method: str = "eagle", **changes: Any) -> dict[str, Any]:
+    """An engine that speculates with this model."""
+    config = make_config(model, **changes)
+    speculation = SimpleNamespace(method=method, draft_model_config=config.model_config)
+    return {"speculative_config": speculation}
+
+
+def test_a_draft_model_is_part_of_a_block(model: Path, tmp_path: Path) -> None:
+    """Its layers keep KV beside the target's, computed with its own weights."""
+    mine, copy = (make_weights(tmp_path / name, b"draft") for name in ("draft", "copy"))
+    other = make_weights(tmp_path / "other", b"daft")
+    drafted = namespace(model, engine=draft(mine))
+
+    assert namespace(model, engine=draft(copy)) == drafted
+    assert namespace(model) != drafted
+    assert namespace(model, engine=draft(other)) != drafted
+    assert namespace(model, engine=draft(mine, "eagle3")) != drafted
+    assert namespace(model, engine=draft(mine, hf={"rope_theta": 5e5})) != drafted
+
+
+def test_a_draft_model_may_be_loaded_in_its_own_way(model: Path, tmp_path: Path) -> None:
+    """What counts is how the draft is loaded, not how the target is."""
+    folder = make_weights(tmp_path / "draft")
+    (folder / "model.pt").write_bytes(b"other weights")
+    engine = draft(folder)
+    before = namespace(model, engine=engine)
+    engine["speculative_config"].draft_load_config = SimpleNamespace(load_format="pt")
+    mine = namespace(model, engine=engine)
+    (folder / "model.pt").write_bytes(b"third weights")
+
+    assert mine not in (before, namespace(model, engine=engine))
+
+
+def test_the_identity_is_told_in_words(model: Path) -> None:
+    """Each field by its name, long ones cut, so that two engines can be compared."""
+    config = make_config(model, hf={"long": ["x" * 100] * 9})
+    layout = derive_layout(config, make_cache_config())
+    parts = describe(config, layout, ConnectorSettings(socket="s", tenant="a"))
+    words = {part.name: part.value for part in parts}
+
+    assert words["layout.block_tokens"] == "16"
+    assert words["config.hidden_size"] == "128"
+    assert words["tenant"] == "a"
+    assert len(words["config.long"]) == 256
+    assert len(parts) <= 256
 
 
 def test_other_weights_never_share(model: Path, tmp_path: Path) -> None:
@@ -174,6 +364,10 @@ def test_a_layout_counts_all_ranks(model: Path) -> None:
         ({"pp_size": 2}, ()),
         ({"dcp": 2}, ()),
         ({"scales": True}, ()),
+        ({"engine": {"weight_transfer_config": object()}}, ()),
+        ({"engine": {"diffusion_config": object()}}, ()),
+        ({}, (make_spec(attention_chunk_size=64),)),
+        ({}, (make_spec(non_causal=True),)),
         ({}, (make_spec(), make_spec())),
         ({}, (make_spec(sliding_window=128),)),
         (
@@ -189,8 +383,11 @@ def test_a_layout_counts_all_ranks(model: Path) -> None:
             ),
         ),
     ],
-    ids=["pipeline", "context", "scales", "two-groups", "window", "window-spec"],
-)
+    ids=[
+        "pipeline", "context", "scales", "training", "diffusion", "chunks", "non-causal",
+        "two-groups", "window", "window-spec",
+    ],
+)  # fmt: skip
 def test_what_is_not_understood_is_refused(
     model: Path, changes: dict[str, Any], specs: tuple[Any, ...]
 ) -> None:
@@ -208,37 +405,7 @@ def test_an_unknown_platform_is_refused(model: Path, monkeypatch: pytest.MonkeyP
         derive_layout(make_config(model), make_cache_config())
 
 
-# ---- adapters and policy
-
-
-def adapter(folder: Path, weights: bytes = b"a", config: bytes = b'{"lora_alpha": 8}') -> Any:
-    """A LoRA request for an adapter in this folder."""
-    folder.mkdir()
-    (folder / "adapter_model.safetensors").write_bytes(weights)
-    (folder / "adapter_config.json").write_bytes(config)
-    return SimpleNamespace(lora_path=str(folder))
-
-
-def test_an_adapter_is_its_weights_and_its_configuration(tmp_path: Path) -> None:
-    """A copy is the same adapter; other weights, or another scale for them, make another."""
-    mine = lora_identity(adapter(tmp_path / "mine"))
-
-    assert lora_identity(adapter(tmp_path / "copy")) == mine
-    assert lora_identity(adapter(tmp_path / "weights", weights=b"b")) != mine
-    assert lora_identity(adapter(tmp_path / "scale", config=b'{"lora_alpha": 16}')) != mine
-
-
-@pytest.mark.parametrize("missing", ["folder", "adapter_model.safetensors", "adapter_config.json"])
-def test_an_adapter_that_cannot_be_read_is_refused(tmp_path: Path, missing: str) -> None:
-    """Without its bytes nobody knows what an adapter is."""
-    request = adapter(tmp_path / "mine")
-    if missing == "folder":
-        request.lora_path = "someone/adapter"
-    else:
-        (tmp_path / "mine" / missing).unlink()
-
-    with pytest.raises(Unsupported, match="adapter"):
-        lora_identity(request)
+# ---- policy
 
 
 @pytest.mark.parametrize(

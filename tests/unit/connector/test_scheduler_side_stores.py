@@ -1,14 +1,24 @@
 """The scheduler side's stores: which blocks, when, how long held, and what discards them."""
 
+from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId
 
 from kvkeep.connector import scheduler_side
+from kvkeep.connector.lora import lora_identity
 from kvkeep.connector.metadata import LoadResult, StepReport
 from kvkeep.model.hashing import BlockHasher
 from tests.unit.connector.engines import BLOCK_TOKENS, NAMESPACE, Engine, make_request
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user cache folder of the test's own."""
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path_factory.mktemp("c")))
 
 
 def hashes_of(num_blocks: int) -> list[Any]:
@@ -34,6 +44,44 @@ def test_blocks_are_stored_when_their_step_has_ended() -> None:
     (job,) = engine.step((request, 1)).stores
     assert list(job.block_ids) == engine.blocks(request)[:4]
     assert job.hashes == b"".join(hashes_of(4))
+
+
+def with_adapter(folder: Path) -> LoRARequest:
+    """An adapter in this folder."""
+    (folder / "adapter_model.safetensors").write_bytes(b"first weights")
+    (folder / "adapter_config.json").write_bytes(b"{}")
+    return LoRARequest("adapter", 1, str(folder))
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_nothing_is_stored_of_an_adapter_whose_files_changed(
+    tmp_path: Path, is_replaced: bool
+) -> None:
+    """The engine may have read them again, under a request that was named before."""
+    engine = Engine()
+    adapter = with_adapter(tmp_path)
+    request = engine.arrive(make_request(num_tokens=72, lora_request=adapter))
+    engine.admit(request)
+    if is_replaced:
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"other weights")
+
+    assert engine.step((request, 72)).is_awaited is not is_replaced
+
+
+def test_nothing_is_loaded_of_an_adapter_whose_files_changed(tmp_path: Path) -> None:
+    """What was asked for under the old weights is given back, and computed with the new ones."""
+    engine = Engine()
+    adapter = with_adapter(tmp_path)
+    hasher = BlockHasher(NAMESPACE, BLOCK_TOKENS, extras={"lora": lora_identity(adapter)})
+    engine.fake.hold(list(hasher.extend(list(range(64)))))
+    one, two = (engine.arrive(make_request(name, lora_request=adapter)) for name in "ab")
+    assert engine.side.match(one, 0) == 64
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"other weights")
+
+    assert engine.side.match(one, 0) == engine.side.match(two, 0) == 0
+    engine.finish(one)
+    engine.finish(two)
+    assert engine.is_idle()
 
 
 def test_blocks_are_stored_chunk_by_chunk_and_once() -> None:
