@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "status": "kvkeep.cli.status:status",
     "daemon": "kvkeep.cli.daemon:daemon",
     "cache": "kvkeep.cli.cache:cache",
+    "why-miss": "kvkeep.cli.why_miss:why_miss",
 }
 """``module:function`` by command, in the order in which a newcomer needs them."""
 
