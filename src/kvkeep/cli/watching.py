@@ -64,7 +64,7 @@ class Restarts:
     def _try(self, step: Callable[[], None]) -> None:
         try:
             step()
-        except KvkeepError as error:
+        except (KvkeepError, OSError) as error:  # a folder that is gone costs no engine either
             self._is_starting = False
             self._plan(str(error))
 

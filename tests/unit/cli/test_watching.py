@@ -109,6 +109,23 @@ def test_a_daemon_that_can_t_be_restarted_costs_no_engine(
     assert said.count("the daemon stays down, engines go on without it: no port") == 1
 
 
+def test_a_folder_that_is_gone_costs_no_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the system refuses at a restart is a failed restart, like any other."""
+    daemon = FakePart("daemon")
+
+    def refuse(part: FakePart) -> None:
+        raise NotADirectoryError(20, "Not a directory")
+
+    monkeypatch.setattr(FakePart, "begin_again", refuse)
+    restarts = module.Restarts(daemon, HandClock())  # type: ignore[arg-type]
+    for _ in range(2):
+        restarts.look(has_ended=True)
+
+    assert "is restarted in 1 s: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
 def test_a_restart_waits_for_its_time() -> None:
     """The second one begins only when its delay is over."""
     daemon, clock = FakePart("daemon", "no"), HandClock()
