@@ -22,8 +22,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures import Target, emit
+from benchmarks.figures import Figure, Target, emit
 from benchmarks.peers.engines import (
+    BLOCK_TOKENS,
     Answer,
     Engine,
     EngineSpec,
@@ -41,8 +42,7 @@ OK = 0
 PLAY = "king_lear"
 SLOWER_MAX = 1.02
 THROUGHPUT_MIN = 0.99
-BLOCK_BYTES = 737_280
-"""Of SmolLM2 in blocks of 32: only to size the disk."""
+LAST_OF_8_MAX = 1.3
 DRAWS = 2000
 
 
@@ -82,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stage(folder) as bench:
             for point in points:
                 emit(bench.measure(point, options.pairs))
-            for figure in bench.measure_distinct(options.distinct):
+            for figure in bench.measure_same(options.pairs):
                 emit(figure)
+            emit(bench.measure_distinct(options.distinct))
     return OK
 
 
@@ -204,7 +205,36 @@ class Bench:
         return self._paired(point.name, kept, computed, num_pairs,
                             Target("ratio", "<=", SLOWER_MAX))  # fmt: skip
 
-    def measure_distinct(self, count: int) -> list[IntervalFigure]:
+    def measure_same(self, num_pairs: int) -> list[Figure]:
+        """Eight requests for one prompt on the disk, against one request for it."""
+        prompts = self._prompts(3000, 1)
+        _, (answer,) = self._ask(self._subject, prompts)
+        self._settle()
+
+        def first_tokens(count: int) -> float:
+            self._subject.reset_prefix_cache()
+            self._clear_pool()
+            return self._ask(self._subject, prompts * count)[0]
+
+        first_tokens(1)
+        before = self._promoted()
+        first_tokens(8)
+        promoted = self._promoted() - before
+        num_blocks = answer.prompt_tokens // BLOCK_TOKENS
+        transfers = Figure(
+            "planner.same_prompt.transfers", promoted / num_blocks, "transfers of one prompt",
+            target=Target("value", "<=", 1.0),
+        )  # fmt: skip
+        last = self._paired(
+            "planner.same_prompt.last_of_8", lambda: first_tokens(8), lambda: first_tokens(1),
+            num_pairs, Target("ratio", "<=", LAST_OF_8_MAX),
+        )  # fmt: skip
+        return [transfers, last]
+
+    def _promoted(self) -> int:
+        return self._status()["counters"]["blocks_promoted"]
+
+    def measure_distinct(self, count: int) -> IntervalFigure:
         """Prompts that nobody sends twice, four at once, in chunks that take turns."""
         chunk = 10
         before = self._status()["counters"]["blocks_cascaded"]
@@ -226,7 +256,7 @@ class Bench:
         written = self._status()["counters"]["blocks_cascaded"] - before
         print(f"# blocks written to the disk for {count} distinct prompts: {written}",
               file=sys.stderr)  # fmt: skip
-        return [figure]
+        return figure
 
     def _paired(
         self,
@@ -258,7 +288,7 @@ class Bench:
             value=statistics.median(times),
             unit="ms",
             peer=statistics.median(times) / statistics.median(ratios),
-            peer_name="without kvkeep, paired",
+            peer_name="the other of each pair",
             target=target,
             spread=(min(times), max(times)),
             samples=len(pairs),
