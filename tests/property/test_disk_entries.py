@@ -10,6 +10,7 @@ from kvkeep.model.ids import BlockHash, BlockKey, Namespace
 from kvkeep.tiers.disk.entries import (
     ENTRY_BYTES,
     PAGE_BYTES,
+    SEQUENCE_MAX,
     Entry,
     Geometry,
     find_entries,
@@ -32,7 +33,7 @@ entries = st.builds(
     key=keys,
     value_bytes=st.integers(0, 1 << 30),
     digest=st.binary(min_size=16, max_size=16),
-    sequence=st.integers(0, 2**64 - 1),
+    sequence=st.integers(0, SEQUENCE_MAX),
     start=st.integers(0, PAGE_BYTES - 1),
 )
 slots = st.integers(0, 2**32)

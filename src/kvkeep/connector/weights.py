@@ -91,11 +91,11 @@ def _in_index(names: list[str], folder: Path, index: str) -> list[Path]:
     """What is left of safetensors files once those missing in the folder's index are passed by."""
     try:
         weight_map = json.loads((folder / index).read_text())["weight_map"]
+        wanted = {os.path.join(folder, name) for name in weight_map.values()}
     except FileNotFoundError:
         return [Path(name) for name in names]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    wanted = {os.path.join(folder, name) for name in weight_map.values()}
     # vLLM does not start if one is missing.
     return [] if wanted - set(names) else [Path(name) for name in names if name in wanted]
 
@@ -140,7 +140,7 @@ def _digest_file(path: Path) -> bytes:
         known = json.loads(note.read_text())
         if known["stamp"] == stamp:
             return bytes.fromhex(known["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # never digested, or the note is not ours: read the file
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:

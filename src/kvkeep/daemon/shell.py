@@ -182,8 +182,9 @@ class Shell:
         loop = asyncio.get_running_loop()
         try:
             fd = os.pidfd_open(pid)
-        except (ProcessLookupError, OSError) as error:
-            if isinstance(error, ProcessLookupError):
+        except (OverflowError, OSError) as error:
+            # No process has a number that no process can have.
+            if isinstance(error, ProcessLookupError | OverflowError):
                 loop.call_soon(self._quiet, pid)
             else:
                 # Without pidfd nothing proves quiet; the slots stay fenced until a restart.

@@ -93,7 +93,7 @@ def read_record(folder: Path) -> StackRecord | None:
     """What was written last; None where nothing was, or another version's."""
     try:
         return msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=StackRecord)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -61,6 +62,8 @@ _FILE_CHECK = struct.Struct("<Q")
 _WRITERS_OFFSET = FILE_HEADER_BYTES // 2
 """Where, in the first page, the processes are listed that may be writing."""
 WRITERS_MAX = (FILE_HEADER_BYTES - _WRITERS_OFFSET - _FILE_CHECK.size) // 4 - 1
+GENERATION_MAX = 1 << 62
+"""Far beyond any clock, and far from what a message or a header can't hold."""
 SLOTS_MAX = 1 << 20
 """A terabyte of blocks of a megabyte; the ledger keeps some hundred bytes on each."""
 _ALIGN = 2 << 20
@@ -261,17 +264,16 @@ def _read_file_header(fd: int) -> _FileHeader | None:
         return None
     if _FILE_CHECK.unpack_from(page, end)[0] != xxhash.xxh3_64_intdigest(page[:end]):
         return None
-    text = page[_FILE_FIELDS.size : end]
-    try:
-        fields = json.loads(text) if length else None
-        geometry = None if fields is None else _geometry(fields)
-    except (ValueError, KeyError, TypeError):
+    if generation >= GENERATION_MAX:
         return None
-    if geometry is not None:
-        end = geometry.payload_offset + geometry.num_slots * geometry.layout.block_bytes
-        if os.fstat(fd).st_size < end:
-            return None
-    return _FileHeader(pool_id, generation, geometry)
+    if not length:
+        return _FileHeader(pool_id, generation, None)
+    try:
+        geometry = msgspec.json.decode(page[_FILE_FIELDS.size : end], type=Geometry)
+        fitting = Geometry.fit(geometry.layout, os.fstat(fd).st_size)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, InputError):
+        return None
+    return _FileHeader(pool_id, generation, geometry) if geometry == fitting else None
 
 
 def _named_geometry(fd: int, pool_id: bytes) -> Geometry:
@@ -281,12 +283,6 @@ def _named_geometry(fd: int, pool_id: bytes) -> Geometry:
     if found is None or found.pool_id != pool_id or found.geometry is None:
         raise UnavailableError("the file is not the pool that the daemon named")
     return found.geometry
-
-
-def _geometry(fields: dict[str, object]) -> Geometry:
-    layout = KvLayout(**fields["layout"])  # type: ignore[arg-type]
-    values = {name: fields[name] for name in ("num_slots", "header_stride", "payload_offset")}
-    return Geometry(layout, **values)  # type: ignore[arg-type]
 
 
 class PoolFile:

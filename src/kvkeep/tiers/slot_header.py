@@ -37,6 +37,8 @@ FORMAT_VERSION = 1
 HEADER_BYTES = 128
 DIGEST_BYTES = 16
 CHECK_BYTES = 8
+SEQUENCE_MAX = 1 << 63
+"""Nobody counts so far; the next number must fit its field."""
 _FIELDS = struct.Struct("<4sHBBQQQ32s32sHHIQQ")
 _CHECK = struct.Struct("<Q")
 _ZERO_KEY = b"\0" * 32
@@ -117,6 +119,8 @@ def unpack_header(data: bytes | memoryview) -> SlotHeader | None:
     magic, version, state, _, generation, lease_id, payload, namespace, block_hash, group_idx, _, \
         pid, sequence, _ = _FIELDS.unpack_from(data, CHECK_BYTES)  # fmt: skip
     if magic != MAGIC or version != FORMAT_VERSION or state > SlotState.READY:
+        return None
+    if sequence > SEQUENCE_MAX:
         return None
     covered = data[CHECK_BYTES:] if state == SlotState.READY else data[CHECK_BYTES:HEADER_BYTES]
     if _CHECK.unpack_from(data)[0] != xxhash.xxh3_64_intdigest(covered):

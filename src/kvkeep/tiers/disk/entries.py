@@ -36,6 +36,8 @@ PAGE_BYTES = 4096
 """What direct I/O is aligned to: no device in use asks for more."""
 ENTRY_BYTES = 128
 FORMAT_VERSION = 1
+SEQUENCE_MAX = 1 << 63
+"""Nobody counts so far; the next number must fit its field."""
 SLOTS_MAX = 1 << 22
 """The index keeps about half a kilobyte on each: 2 GiB."""
 SEGMENTS_FIT = 128
@@ -146,6 +148,8 @@ def unpack_entry(slot: int, data: bytes) -> Entry | None:
     magic, version, group_idx, own_slot, sequence, value_bytes, namespace, block_hash, digest, \
         start = _FIELDS.unpack_from(data, _CHECK.size)  # fmt: skip
     if magic != _MAGIC or version != FORMAT_VERSION or own_slot != slot:
+        return None
+    if sequence > SEQUENCE_MAX or start >= PAGE_BYTES:
         return None
     if _CHECK.unpack_from(data)[0] != xxhash.xxh3_64_intdigest(data[_CHECK.size :]):
         return None
