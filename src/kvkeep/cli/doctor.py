@@ -1,0 +1,245 @@
+"""``kvkeep doctor``: what is installed and configured here, and whether it works.
+
+Where a daemon serves, its tiers are its own and it is asked; otherwise each is opened, written to
+and read from with throw-away keys. A disk tier's files are never touched: its folder's file system
+is tried in a folder that is removed at the end.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from kvkeep.cli.asking import ask_status, asked_daemon
+from kvkeep.cli.findings import (
+    Finding,
+    Level,
+    fail,
+    find_copier,
+    find_limits,
+    find_memory,
+    find_packages,
+    find_port,
+    find_socket,
+    find_versions,
+    ok,
+    speed_text,
+    warn,
+)
+from kvkeep.cli.status import readable_bytes
+from kvkeep.daemon.movement.opening import open_tier
+from kvkeep.daemon.movement.proving import prove_tier
+from kvkeep.daemon.settings import DaemonSettings, load_settings
+from kvkeep.daemon.tier_settings import (
+    AnyTierSettings,
+    DiskTierSettings,
+    MooncakeTierSettings,
+)
+from kvkeep.model.clock import SystemClock
+from kvkeep.model.errors import CorruptDataError, InputError, RefusedError, UnavailableError
+
+VALUE_BYTES = 1 << 20
+"""Of the values that are written and read: about a block."""
+DISK_BYTES = 64 << 20
+"""Taken of a disk for the moment of the test."""
+CLOSE_S = 2.0
+EXIT_FAILED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is configured: one daemon, and what else a stack starts."""
+
+    settings: DaemonSettings
+    engine_ports: dict[str, int]
+    """By the engines' names; of those that the stack starts."""
+    started_tiers: frozenset[int]
+    """Places in ``settings.tiers`` whose server the stack starts."""
+
+
+@click.command()
+@click.option("--config", type=click.Path(path_type=Path), help="A daemon's settings file.")
+@click.option("--stack", type=click.Path(path_type=Path), help="A stack file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+def doctor(config: Path | None, stack: Path | None, as_json: bool) -> None:
+    """Check versions, memory, limits, ports, daemon and tiers; exit code 1 if one fails."""
+    if config is not None and stack is not None:
+        raise InputError("give either --config or --stack, not both")
+    findings = []
+    for finding in examine(make_plan(config, stack)):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.level.value:<5} {finding.what:<14} {finding.text}")
+            if finding.mend:
+                click.echo(f"{'':<20} -> {finding.mend}")
+    if as_json:
+        told = [
+            {"level": each.level.value, "what": each.what, "text": each.text, "mend": each.mend}
+            for each in findings
+        ]
+        click.echo(json.dumps({"findings": told}))
+    if any(finding.level is Level.FAIL for finding in findings):
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+def make_plan(config: Path | None, stack: Path | None) -> Plan:
+    """Read what is configured.
+
+    Raises:
+        InputError: The file is wrong.
+    """
+    if stack is None:
+        return Plan(load_settings(config, os.environ, {}), {}, frozenset())
+    from kvkeep.stack.precedence import load_spec
+
+    spec = load_spec(stack)
+    ports = {engine.name: engine.port for engine in spec.engines if engine.url is None}
+    started = (idx for idx, tier in enumerate(spec.daemon.tiers) if tier.get("start"))
+    return Plan(spec.daemon_settings(), ports, frozenset(started))
+
+
+def examine(plan: Plan) -> Iterator[Finding]:
+    """Every finding, one after the other."""
+    settings = plan.settings
+    yield from find_versions()
+    yield find_copier()
+    yield from find_packages()
+    status, finding = find_daemon(settings)
+    yield from find_memory(settings, is_serving=status is not None)
+    yield from find_limits(settings)
+    yield finding
+    if status is None:
+        yield find_port("metrics port", settings.metrics_port)
+        for name, port in plan.engine_ports.items():
+            yield find_port(f"port of {name}", port)
+    yield configured(settings)
+    for idx, tier in enumerate(settings.tiers):
+        if status is not None:
+            yield asked_tier(tier, status)
+        elif idx in plan.started_tiers:
+            yield ok(kind_of(tier), "its server is started by kvkeep up: then ask again")
+        else:
+            yield tried_tier(tier)
+
+
+def configured(settings: DaemonSettings) -> Finding:
+    """What the daemon is told, in short."""
+    tiers = ", ".join(kind_of(tier) for tier in settings.tiers) or "none"
+    return ok(
+        "configured",
+        f"pool {readable_bytes(settings.pool_bytes)}, eviction {settings.eviction}, "
+        f"planner {settings.planner}, tiers below the pool: {tiers}",
+    )
+
+
+def kind_of(tier: AnyTierSettings) -> str:
+    """``disk``, ``valkey``, ..."""
+    return str(tier.__struct_config__.tag)
+
+
+# ---- the daemon
+
+
+def find_daemon(settings: DaemonSettings) -> tuple[dict[str, Any] | None, Finding]:
+    """The status of the daemon at this socket, if one answers, and what to say of it."""
+    try:
+        with asked_daemon(settings.socket_path, "doctor") as connection:
+            status = ask_status(connection)
+    except UnavailableError:
+        return None, find_socket(Path(settings.socket_path))
+    except RefusedError as error:
+        return None, fail("daemon", str(error), "run as its user, with the same kvkeep")
+    layout = status["pool"]["layout"]
+    text = (
+        f"version {status['version']} answers at {settings.socket_path}; "
+        f"{status['workers']} workers, "
+    )
+    text += "no engine has come yet" if layout is None else f"blocks of {layout['block_tokens']}"
+    return status, ok("daemon", text)
+
+
+def asked_tier(tier: AnyTierSettings, status: dict[str, Any]) -> Finding:
+    """What the daemon that serves says of a tier."""
+    kind, movement = kind_of(tier), status["movement"] or {}
+    if kind in movement.get("failed", {}):
+        mend = "mend it, then start the daemon anew"
+        return fail(kind, movement["failed"][kind], mend)
+    found = next((each for each in movement.get("tiers", []) if each["name"] == kind), None)
+    if found is None:
+        if movement.get("is_open"):
+            mend = "the daemon was started with other settings: start it anew"
+            return warn(kind, "the daemon has no such tier", mend)
+        return ok(kind, "is opened when the first engine has come")
+    if found["breaker"] != "closed":
+        mend = "see what answers there; it is tried again every two seconds"
+        return fail(kind, "calls fail or hang: left alone for now", mend)
+    speed = movement.get("bytes_per_s", {}).get(kind)
+    read = "" if speed is None else f", reads {readable_bytes(int(speed))}/s"
+    return ok(kind, f"open{read}")
+
+
+# ---- tiers that no daemon holds
+
+
+def tried_tier(settings: AnyTierSettings) -> Finding:
+    """Open a tier, write and read a few values, and delete them."""
+    kind = kind_of(settings)
+    try:
+        if isinstance(settings, DiskTierSettings):
+            return _tried_disk(settings)
+        if isinstance(settings, MooncakeTierSettings):
+            # As a client only: what it lent to the store would be missing a moment later.
+            settings = msgspec.structs.replace(settings, segment_bytes=0)
+        return ok(kind, _measured(settings))
+    except InputError as error:
+        return fail(kind, str(error), "mend the tier's settings")
+    except UnavailableError as error:
+        return fail(kind, str(error), "start what should answer there, or take the tier out")
+    except CorruptDataError as error:
+        return fail(kind, str(error), "don't use it: what it gives back is not what it got")
+
+
+def _measured(settings: AnyTierSettings) -> str:
+    tier = open_tier(settings, VALUE_BYTES, SystemClock())
+    try:
+        reads = prove_tier(tier.queue.tier, VALUE_BYTES)
+        return speed_text(tier.queue.tier, reads)
+    finally:
+        if not tier.queue.close(CLOSE_S):
+            tier.queue.tier.close()
+
+
+def _tried_disk(settings: DiskTierSettings) -> Finding:
+    folder = Path(settings.folder).expanduser()
+    there = folder
+    while not there.is_dir():
+        if there.exists() or there == there.parent:
+            return fail("disk", f"{there} is not a folder", "choose another folder")
+        there = there.parent
+    try:
+        made = Path(tempfile.mkdtemp(prefix=".kvkeep-doctor-", dir=there))
+    except OSError as error:
+        mend = "choose another folder, or let this user write there"
+        return fail("disk", f"{there}: {error.strerror}", mend)
+    try:
+        small = msgspec.structs.replace(
+            settings, folder=str(made / "tier"), capacity_bytes=DISK_BYTES
+        )
+        text = _measured(small)
+        stats = os.statvfs(there)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    free = stats.f_bavail * stats.f_frsize
+    held = sum(path.stat().st_size for path in folder.glob("*.kvkeep")) if folder.is_dir() else 0
+    text += f"; {readable_bytes(free)} free at {there}"
+    if free + held < settings.capacity_bytes:
+        size = readable_bytes(settings.capacity_bytes)
+        return warn("disk", text, f"lower capacity_bytes ({size}), or make room")
+    return ok("disk", text)

@@ -1,0 +1,118 @@
+"""The report as a whole, and how tiers without a daemon are tried."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from kvkeep.cli.doctor import asked_tier, make_plan, tried_tier
+from kvkeep.cli.findings import Level
+from kvkeep.cli.main import main
+from kvkeep.daemon.tier_settings import DiskTierSettings, ObjectStoreTierSettings
+
+DISK = DiskTierSettings(folder="/tier", capacity_bytes=1 << 30)
+
+
+def config(folder: Path, **settings: object) -> Path:
+    """A settings file of a daemon that does not run."""
+    file = folder / "daemon.yaml"
+    told = {"socket": str(folder / "d.sock"), "pool": str(folder / "pool"), "pool_bytes": 1 << 24}
+    file.write_text(json.dumps(told | settings))
+    return file
+
+
+def report(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """Exit code, and findings by what they are about."""
+    done = CliRunner().invoke(main, ["doctor", "--json", *arguments])
+    found = json.loads(done.stdout)["findings"]
+    return done.exit_code, {each["what"]: each for each in found}
+
+
+def test_a_disk_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    """Its speed is measured in a folder that is gone afterwards; files of the tier stay."""
+    folder = tmp_path / "tier"
+    folder.mkdir()
+    (folder / "headers.kvkeep").write_bytes(b"somebody's")
+    tier = {"kind": "disk", "folder": str(folder), "capacity_bytes": "64MiB"}
+    code, found = report("--config", str(config(tmp_path, tiers=[tier])))
+
+    assert code == 0
+    assert found["disk"]["level"] == "ok"
+    assert "reads" in found["disk"]["text"]
+    assert "writes" in found["disk"]["text"]
+    assert found["socket"]["level"] == "warn"
+    assert [path.name for path in folder.iterdir()] == ["headers.kvkeep"]
+    assert (folder / "headers.kvkeep").read_bytes() == b"somebody's"
+
+
+def test_a_disk_smaller_than_its_tier_is_a_warning(tmp_path: Path) -> None:
+    """It would fill up before its capacity is used."""
+    settings = DiskTierSettings(folder=str(tmp_path / "not" / "yet"), capacity_bytes=1 << 50)
+    found = tried_tier(settings)
+
+    assert found.level is Level.WARN
+    assert "lower capacity_bytes" in found.mend
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_can_t_be_opened_fails(tmp_path: Path) -> None:
+    """Exit code 1, and the line says what to do."""
+    (tmp_path / "file").write_text("no folder")
+    tier = {"kind": "disk", "folder": str(tmp_path / "file"), "capacity_bytes": "64MiB"}
+    code, found = report("--config", str(config(tmp_path, tiers=[tier])))
+
+    assert code == 1
+    assert found["disk"]["level"] == "fail"
+    assert found["disk"]["mend"] == "choose another folder"
+    assert tried_tier(ObjectStoreTierSettings(url="nonsense")).level is Level.FAIL
+
+
+@pytest.mark.parametrize(
+    ("movement", "level", "text"),
+    [
+        ({"failed": {"disk": "no room"}}, Level.FAIL, "no room"),
+        ({"is_open": False}, Level.OK, "when the first engine"),
+        ({"is_open": True, "tiers": []}, Level.WARN, "no such tier"),
+        ({"tiers": [{"name": "disk", "breaker": "open"}]}, Level.FAIL, "left alone"),
+        (
+            {"tiers": [{"name": "disk", "breaker": "closed"}], "bytes_per_s": {"disk": 1 << 30}},
+            Level.OK,
+            "reads 1.0 GiB/s",
+        ),
+    ],
+)
+def test_a_daemon_that_serves_is_asked(movement: Any, level: Level, text: str) -> None:
+    """Its word counts: nothing is opened beside it."""
+    found = asked_tier(DISK, {"movement": movement})
+
+    assert found.level is level
+    assert text in found.text
+
+
+def test_a_stack_file_names_ports_and_tiers(tmp_path: Path) -> None:
+    """Engines that the stack starts have ports to be had; those with a url have none."""
+    file = tmp_path / "two.yaml"
+    engines = [{"name": "a", "port": 8123}, {"name": "b", "url": "http://127.0.0.1:1"}]
+    file.write_text(json.dumps({"engines": engines, "state_dir": str(tmp_path / "state")}))
+    plan = make_plan(None, file)
+
+    assert plan.engine_ports == {"a": 8123}
+    assert plan.settings.socket_path == str(tmp_path / "state" / "daemon.sock")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config", "a", "--stack", "b"], "not both"),
+        (["--config", "/nowhere.yaml"], "can't be read"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(arguments: list[str], sentence: str) -> None:
+    """Two places to read from, or none."""
+    done = CliRunner().invoke(main, ["doctor", *arguments])
+
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
