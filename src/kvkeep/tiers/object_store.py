@@ -159,8 +159,10 @@ class ObjectStoreTier:
             if self._is_absent(error):
                 return None
             raise self._unavailable(error) from error
-        is_whole = is_head_of(content[:HEAD_BYTES], name, len(content) - HEAD_BYTES)
-        return content if is_whole else None
+        value_bytes = len(content) - HEAD_BYTES
+        if not 0 <= value_bytes <= room_bytes:
+            return None
+        return content if is_head_of(content[:HEAD_BYTES], name, value_bytes) else None
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Ask for sizes: an object shorter than a head is none of ours."""

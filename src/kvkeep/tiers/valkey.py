@@ -169,7 +169,7 @@ class ValkeyTier:
             connection.skip(length, end_s)
         elif not is_head_of(connection.read_bytes(HEAD_BYTES, end_s), name, value_bytes):
             connection.skip(value_bytes, end_s)
-            value_bytes = -1
+            left = -1
         else:
             for part in room:
                 piece = part[:left]

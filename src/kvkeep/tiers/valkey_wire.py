@@ -30,7 +30,10 @@ PIECES_MAX: Final = 512
 SKIP_BYTES: Final = 1 << 18
 """Read and forgotten at a time."""
 REPLY_BYTES_MAX: Final = 16 << 20
-"""Of a reply that is no value; the names of a thousand blocks have 150 kB."""
+"""Of a reply that is no value, with ``ELEMENT_BYTES`` on each of its elements; the names of a
+thousand blocks have 220 kB."""
+ELEMENT_BYTES: Final = 64
+"""What an element costs here, however short it is."""
 _NUMBER: Final = re.compile(rb"-?[0-9]{1,18}")
 _NOT_VALKEY: Final = "it does not speak the protocol of Valkey: check host, port and TLS"
 
@@ -324,7 +327,7 @@ class WireConnection:
 
     def _count(self, num_bytes: int) -> None:
         # Before the bytes are taken: a wrong length must not cost memory.
-        self._reply_bytes += num_bytes + 1
+        self._reply_bytes += num_bytes + ELEMENT_BYTES
         if self._reply_bytes > REPLY_BYTES_MAX:
             raise ConnectionError(_NOT_VALKEY)
 
