@@ -37,6 +37,11 @@ _STUDIED_BACKENDS = frozenset(("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_A
 """Their pages hold the same bytes for the same page format."""
 _DRAFTS_WITHOUT_KV = frozenset(("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"))
 _DRAFTS_WITH_KV = frozenset(("eagle", "eagle3", "mtp", "dflash", "dspark", "draft_model"))
+_ATTENTION = (
+    "disable_flashinfer_q_quantization", "use_non_causal", "use_prefill_query_quantization",
+    "use_trtllm_attention",
+)  # fmt: skip
+"""Switches of attention that change what it computes: most quantize queries."""
 _ENVIRONMENT = (
     "BATCH_INVARIANT", "E8M0", "EMULATION", "F16_ACCUM", "FP4", "FP8", "INPUT_DTYPE", "INT4",
     "LOW_PRECISION", "MATMUL_PRECISION", "QUANT", "ROUTING_SIMULATION", "W4A8",
@@ -262,6 +267,8 @@ def _numerics(vllm_config: Any, config: str) -> dict[str, str]:
     attention = getattr(vllm_config, "attention_config", None)
     backend = getattr(attention, "backend", None)
     found["attention"] = _unless(getattr(backend, "name", backend), *_STUDIED_BACKENDS)
+    for name in _ATTENTION:
+        found[name] = getattr(attention, name, None)
     kernels = getattr(vllm_config, "kernel_config", None)
     for name in ("moe_backend", "linear_backend", "linear_backend_per_quant"):
         found[name] = _unless(getattr(kernels, name, None), "auto")

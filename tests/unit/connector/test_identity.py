@@ -83,6 +83,7 @@ DIFFERENT: list[dict[str, Any]] = [
     {"cache_config": {"kv_cache_dtype_skip_layers": ["0"]}},
     {"cache_config": {"kv_sharing_fast_prefill": True}},
     {"engine": {"attention_config": SimpleNamespace(backend="FLEX_ATTENTION")}},
+    {"engine": {"attention_config": SimpleNamespace(use_prefill_query_quantization=True)}},
     {"engine": {"kernel_config": SimpleNamespace(moe_backend="marlin")}},
     {"engine": {"kernel_config": SimpleNamespace(linear_backend_per_quant={"fp8": "marlin"})}},
     {"engine": {"lora_config": SimpleNamespace(target_modules=["q_proj"])}},
