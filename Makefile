@@ -9,7 +9,7 @@ NOT_LONG := $(if $(NIGHTLY),,not nightly)
 SELECTED := $(if $(and $(NOT_FAST),$(NOT_LONG)),$(NOT_FAST) and $(NOT_LONG),$(NOT_FAST)$(NOT_LONG))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format clean
+.PHONY: help demo test check bench soak format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -28,6 +28,9 @@ check: $(READY)  ## style, types, layers
 
 bench: $(READY)  ## one JSON line per figure (ONLY=name: one benchmark)
 	$(BIN)/python -m benchmarks.run $(ONLY) $(ARGS)
+
+soak: $(READY)  ## half an hour of mixed load: nothing grows, is wrong or lost (MINUTES=3: less)
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) $(ARGS)
 
 format: $(READY)  ## put the code into the form that check asks for
 	$(BIN)/ruff check --fix-only --quiet .

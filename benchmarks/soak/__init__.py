@@ -1,0 +1,1 @@
+"""A daemon under mixed load for long: nothing grows, nothing is wrong, nothing is lost."""
