@@ -5,6 +5,7 @@ namespace it did not derive itself. Where the weights can't be named by their by
 holds a number drawn at this start, so that nothing is shared rather than something wrong.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -185,6 +186,12 @@ def _weights_identity(vllm_config: Any) -> str:
     return _named_weights(vllm_config, vllm_config.model_config, load)
 
 
+@functools.lru_cache(maxsize=64)
+def _say_once(warning: str) -> None:
+    """Warn once in a process: a namespace is derived, and then described."""
+    log.warning(warning)
+
+
 def _dummy_identity(vllm_config: Any) -> str:
     """Dummy weights follow from a fixed seed, per tensor as each rank holds it.
 
@@ -206,11 +213,9 @@ def _named_weights(vllm_config: Any, model: Any, load: Any) -> str:
     try:
         digest = name_weights(model, load, _model_config(model))
     except Unnameable as reason:
-        log.warning(
-            "kvkeep can't name the weights of %s by their bytes: %s; blocks are not shared with "
-            "other engines: set model_identity in kv_connector_extra_config",
-            model.model,
-            reason,
+        _say_once(
+            f"kvkeep can't name the weights of {model.model} by their bytes: {reason}; blocks are "
+            "not shared with other engines: set model_identity in kv_connector_extra_config"
         )
         # Drawn anew at each start, and the same in all processes of the engine.
         return f"unknown {start_identity(vllm_config)}"
@@ -231,9 +236,9 @@ def _draft_identity(vllm_config: Any, settings: ConnectorSettings) -> str:
         return ""
     model = getattr(drafts, "draft_model_config", None)
     if drafts.method not in _DRAFTS_WITH_KV or model is None:
-        log.warning(
-            "kvkeep does not know speculative method %s; blocks are not shared with other engines",
-            drafts.method,
+        _say_once(
+            f"kvkeep does not know speculative method {drafts.method}; blocks are not shared with "
+            "other engines"
         )
         return f"unknown {start_identity(vllm_config)}"
     load = getattr(drafts, "draft_load_config", None) or vllm_config.load_config

@@ -52,7 +52,7 @@ def name_weights(model: Any, load: Any, config: Mapping[str, Any]) -> str:
     except OSError as error:
         raise Unnameable(f"the weights can't be read: {error}") from error
     if not digest:
-        raise Unnameable(f"there are no weights of {model.model} on this machine")
+        raise Unnameable(f"it has no weights of load format {load_format!r} on this machine")
     return digest
 
 

@@ -219,6 +219,14 @@ def test_a_loader_of_a_plugin_is_shared_with_nobody(
     assert "model_identity" in caplog.text
 
 
+def test_the_reason_is_said_once(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One line says why blocks are not shared, however often the namespace is derived."""
+    for _ in range(2):
+        namespace(model, load_format="npcache")
+
+    assert caplog.text.count("load format 'npcache'") == 1
+
+
 def test_dummy_weights_are_those_of_a_rank(model: Path) -> None:
     """They are drawn per tensor, so engines that split tensors in other ways differ."""
     one = namespace(model, load_format="dummy")
