@@ -19,8 +19,10 @@ from kvkeep.model.ids import BlockHash, BlockKey, Namespace
 
 REQUESTS_MAX = 1 << 10
 NAMESPACES_MAX = 32
+STORED_SHARE = 4
+"""Blocks of which it is remembered that they once were readable, for each slot of the pool ..."""
 STORED_MAX = 1 << 17
-"""Blocks of which it is remembered that they once were readable: some 15 MiB."""
+"""... and no more than this: some 20 MiB."""
 NAMES_BYTES_MAX = 1 << 20
 """Of one answer, for what namespaces are made of."""
 SHOWN_MAX = 20
@@ -85,7 +87,9 @@ class Misses:
         """Blocks became readable in the pool."""
         for key in keys:
             self._stored[fingerprint_of(key)] = self._num_clears
-        while len(self._stored) > STORED_MAX:
+        geometry = self._shell.pool.geometry
+        num_slots = 1 if geometry is None else geometry.num_slots
+        while len(self._stored) > min(STORED_MAX, STORED_SHARE * num_slots):
             self._stored.popitem(last=False)
 
     def cleared(self) -> None:

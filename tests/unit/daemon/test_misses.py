@@ -69,9 +69,8 @@ def test_questions_without_a_name_are_not_kept(misses: Misses) -> None:
     assert requests(misses, "") == []
 
 
-def test_memory_is_bounded(misses: Misses, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(misses: Misses) -> None:
     """Of requests, blocks and names only the latest are kept."""
-    monkeypatch.setattr(subject, "STORED_MAX", 10)
     for number in range(2000):
         answer(misses, f"cmpl-{number}")
         block_hash = BlockHash(number.to_bytes(8, "little") * 4)
@@ -79,7 +78,7 @@ def test_memory_is_bounded(misses: Misses, monkeypatch: pytest.MonkeyPatch) -> N
         misses.announced(Namespace(number.to_bytes(32, "little")), {})
 
     assert len(misses._outcomes) == subject.REQUESTS_MAX
-    assert len(misses._stored) == 10
+    assert len(misses._stored) == subject.STORED_SHARE
     assert len(misses._identities) == subject.NAMESPACES_MAX
 
 
