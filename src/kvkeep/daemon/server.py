@@ -342,6 +342,8 @@ class SessionProtocol(asyncio.Protocol):
         mask = ((1 << message.num_heads) - 1) << message.first_head
         if node is None or not mask or mask & ~node.ledger.all_heads:
             raise InputError("heads out of range: a worker says Hello with its layout first")
+        if message.namespace == CANARY_NAMESPACE:
+            raise InputError("this namespace is the canaries' own: store under another")
         reply = self._shell.handle(
             on.StoreAsked(
                 0,

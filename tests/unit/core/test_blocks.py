@@ -206,3 +206,46 @@ def test_the_check_finds_damage(name: str) -> None:
 
     with pytest.raises(InvariantError):
         blocks.check()
+
+
+class CountedBytes(bytes):
+    """A name that counts how often it is hashed or compared."""
+
+    steps = 0
+
+    def __hash__(self) -> int:
+        """As bytes do."""
+        CountedBytes.steps += 1
+        return super().__hash__()
+
+    def __eq__(self, other: object) -> bool:
+        """As bytes do."""
+        CountedBytes.steps += 1
+        return super().__eq__(other)
+
+
+@pytest.mark.parametrize("num_stored", [0, 1, 5, 8])
+def test_a_miss_takes_as_many_steps_whatever_others_stored(num_stored: int) -> None:
+    """Of a prompt that another tenant has, in part or whole, a lookup says and costs nothing."""
+    blocks = ledger(num_slots=16, num_heads=1)
+    for stored in KEYS[:num_stored]:
+        blocks.finish_heads(begun(blocks, stored), 1)
+    mine = Namespace(CountedBytes(b"m" * 32))
+    own = BlockKey(mine, BlockHash(b"o" * 32))
+    blocks.finish_heads(begun(blocks, own), 1)
+    asked = [BlockHash(CountedBytes(stored.block_hash)) for stored in KEYS]
+    CountedBytes.steps = 0
+
+    assert blocks.readable_prefix(Namespace(CountedBytes(mine)), 0, asked) == []
+    assert CountedBytes.steps == STEPS_OF_A_MISS
+
+
+STEPS_OF_A_MISS = 3
+"""The namespace is hashed and compared, and the first hash is hashed."""
+
+
+def begun(blocks: BlockLedger, stored: BlockKey) -> Slot:
+    """A slot for a block."""
+    slot = blocks.begin_write(stored)
+    assert slot is not None
+    return slot

@@ -239,3 +239,13 @@ async def test_a_cleared_pool_lends_nothing(server: Server) -> None:
     assert cleared.num_cleared == 4
     assert isinstance(answer, m.Acquired)
     assert answer.lease_id == 0
+
+
+async def test_the_canaries_namespace_is_nobodys(server: Server) -> None:
+    """Who stores under it would be owed room that tenants count on."""
+    worker = Client(server)
+    worker.greet()
+    (answer,) = worker.say(m.Reserve(1, bytes(32), 0, HASHES, 0, 2, 30.0))
+
+    assert isinstance(answer, m.Refused)
+    assert worker.transport.is_closed
