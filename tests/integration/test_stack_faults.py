@@ -58,7 +58,7 @@ def outside_file(tmp_path: Path, model: Path, *, daemon: str = "pool_bytes: 16Mi
     file = tmp_path / "s.yaml"
     file.write_text(
         f"model: {model}\nstate_dir: {tmp_path}/state\ndaemon: {{{daemon}}}\n"
-        "start_timeout_s: 1\nengines: [{name: a, url: 'http://127.0.0.1:9'}]\n"
+        "start_timeout_s: 40\nengines: [{name: a, url: 'http://127.0.0.1:9'}]\n"
     )
     return file
 
