@@ -71,7 +71,7 @@ async def test_another_layout_is_refused_while_there_are_blocks_or_engines(shell
     """Nobody's blocks are wiped by somebody's wrong setting; an unused pool is formatted anew."""
     other = KvLayout(2, 2, 512, 32, "bfloat16", "test")
     shell.num_workers = 1
-    with pytest.raises(RefusedError, match="block_tokens 32 and 16"):
+    with pytest.raises(RefusedError, match="block_tokens 32, not 16"):
         shell.open_layout(other)
     shell.num_workers = 0
     store(shell)
