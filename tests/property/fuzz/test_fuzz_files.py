@@ -115,7 +115,7 @@ async def use_shell(pool: PoolFile) -> None:
 
 
 @given(data=st.data())
-@examples(60)
+@examples(40)
 def test_a_damaged_first_page_begins_anew(pool_file: bytes, data: st.DataObject) -> None:
     """With a wrong check and with a right one: a pool that works, or a file that is none."""
     page = data.draw(damaged(pool_file[:FILE_HEADER_BYTES])).ljust(FILE_HEADER_BYTES, b"\0")
@@ -173,7 +173,7 @@ def test_any_description_begins_anew(pool_file: bytes, value: Any, generation: i
 
 
 @given(data=st.data())
-@examples(60)
+@examples(40)
 def test_damaged_slots_are_gone_and_the_pool_works(pool_file: bytes, data: st.DataObject) -> None:
     """Headers with hostile fields under right checks, in any slots, and a hostile writers' list."""
     found = bytearray(pool_file)
@@ -239,7 +239,7 @@ def open_disk(folder: Path) -> DiskTier:
 
 
 @given(data=st.data())
-@examples(60)
+@examples(40)
 def test_damaged_headers_on_disk_are_misses(
     disk_files: dict[str, bytes], data: st.DataObject
 ) -> None:

@@ -82,7 +82,7 @@ async def serve(streams: list[bytes], cuts: list[int]) -> None:
 
 
 @given(st.lists(st.lists(MESSAGES, max_size=8), max_size=4), st.lists(st.integers(0, 999)))
-@examples(100)
+@examples(40)
 def test_any_messages_end_their_own_session_at_worst(
     told: list[list[m.Message]], cuts: list[int]
 ) -> None:
@@ -92,7 +92,7 @@ def test_any_messages_end_their_own_session_at_worst(
 
 
 @given(data=st.data())
-@examples(100)
+@examples(40)
 def test_damaged_streams_end_their_own_session_at_worst(data: st.DataObject) -> None:
     """Bytes cut, changed and put in, anywhere in a session."""
     messages = data.draw(st.lists(MESSAGES, max_size=5))
@@ -120,7 +120,7 @@ ANSWERS = st.one_of(
 
 
 @given(data=st.data())
-@examples(150)
+@examples(80)
 def test_any_answers_are_read_or_end_the_connection(data: st.DataObject) -> None:
     """A client of a daemon gone mad knows what to do: it goes on without."""
     answers = data.draw(st.lists(ANSWERS, max_size=6))
@@ -162,7 +162,7 @@ REPORTS = st.builds(
 
 
 @given(st.lists(REPORTS, min_size=1, max_size=4), st.randoms())
-@examples(100)
+@examples(40)
 def test_reports_of_ranks_add_up_in_any_order(reports: list[StepReport], random: Any) -> None:
     """A block that any rank missed is missed, whatever the ranks say and whoever is first."""
 
