@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from kvkeep.cli import daemon as command
 from kvkeep.cli.main import main
 from kvkeep.daemon.settings import DaemonSettings
+from kvkeep.daemon.tables import FILE_ONLY
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_every_setting_has_a_flag() -> None:
     """What a file can say, a flag can say; but for lists, which fit a file only."""
     flags = {parameter.name for parameter in command.daemon.params}
 
-    assert set(DaemonSettings.__struct_fields__) - {"tiers"} <= flags
+    assert set(DaemonSettings.__struct_fields__) - FILE_ONLY <= flags
 
 
 def test_flags_win_over_environment_over_file(
