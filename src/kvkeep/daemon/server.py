@@ -39,6 +39,8 @@ _CREDENTIALS = struct.Struct("3i")
 WRITE_BUFFER_BYTES_MAX = 8 << 20
 """A client that does not read its answers is cut off here."""
 FOREVER_S = float("inf")
+QUESTIONS_MAX = 4
+"""About tiers, of people, at once: each may hold some 16 MiB and a thread."""
 
 
 class Server:
@@ -60,6 +62,8 @@ class Server:
         self.inspection = Inspection(shell, movement)
         self.misses = Misses(shell, movement, clock)
         self.sessions: set[SessionProtocol] = set()
+        self.num_questions = 0
+        """About tiers, that are being answered."""
         self._session_ids = itertools.count(1)
 
     def next_session_id(self) -> int:
@@ -171,10 +175,10 @@ class SessionProtocol(asyncio.Protocol):
             case m.Clear():
                 self._clear(message)
             case m.ListKeys():
-                self._begin(self._list_keys(message))
+                self._begin_telling(message.request_id, self._list_keys(message))
             case m.VerifyTier():
                 found = self._server.inspection.verify(message.tier)
-                self._begin(self._tell_all(message.request_id, found))
+                self._begin_telling(message.request_id, found)
             case m.ClearTiers():
                 self._clear_tiers(message)
             case m.Explain():
@@ -275,11 +279,12 @@ class SessionProtocol(asyncio.Protocol):
         self._shell.handle(on.ReadFinished(self._holder, [reply.lease_id]))
         self._begin(self._acquire_later(message, wanted, len(reply.slots)))
 
-    def _begin(self, work: Coroutine[None, None, None]) -> None:
+    def _begin(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
         """Do what takes time beside other messages, as long as the session lasts."""
         task = asyncio.get_running_loop().create_task(work)
         self._waits.add(task)
         task.add_done_callback(self._waited)
+        return task
 
     def _lend(self, wanted: Wanted, deadline_s: float) -> do.ReplyRead | None:
         reply = self._shell.handle(
@@ -385,6 +390,16 @@ class SessionProtocol(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._send(m.Told(request_id, is_last, json.dumps(part)))
 
+    def _begin_telling(self, request_id: int, parts: AsyncIterator[Mapping[str, object]]) -> None:
+        if self._server.num_questions >= QUESTIONS_MAX:
+            self._tell(request_id, {"error": "others are asking about tiers: try again later"})
+            return
+        self._server.num_questions += 1
+        self._begin(self._tell_all(request_id, parts)).add_done_callback(self._told)
+
+    def _told(self, _task: "asyncio.Task[None]") -> None:
+        self._server.num_questions -= 1
+
     async def _tell_all(self, request_id: int, parts: AsyncIterator[Mapping[str, object]]) -> None:
         """Pass on each piece of an answer when it is there; an error ends it, in words."""
         end: Mapping[str, object] = {"is_done": True}
@@ -395,20 +410,15 @@ class SessionProtocol(asyncio.Protocol):
             end = {"error": str(error)}
         self._tell(request_id, end)
 
-    async def _list_keys(self, message: m.ListKeys) -> None:
+    async def _list_keys(self, message: m.ListKeys) -> AsyncIterator[Mapping[str, object]]:
         namespace = None if message.namespace is None else Namespace(message.namespace)
-        part: Mapping[str, object]
-        try:
-            part = await self._server.inspection.keys(message.tier, namespace, message.limit)
-        except (InputError, UnavailableError) as error:
-            part = {"error": str(error)}
-        self._tell(message.request_id, part)
+        yield await self._server.inspection.keys(message.tier, namespace, message.limit)
 
     def _clear_tiers(self, message: m.ClearTiers) -> None:
         if POOL in message.tiers:
             self._server.misses.cleared()
         found = self._server.inspection.clear(message.tiers)
-        self._begin(self._tell_all(message.request_id, found))
+        self._begin_telling(message.request_id, found)
 
     def _explain(self, message: m.Explain) -> None:
         misses = self._server.misses

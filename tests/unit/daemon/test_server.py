@@ -1,5 +1,6 @@
 """Sessions without sockets: a transport that only takes notes."""
 
+import asyncio
 import os
 import struct
 from collections.abc import AsyncIterator
@@ -10,7 +11,7 @@ import pytest
 
 from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.movement.movement import Movement
-from kvkeep.daemon.server import WRITE_BUFFER_BYTES_MAX, Server, SessionProtocol
+from kvkeep.daemon.server import QUESTIONS_MAX, WRITE_BUFFER_BYTES_MAX, Server, SessionProtocol
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import SystemClock
@@ -249,3 +250,19 @@ async def test_the_canaries_namespace_is_nobodys(server: Server) -> None:
 
     assert isinstance(answer, m.Refused)
     assert worker.transport.is_closed
+
+
+async def test_questions_about_tiers_have_a_limit(server: Server) -> None:
+    """Each takes memory and time; beyond a few, one is told to come again, and then may."""
+    client = Client(server)
+    client.greet("tool")
+    asked = [m.VerifyTier(number, "pool") for number in range(QUESTIONS_MAX)]
+    at_once = client.say(*asked, m.VerifyTier(99, "pool"))
+
+    assert [(type(each), each.request_id) for each in at_once] == [(m.Told, 99)]  # type: ignore[union-attr]
+    assert "try again later" in at_once[0].text  # type: ignore[union-attr]
+    await asyncio.gather(*client.session._waits)
+    await asyncio.sleep(0)
+    assert server.num_questions == 0
+    assert client.say(m.VerifyTier(100, "pool")) == []
+    await asyncio.gather(*client.session._waits)
