@@ -41,6 +41,8 @@ WRITE_BUFFER_BYTES_MAX = 8 << 20
 FOREVER_S = float("inf")
 QUESTIONS_MAX = 4
 """About tiers, of people, at once: each may hold some 16 MiB and a thread."""
+WAITS_MAX = 1024
+"""Acquires of one session that wait at once; beyond it they get what the pool has."""
 
 
 class Server:
@@ -272,7 +274,11 @@ class SessionProtocol(asyncio.Protocol):
             message.prefill_tokens_s,
         )
         reply = self._lend(wanted, deadline_s)
-        if reply is None or not self._server.movement.may_come(wanted, len(reply.slots)):
+        if (
+            reply is None
+            or len(self._waits) >= WAITS_MAX
+            or not self._server.movement.may_come(wanted, len(reply.slots))
+        ):
             self._send_acquired(message, wanted, reply)
             return
         # The blocks it may have at once stay where they are, but are lent with the others only.
@@ -318,7 +324,9 @@ class SessionProtocol(asyncio.Protocol):
                 wait_us = int(limit_s * 1e6) + 1
                 self._send(m.Acquired(message.request_id, 0, b"", generation, wait_us))
 
-        await self._server.movement.bring(wanted, num_ready, announce)
+        # A client counts its lease from the question: half of it is left for the load.
+        limit_s = message.lease_s / 2
+        await self._server.movement.bring(wanted, num_ready, announce, limit_s)
         if self._transport is not None and not self._transport.is_closing():
             reply = self._lend(wanted, self._deadline_s(message.lease_s))
             self._send_acquired(message, wanted, reply)

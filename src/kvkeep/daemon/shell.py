@@ -115,6 +115,10 @@ class Shell:
                 # Several ranks fill one slot; which ones, its header can't say.
                 for pid in writers if header.pid == UNKNOWN_PID else [header.pid]:
                     self.handle(on.WriteRecovered(slot, pid))
+                if header.pid == os.getpid():
+                    # An earlier daemon's own promotion, and its number is this one's now, as in a
+                    # container where both are process 1: it is over, and must not be waited for.
+                    self.handle(on.HolderQuiet(header.pid))
             elif header is not None and header.key is not None and slot in intact:
                 self.handle(on.BlockRecovered(header.key, slot))
             else:

@@ -1,6 +1,7 @@
 """Sizes as people write them."""
 
 import re
+from fractions import Fraction
 
 from kvkeep.model.errors import InputError
 
@@ -20,4 +21,4 @@ def parse_bytes(text: object) -> int:
     match = _SIZE.match(text) if isinstance(text, str) else None
     if match is None or match[2].lower() not in _UNITS:
         raise InputError(f"{text!r} is not a size: write a number and a unit, such as 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(Fraction(match[1]) * _UNITS[match[2].lower()])

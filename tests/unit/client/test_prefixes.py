@@ -93,6 +93,10 @@ class Stage:
             cast(Link, self.link), self.clock, lease_s=30.0, patience_s=PATIENCE_S
         )
 
+    def announce(self, request_id: int, wait_s: float) -> None:
+        """Say that blocks are on their way."""
+        self.daemon.answers.append(m.Acquired(request_id, 0, b"", 1, int(wait_s * 1e6)))
+
     def grant(self, request_id: int, lease_id: int = 5, num_slots: int = 2) -> None:
         """Answer a question."""
         slots = join_slots(range(num_slots))
@@ -222,3 +226,76 @@ def test_open_questions_have_a_limit(stage: Stage) -> None:
 
     assert asked[-2] is not None
     assert asked[-1] is None
+
+
+def test_an_announced_answer_is_waited_for_as_long_as_was_said(stage: Stage) -> None:
+    """The daemon is not lost meanwhile, and no call waits longer than it may."""
+    question = stage.client.ask(NAMESPACE, 0, HASHES)
+    assert question is not None
+    stage.announce(question.request_id, 5.0)
+    assert stage.client.answer(question, 0.002) is Answer.PENDING
+    stage.clock.time_s += 5.0
+    assert stage.client.answer(question, 0.002) is Answer.PENDING
+    stage.grant(question.request_id)
+
+    lease = stage.client.answer(question, 0.0)
+    assert isinstance(lease, PrefixLease)
+    assert lease.deadline_s == question.asked_s + 30.0
+    assert stage.client.num_late == 0
+
+
+def test_a_longer_wait_may_be_announced_later(stage: Stage) -> None:
+    """What was said last counts, from when it was heard."""
+    question = stage.client.ask(NAMESPACE, 0, HASHES)
+    assert question is not None
+    stage.announce(question.request_id, 0.25)
+    assert stage.client.answer(question, 0.0) is Answer.PENDING
+    stage.announce(question.request_id, 3.0)
+    assert stage.client.answer(question, 0.0) is Answer.PENDING
+    stage.clock.time_s += 3.0
+
+    assert stage.client.answer(question, 0.0) is Answer.PENDING
+
+
+def test_a_daemon_that_breaks_its_word_is_lost(stage: Stage) -> None:
+    """After the announced time and the patience."""
+    question = stage.client.ask(NAMESPACE, 0, HASHES)
+    assert question is not None
+    stage.announce(question.request_id, 1.0)
+    assert stage.client.answer(question, 0.0) is Answer.PENDING
+    stage.clock.time_s += 1.0 + PATIENCE_S
+
+    assert stage.client.answer(question, 0.0) is Answer.NOTHING
+    assert stage.client.num_late == 1
+    assert not stage.client.is_connected
+
+
+def test_an_announcement_speaks_for_its_question_alone(stage: Stage) -> None:
+    """Another question is late at its own time."""
+    slow = stage.client.ask(NAMESPACE, 0, HASHES)
+    other = stage.client.ask(NAMESPACE, 0, HASHES)
+    assert slow is not None
+    assert other is not None
+    stage.announce(slow.request_id, 60.0)
+    assert stage.client.answer(slow, 0.0) is Answer.PENDING
+    stage.clock.time_s += PATIENCE_S
+
+    assert stage.client.answer(other, 0.0) is Answer.NOTHING
+    assert stage.client.num_late == 1
+
+
+def test_an_announced_question_may_be_forgotten(stage: Stage) -> None:
+    """Its lease is given back when it comes; nothing of it is remembered."""
+    question = stage.client.ask(NAMESPACE, 0, HASHES)
+    other = stage.client.ask(NAMESPACE, 0, HASHES)
+    assert question is not None
+    assert other is not None
+    stage.announce(question.request_id, 5.0)
+    assert stage.client.answer(question, 0.0) is Answer.PENDING
+    stage.client.forget(question)
+    stage.announce(question.request_id, 5.0)
+    stage.grant(question.request_id, 21)
+    assert stage.client.answer(other, 0.0) is Answer.PENDING
+
+    assert stage.daemon.sent[2:] == [m.Release([21])]
+    assert stage.client._coming_s == {}

@@ -55,6 +55,9 @@ class Cascade:
         self._holder = Holder(TIERS_SESSION, os.getpid())
         self._waiting: OrderedDict[BlockKey, list[LowerTier]] = OrderedDict()
         """Blocks and the tiers that admitted them; no more than there are slots."""
+        self._copying: set[BlockKey] = set()
+        """Blocks on their way: used again meanwhile, they are not admitted a second time."""
+        self._is_over = self._is_abandoned = False
         self._running: set[asyncio.Task[None]] = set()
         geometry = view.geometry
         pinnable = max(1, int(geometry.num_slots * PINNED_SHARE_MAX))
@@ -69,9 +72,13 @@ class Cascade:
 
     def ready(self, keys: Sequence[BlockKey]) -> None:
         """These blocks became readable in the pool."""
+        if self._is_over:
+            return
         for key in keys:
             for tier in self._tiers:
                 tier.seen(key)
+            if key in self._waiting or key in self._copying:
+                continue
             wanted_by = [tier for tier in self._tiers if tier.admits(key)]
             if wanted_by:
                 self._waiting[key] = wanted_by
@@ -86,7 +93,7 @@ class Cascade:
             tier.give_up(key)
 
     def _begin(self) -> None:
-        while self._waiting and len(self._running) < BATCHES_MAX:
+        while not self._is_over and self._waiting and len(self._running) < BATCHES_MAX:
             keys = list(itertools.islice(self._waiting, self._batch_blocks))
             wanted_by = [self._waiting.pop(key) for key in keys]
             reply = self._shell.handle(on.BlocksAsked(0, self._holder, keys, float("inf")))
@@ -99,6 +106,7 @@ class Cascade:
                 else:
                     found.append((key, slot, tiers))
             if found:
+                self._copying.update(key for key, _, _ in found)
                 task = asyncio.get_running_loop().create_task(self._copy(reply.lease_id, found))
                 self._running.add(task)
                 task.add_done_callback(self._ended)
@@ -122,20 +130,30 @@ class Cascade:
             good = [copy for copy in blocks if copy[1] in intact]
             await asyncio.gather(*(self._copy_to(tier, good) for tier in self._tiers))
         finally:
-            self._shell.handle(on.ReadFinished(self._holder, [lease_id]))
+            self._copying.difference_update(key for key, _, _ in blocks)
+            # After a call that hangs at the daemon's end nothing is changed any more.
+            if not self._is_abandoned:
+                self._shell.handle(on.ReadFinished(self._holder, [lease_id]))
 
     async def _copy_to(self, tier: LowerTier, blocks: Sequence[Copy]) -> None:
         wanted = [(key, slot) for key, slot, tiers in blocks if tier in tiers]
         if not wanted:
             return
-        keys = [key for key, _ in wanted]
-        try:
-            kept = await tier.write(keys, all_parts(self._view, [slot for _, slot in wanted]))
-        except UnavailableError as error:
-            log.warning("cascade refused. tier=%s blocks=%d reason=%s", tier.name, len(keys), error)
-            self._count("cascades_refused", len(keys))
-            return
-        self._count("blocks_cascaded", sum(kept))
+        for start in range(0, len(wanted), tier.batch_blocks):
+            batch = wanted[start : start + tier.batch_blocks]
+            keys = [key for key, _ in batch]
+            try:
+                kept = await tier.write(keys, all_parts(self._view, [slot for _, slot in batch]))
+            except UnavailableError as error:
+                log.warning(
+                    "cascade refused. tier=%s blocks=%d reason=%s",
+                    tier.name,
+                    len(keys),
+                    str(error),
+                )
+                self._count("cascades_refused", len(keys))
+            else:
+                self._count("blocks_cascaded", sum(kept))
 
     async def leave(self, tiers: Sequence[LowerTier]) -> None:
         """Copy nothing of what waits to these tiers; ends when nothing is on its way to them.
@@ -157,9 +175,17 @@ class Cascade:
             if pending:
                 raise UnavailableError(f"a copy to a lower tier takes longer than {LEAVE_S:.0f} s")
 
-    async def drain(self, timeout_s: float) -> None:
-        """Wait until what is in motion has ended; what still waits is dropped."""
+    def stop(self) -> None:
+        """Begin nothing more; what waits is dropped."""
+        self._is_over = True
         while self._waiting:
             self._miss(*self._waiting.popitem())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until what is in motion has ended."""
         if self._running:
             await asyncio.wait(set(self._running), timeout=timeout_s)
+
+    def abandon(self) -> None:
+        """The daemon ends: what still hangs changes nothing any more."""
+        self._is_abandoned = True

@@ -22,6 +22,11 @@ KNOWN_MAX = 1 << 18
 REFUSED_MAX = 1 << 14
 """Blocks of which it is remembered why they were not admitted."""
 
+BATCH_BYTES = 8 << 20
+"""Moved in one call: enough for a tier's bandwidth, little enough for several threads to share."""
+READS_MAX = 16
+"""Calls of promotions in motion at once: together 128 MiB at most."""
+
 Answer = TypeVar("Answer")
 
 
@@ -54,6 +59,13 @@ class LowerTier:
         self.queue = queue
         self.admission = admission
         self.is_local = is_local
+        # Reads together take at most half of the queue, so that no plan overruns it.
+        quarter_bytes = queue.limits.queue_bytes_max // 4
+        self.batch_blocks = max(1, min(min(BATCH_BYTES, quarter_bytes) // value_bytes, BATCH_MAX))
+        """Values in one call."""
+        batch_bytes = self.batch_blocks * value_bytes
+        num_reads = min(READS_MAX, queue.limits.queue_bytes_max // 2 // batch_bytes)
+        self._reads = asyncio.Semaphore(max(1, num_reads))
         self._clock = clock
         self._value_bytes = value_bytes
         self._probes_at_once = probes_at_once
@@ -169,15 +181,17 @@ class LowerTier:
         tier = self.queue.tier
         if not isinstance(tier, Probes):
             return [False] * len(keys)
-        if self.is_local:
-            return tier.lookup(keys)
         try:
             if self._probes_at_once == 1:
                 return await self._bisect(keys)
             found: list[bool] = []
             for start in range(0, len(keys), self._probes_at_once):
                 batch = keys[start : start + self._probes_at_once]
-                answer = await self._probe_batch(batch)
+                if self.is_local:
+                    answer = tier.lookup(batch)
+                    await asyncio.sleep(0)  # others have their turn
+                else:
+                    answer = await self._probe_batch(batch)
                 found += answer
                 if not all(answer):
                     # What lies behind a gap is of no use to a prefix.
@@ -215,7 +229,8 @@ class LowerTier:
             UnavailableError: Refused, or failed.
         """
         read = partial(self.queue.submit_read, keys, into)
-        lengths: list[int | None] = await self._call(read)
+        async with self._reads:
+            lengths: list[int | None] = await self._call(read)
         self._learn(keys, [length is not None for length in lengths])
         return lengths
 

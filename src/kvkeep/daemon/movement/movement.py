@@ -27,8 +27,12 @@ from kvkeep.tiers.shared_memory import PoolView
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 5.0
+Mover = Cascade | Promotion
+
+DRAIN_S = 4.0
 """What is in motion when the daemon stops, or when the layout changes, is waited for so long."""
+CLOSE_S = 2.0
+"""And then a tier's calls; the daemon ends in the sum of both, whatever hangs."""
 PROBE_S = 0.25
 """Announced to a client before it is known where its blocks are."""
 USES_MAX = 1 << 16
@@ -77,14 +81,30 @@ class Movement:
         if not self._settings.tiers or pool.geometry is None or pool.pool_id == self._pool_id:
             return
         self._pool_id = pool.pool_id
-        before = self._opening
-        self._opening = asyncio.get_running_loop().create_task(self._reopen(before))
+        # At once: what moved blocks of the former layout knows other places of the pool.
+        movers = self._stop_moving()
+        task = self._reopen(pool.view(), pool.pool_id, self._opening, movers)
+        self._opening = asyncio.get_running_loop().create_task(task)
+        self._opening.add_done_callback(_raise_defect)
 
-    async def _reopen(self, before: "asyncio.Task[None] | None") -> None:
+    def _stop_moving(self) -> list[Mover]:
+        """Begin nothing more; returns what has to come to its end."""
+        movers = [mover for mover in (self._cascade, self._promotion) if mover is not None]
+        for mover in movers:
+            mover.stop()
+        self._cascade = self._promotion = None
+        return movers
+
+    async def _reopen(
+        self,
+        view: PoolView,
+        pool_id: bytes,
+        before: "asyncio.Task[None] | None",
+        movers: Sequence[Mover],
+    ) -> None:
         if before is not None:
             await before
-        await self._close_tiers()
-        view = self._shell.pool.view()
+        await self._close_tiers(movers)
         pace = Pace(
             PlannerSettings(mode=PlanMode(self._settings.planner)),
             view.geometry.layout,
@@ -94,11 +114,13 @@ class Movement:
             tier = await asyncio.to_thread(self._open, settings, view, pace)
             if tier is not None:
                 self.tiers.append(tier)
+        if pool_id != self._pool_id:
+            return  # it has another layout by now, and the next task waits for this one
         self.pace = pace
         self._cascade = Cascade(self._shell, self.tiers, view, self._count)
         self._promotion = Promotion(self._shell, self.tiers, view, pace, self._clock, self._count)
         log.info("tiers opened. names=%s", ",".join(tier.name for tier in self.tiers))
-        self._cascade.ready(self._stored_before(view))
+        await self._take_stock(self._cascade)
 
     def _open(self, settings: AnyTierSettings, view: PoolView, pace: Pace) -> LowerTier | None:
         """Open, prove and time one tier; on a thread of its own, before anyone else uses it."""
@@ -106,7 +128,7 @@ class Movement:
         try:
             tier = open_tier(settings, value_bytes(view), self._clock)
         except (InputError, UnavailableError) as error:
-            log.error("a tier can't be used. kind=%s reason=%s", kind, error)  # noqa: TRY400
+            log.error("a tier can't be used. kind=%s reason=%s", kind, str(error))  # noqa: TRY400
             self.closed_tiers[kind] = str(error)
             return None
         try:
@@ -115,32 +137,28 @@ class Movement:
                 pace.measured(tier.name, num_bytes, seconds)
         except UnavailableError as error:
             # It may come; its breaker finds out.
-            log.warning("a tier does not answer yet. tier=%s reason=%s", tier.name, error)
+            log.warning("a tier does not answer yet. tier=%s reason=%s", tier.name, str(error))
         except CorruptDataError as error:
-            log.error("a tier is switched off. reason=%s", error)  # noqa: TRY400
+            log.error("a tier is switched off. reason=%s", str(error))  # noqa: TRY400
             self.closed_tiers[kind] = str(error)
-            tier.queue.close(DRAIN_S)
+            _close_tier(tier)
             return None
         return tier
 
-    def _stored_before(self, view: PoolView) -> list[BlockKey]:
+    async def _take_stock(self, cascade: Cascade) -> None:
         """Blocks that were readable before the tiers were open, as after a restart."""
         node = self._shell.node
         slots = [] if node is None else node.ledger.ready_slots()
-        return [slot.key for slot in slots if slot.key is not None]
+        keys = [slot.key for slot in slots if slot.key is not None]
+        for start in range(0, len(keys), USES_AT_ONCE):
+            cascade.ready(keys[start : start + USES_AT_ONCE])
+            await asyncio.sleep(0)  # others have their turn
 
-    async def _close_tiers(self) -> None:
-        for mover in (self._cascade, self._promotion):
-            if mover is not None:
-                await mover.drain(DRAIN_S)
-        self._cascade = self._promotion = None
-        for tier in self.tiers:
-            hanging = await asyncio.to_thread(tier.queue.close, DRAIN_S)
-            if hanging:
-                # Its memory is still written to; it ends with the process.
-                log.warning("calls of a tier hang. tier=%s calls=%d", tier.name, len(hanging))
-            else:
-                await asyncio.to_thread(tier.queue.tier.close)
+    async def _close_tiers(self, movers: Sequence[Mover]) -> None:
+        await asyncio.gather(*(mover.drain(DRAIN_S) for mover in movers))
+        for mover in movers:
+            mover.abandon()
+        await asyncio.gather(*(asyncio.to_thread(_close_tier, tier) for tier in self.tiers))
         self.tiers = []
         self.closed_tiers = {}
 
@@ -148,7 +166,7 @@ class Movement:
         """End what is in motion and close the tiers; what they keep stays."""
         if self._opening is not None:
             await self._opening
-        await self._close_tiers()
+        await self._close_tiers(self._stop_moving())
 
     def tick(self) -> None:
         """Several times a second: notice calls that hang."""
@@ -185,7 +203,7 @@ class Movement:
         if self._cascade is None:
             return
         self._uses.extend(wanted.keys(0, num_blocks))
-        if not self._is_taking_uses:
+        if self._uses and not self._is_taking_uses:
             self._is_taking_uses = True
             asyncio.get_running_loop().call_soon(self._take_uses)
 
@@ -231,7 +249,11 @@ class Movement:
         return self._promotion is not None and self._promotion.may_come(wanted, num_ready)
 
     async def bring(
-        self, wanted: Wanted, num_ready: int, announce: Callable[[float], None]
+        self,
+        wanted: Wanted,
+        num_ready: int,
+        announce: Callable[[float], None],
+        limit_s: float = float("inf"),
     ) -> None:
         """Bring blocks of a prefix into the pool; ends at the time that was announced last.
 
@@ -239,19 +261,21 @@ class Movement:
             wanted: The whole prefix.
             num_ready: Leading blocks that are readable now; they stay until this ends.
             announce: Called with the seconds that it may take from then on.
+            limit_s: The longest wait altogether, in seconds.
         """
         promotion = self._promotion
         if promotion is None:
             return
         loop = asyncio.get_running_loop()
         held = promotion.hold(wanted, num_ready)
-        until_s = loop.time() + PROBE_S
+        last_s = loop.time() + limit_s
+        until_s = min(last_s, loop.time() + PROBE_S)
         announce(PROBE_S)
 
-        def extend(limit_s: float) -> None:
+        def extend(wait_s: float) -> None:
             nonlocal until_s
-            until_s = max(until_s, loop.time() + limit_s)
-            announce(until_s - loop.time())
+            until_s = min(last_s, max(until_s, loop.time() + wait_s))
+            announce(max(0.0, until_s - loop.time()))
 
         task = loop.create_task(promotion.bring(wanted, extend))
         try:
@@ -260,8 +284,23 @@ class Movement:
             if task.done():
                 task.result()
             else:
-                # The reads themselves go on to their ends.
-                task.cancel()
                 self._count("promotions_late", 1)
         finally:
+            # The reads themselves go on to their ends; nobody begins others for who has left.
+            task.cancel()
             promotion.let_go(held)
+
+
+def _close_tier(tier: LowerTier) -> None:
+    """End a tier's calls and the tier; on a thread of its own."""
+    hanging = tier.queue.close(CLOSE_S)
+    if hanging:
+        # Its memory is still written to; it ends with the process.
+        log.warning("calls of a tier hang. tier=%s calls=%d", tier.name, len(hanging))
+    else:
+        tier.queue.tier.close()
+
+
+def _raise_defect(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled():
+        task.result()  # goes to the loop's handler

@@ -1,5 +1,7 @@
 """From the settings of a tier to the tier, wrapped and with a queue before it."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from kvkeep.core.admission import SIGHTS_MAX, AdmissionPolicy, AdmissionSettings
@@ -38,13 +40,14 @@ def open_tier(settings: AnyTierSettings, value_bytes: int, clock: Clock) -> Lowe
     overhead_bytes = VerifiedTier.overhead_bytes
     overhead_bytes += EncryptedTier.overhead_bytes if settings.key_files else 0
     overhead_bytes += CompressedTier.overhead_bytes if settings.compress else 0
+    seal = _sealing(settings)  # first: what is missing for it leaves no medium open
     inner = open_medium(settings, value_bytes + overhead_bytes)
     limits = QueueLimits(
         num_threads=settings.num_threads,
         queue_bytes_max=max(settings.queue_bytes_max, 4 * value_bytes),
         deadline_s=settings.deadline_s,
     )
-    sealed = _sealed(settings, inner)
+    sealed = seal(inner)
     verified = VerifiedTier(sealed)
     tier = MeteredTier(verified, clock)
 
@@ -73,17 +76,24 @@ def open_tier(settings: AnyTierSettings, value_bytes: int, clock: Clock) -> Lowe
     )
 
 
-def _sealed(settings: AnyTierSettings, inner: Tier) -> Tier:
-    """Encryption next to the medium and compression before it: see decision 0013."""
+def _sealing(settings: AnyTierSettings) -> Callable[[Tier], Tier]:
+    """Encryption next to the medium and compression before it: see decision 0013.
+
+    Raises:
+        InputError: A key can't be read, or something is not installed.
+    """
+    seals: list[Callable[[Tier], Tier]] = []
     if settings.key_files:
         from kvkeep.tiers.wrappers.key_ring import KeyRing
 
-        inner = EncryptedTier(inner, KeyRing.load([Path(name) for name in settings.key_files]))
+        keys = KeyRing.load([Path(name) for name in settings.key_files])
+        seals.append(lambda inner: EncryptedTier(inner, keys))
     if settings.compress:
         from kvkeep.tiers.wrappers.codecs import ZstdCodec
 
-        inner = CompressedTier(inner, ZstdCodec())
-    return inner
+        codec = ZstdCodec()
+        seals.append(lambda inner: CompressedTier(inner, codec))
+    return lambda inner: functools.reduce(lambda tier, seal: seal(tier), seals, inner)
 
 
 def open_medium(settings: AnyTierSettings, value_bytes_max: int) -> Tier:

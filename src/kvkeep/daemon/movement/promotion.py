@@ -27,10 +27,12 @@ from kvkeep.tiers.shared_memory import PoolView
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 8 << 20
-"""Read in one call: enough for a tier's bandwidth, little enough for several threads to share."""
 POOL_SHARE_MAX = 0.9
 """Of the pool's slots, at most this share is filled for one request."""
+
+
+Granted = tuple[BlockKey, int, LowerTier]
+"""A block, the slot that it is read into, and where from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,15 @@ class Wanted:
     def keys(self, first: int, end: int | None = None) -> list[BlockKey]:
         """Keys of the blocks from ``first`` on."""
         return [BlockKey(self.namespace, h, self.group_idx) for h in self.hashes[first:end]]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Blocks on their way together."""
+
+    ended: "asyncio.Future[None]"
+    until_s: float
+    """By the loop's clock: when whoever asked for them gives up."""
 
 
 class Promotion:
@@ -67,15 +78,14 @@ class Promotion:
         self._clock = clock
         self._count = count
         self._holder = Holder(TIERS_SESSION, os.getpid())
-        self._arriving: dict[BlockKey, asyncio.Future[None]] = {}
+        self._arriving: dict[BlockKey, Arrival] = {}
         self._reading: set[asyncio.Task[None]] = set()
-        layout = view.geometry.layout
-        self._batch_blocks = max(1, BATCH_BYTES // layout.block_bytes)
+        self._is_over = self._is_abandoned = False
         self._blocks_max = max(1, int(view.geometry.num_slots * POOL_SHARE_MAX))
 
     def may_come(self, wanted: Wanted, num_ready: int) -> bool:
         """Whether it may be worth waiting for more than the leading ``num_ready`` blocks."""
-        if num_ready >= len(wanted.hashes):
+        if self._is_over or num_ready >= len(wanted.hashes):
             return False
         (key,) = wanted.keys(num_ready, num_ready + 1)
         return key in self._arriving or any(tier.may_have(key) for tier in self._tiers)
@@ -101,22 +111,25 @@ class Promotion:
             announce: Called with the seconds that it may take, whenever that is known anew.
         """
         num_before = -1
-        while (num_ready := self._num_ready(wanted)) > num_before:
-            num_before = num_ready
+        runs: list[tuple[LowerTier, int]] = []
+        while not self._is_over:
+            num_ready = self._num_ready(wanted)
             if num_ready >= len(wanted.hashes):
                 return
             (first,) = wanted.keys(num_ready, num_ready + 1)
-            arrival = self._arriving.get(first)
-            if arrival is not None:
-                # Somebody else's read; the announcement holds for both.
-                await asyncio.shield(arrival)
-                continue
-            runs = await self._locate(wanted, num_ready)
-            pacing = self._pace.plan(num_ready, len(wanted.hashes), runs, wanted.prefill_tokens_s)
-            if not pacing.num_blocks:
+            if first not in self._arriving:
+                if num_ready <= num_before:
+                    return  # what was tried brought nothing
+                num_before = num_ready
+                runs = await self._locate(wanted, num_ready)
+                if self._num_ready(wanted) != num_ready:
+                    continue
+            # While this one looked, another may have begun to read the same.
+            arrival = self._arriving.get(first) or self._fetch(wanted, num_ready, runs)
+            if arrival is None:
                 return
-            announce(pacing.limit_s)
-            await self._fetch(wanted, num_ready, runs, pacing.num_blocks)
+            announce(arrival.until_s - asyncio.get_running_loop().time())
+            await asyncio.shield(arrival.ended)
 
     def _num_ready(self, wanted: Wanted) -> int:
         node = self._shell.node
@@ -147,16 +160,20 @@ class Promotion:
                 runs.append((tier_or_none, 1))
         return runs
 
-    async def _fetch(
-        self, wanted: Wanted, first: int, runs: Sequence[tuple[LowerTier, int]], num_blocks: int
-    ) -> None:
-        keys = wanted.keys(first, first + num_blocks)
+    def _fetch(
+        self, wanted: Wanted, first: int, runs: Sequence[tuple[LowerTier, int]]
+    ) -> Arrival | None:
+        """Begin to read what is worth it; None if nothing is, or there is no room."""
+        pacing = self._pace.plan(first, len(wanted.hashes), runs, wanted.prefill_tokens_s)
+        if not pacing.num_blocks:
+            return None
+        keys = wanted.keys(first, first + pacing.num_blocks)
         sources: list[LowerTier] = []
         for tier, length in runs:
             sources += [tier] * length
         node = self._shell.node
-        if node is None:
-            return
+        if node is None or self._is_over:
+            return None
         reply = self._shell.handle(
             on.StoreAsked(
                 0, self._holder, wanted.namespace, wanted.group_idx,
@@ -164,47 +181,49 @@ class Promotion:
             )
         )  # fmt: skip
         if not isinstance(reply, do.ReplyStore) or not reply.lease_id:
-            return
+            return None
         granted = [
             (key, slot, source)
             for key, slot, source in zip(keys, reply.slots, sources, strict=False)
             if slot != do.NO_SLOT
         ]
         loop = asyncio.get_running_loop()
-        arrival = loop.create_future()
+        arrival = Arrival(loop.create_future(), loop.time() + pacing.limit_s)
         for key, _, _ in granted:
             self._arriving[key] = arrival
         task = loop.create_task(self._read(reply.lease_id, granted, arrival))
         self._reading.add(task)
-        task.add_done_callback(self._reading.discard)
-        await asyncio.shield(arrival)
+        task.add_done_callback(self._ended)
+        return arrival
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._reading.discard(task)
+        if not task.cancelled():
+            task.result()  # a defect goes to the loop's handler
 
     async def _read(
         self,
         lease_id: LeaseId,
-        granted: Sequence[tuple[BlockKey, int, LowerTier]],
-        arrival: "asyncio.Future[None]",
+        granted: Sequence[Granted],
+        arrival: Arrival,
     ) -> None:
         """Fill the slots; ends only when every read has really ended."""
         is_stored = [False] * len(granted)
         try:
-            batches = [
-                range(start, min(start + self._batch_blocks, len(granted)))
-                for start in range(0, len(granted), self._batch_blocks)
-            ]
             with self._measured(granted, is_stored):
+                batches = _batches(granted)
                 await asyncio.gather(*(self._read_batch(granted, b, is_stored) for b in batches))
         finally:
             for key, _, _ in granted:
                 self._arriving.pop(key, None)
-            self._shell.handle(on.StoreFinished(0, self._holder, lease_id, is_stored))
-            self._count("promotions_failed", is_stored.count(False))
-            arrival.set_result(None)
+            arrival.ended.set_result(None)
+            # A read that hangs at the daemon's end may still write: its slots stay what they are.
+            if not self._is_abandoned:
+                self._shell.handle(on.StoreFinished(0, self._holder, lease_id, is_stored))
+                self._count("promotions_failed", is_stored.count(False))
 
     @contextmanager
-    def _measured(
-        self, granted: Sequence[tuple[BlockKey, int, LowerTier]], is_stored: Sequence[bool]
-    ) -> Iterator[None]:
+    def _measured(self, granted: Sequence[Granted], is_stored: Sequence[bool]) -> Iterator[None]:
         """Tell the pace how long the tiers took; a time counts where it is one tier's alone."""
         names = Counter(tier.name for _, _, tier in granted)
         block_bytes = self._view.geometry.layout.block_bytes
@@ -222,23 +241,43 @@ class Promotion:
 
     async def _read_batch(
         self,
-        granted: Sequence[tuple[BlockKey, int, LowerTier]],
-        batch: range,
+        granted: Sequence[Granted],
+        batch: Sequence[int],
         is_stored: list[bool],
     ) -> None:
-        for tier in dict.fromkeys(granted[idx][2] for idx in batch):
-            mine = [idx for idx in batch if granted[idx][2] is tier]
-            keys = [granted[idx][0] for idx in mine]
-            into = all_parts(self._view, [granted[idx][1] for idx in mine])
-            try:
-                lengths = await tier.read(keys, into)
-            except UnavailableError as error:
-                log.warning("promotion failed. tier=%s reason=%s", tier.name, error)
-                continue
-            for idx, length in zip(mine, lengths, strict=True):
-                is_stored[idx] = length == value_bytes(self._view)
+        """Read some blocks of one tier."""
+        tier = granted[batch[0]][2]
+        keys = [granted[idx][0] for idx in batch]
+        into = all_parts(self._view, [granted[idx][1] for idx in batch])
+        try:
+            lengths = await tier.read(keys, into)
+        except UnavailableError as error:
+            log.warning("promotion failed. tier=%s reason=%s", tier.name, str(error))
+            return
+        for idx, length in zip(batch, lengths, strict=True):
+            is_stored[idx] = length == value_bytes(self._view)
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._is_over = True
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for the reads in motion."""
         if self._reading:
             await asyncio.wait(set(self._reading), timeout=timeout_s)
+
+    def abandon(self) -> None:
+        """The daemon ends: what still hangs changes nothing any more."""
+        self._is_abandoned = True
+
+
+def _batches(granted: Sequence[Granted]) -> list[list[int]]:
+    """Indices of what is read in one call each: of one tier, in the order of the prefix."""
+    by_tier: dict[LowerTier, list[int]] = {}
+    for idx, (_, _, tier) in enumerate(granted):
+        by_tier.setdefault(tier, []).append(idx)
+    return [
+        mine[start : start + tier.batch_blocks]
+        for tier, mine in by_tier.items()
+        for start in range(0, len(mine), tier.batch_blocks)
+    ]

@@ -1,0 +1,197 @@
+"""What lies below a daemon's pool in tests, each with the ways in which it breaks."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvkeep.client.prefixes import Answer, PrefixClient
+from kvkeep.model.ids import BlockHash
+from kvkeep.protocol import messages as m
+from kvkeep.testing.tcp_proxy import FaultyRelay
+from tests.integration.daemons import (
+    CALL_TIMEOUT_S,
+    NAMESPACE,
+    Daemon,
+    Worker,
+    connect,
+    opened_prefixes,
+    payload_of,
+    running_daemon,
+    wait_until,
+)
+from tests.servers.mooncake import MooncakeStore, mooncake_store
+from tests.servers.processes import ServerProcess
+from tests.servers.seaweed import KEY, SECRET, SeaweedServer
+from tests.servers.valkey import ValkeyServer
+
+TIMEOUT_S = 1.0
+"""Of every tier for one call."""
+PATIENCE_S = 3.0
+"""Beyond what was announced, on a busy machine; far from hung."""
+BACK_TIMEOUT_S = 30.0
+"""A tier is tried again every two seconds; a store that lost a member takes longest."""
+
+
+class Medium:
+    """A medium with a server; a disk has none."""
+
+    def __init__(self, tier: dict[str, object], server: ServerProcess | None = None) -> None:
+        limits = {"deadline_s": 1.5 * TIMEOUT_S}
+        self.tier = tier | limits
+        self.server = server
+        self.relay: FaultyRelay | None = None
+
+    def restart(self) -> None:
+        """Start the server again, empty."""
+        assert isinstance(self.server, ValkeyServer)
+        self.server.run()
+
+
+class S3Medium(Medium):
+    """An object store."""
+
+    def restart(self) -> None:
+        """Start the server again, empty."""
+        assert isinstance(self.server, SeaweedServer)
+        self.server.clear()
+        self.server.run()
+
+
+class MooncakeMedium(Medium):
+    """A Mooncake Store of which one process breaks that holds values."""
+
+    def __init__(self, store: MooncakeStore) -> None:
+        tier = {"kind": "mooncake", "master": store.address, "timeout_s": TIMEOUT_S}
+        super().__init__(tier, store.storages[0])
+        self._store = store
+
+    def restart(self) -> None:
+        """Start another process that holds values, in place of the lost one."""
+        self._store.start_storage()
+
+
+@contextlib.contextmanager
+def opened_medium(kind: str, folder: Path) -> Iterator[Medium]:
+    """A medium with its server; nothing of it is left."""
+    with contextlib.ExitStack() as stack:
+        if kind == "disk":
+            yield Medium(
+                {"kind": "disk", "folder": str(folder / "disk"), "capacity_bytes": "64MiB"}
+            )
+        elif kind == "mooncake":
+            yield MooncakeMedium(stack.enter_context(mooncake_store()))
+        else:
+            yield _relayed(kind, stack)
+
+
+def _relayed(kind: str, stack: contextlib.ExitStack) -> Medium:
+    """A medium behind a network that breaks."""
+    server: ValkeyServer | SeaweedServer
+    server = (ValkeyServer() if kind == "valkey" else SeaweedServer()).run()
+    stack.callback(server.stop)
+    relay = stack.enter_context(FaultyRelay(("127.0.0.1", server.port), seed=7))
+    tier: dict[str, object] = {"kind": kind, "timeout_s": TIMEOUT_S}
+    if kind == "valkey":
+        medium = Medium(tier | {"url": f"valkey://127.0.0.1:{relay.address[1]}"}, server)
+    else:
+        assert isinstance(server, SeaweedServer)
+        endpoint = f"http://127.0.0.1:{relay.address[1]}"
+        tier |= {"url": server.settings().url, "endpoint": endpoint}
+        medium = S3Medium(tier, server)
+    medium.relay = relay
+    return medium
+
+
+S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+
+
+class Site:
+    """A daemon above one medium, a worker that stores and a scheduler that asks."""
+
+    def __init__(self, daemon: Daemon, worker: Worker, client: PrefixClient) -> None:
+        self.daemon = daemon
+        self.worker = worker
+        self.client = client
+
+    def cascade(self, hashes: Sequence[BlockHash]) -> None:
+        """Store blocks and wait until nothing is on its way down."""
+        self.worker.store(hashes)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until nothing moves: no lease runs but the canary's, no slot is being filled."""
+
+        def is_quiet() -> bool:
+            status = self.daemon.status()
+            gauges, waiting = status["gauges"], status["movement"]["cascades_waiting"]
+            # Clearing puts the canary's slot behind a fence, as its writer may still write.
+            num_written = gauges["slots_writing"] + gauges["slots_fenced"]
+            found = (gauges["read_leases"], gauges["write_leases"], num_written)
+            return not waiting and found == (0, 1, 1) and not gauges["slots_doomed"]
+
+        wait_until(is_quiet, "nothing moves", BACK_TIMEOUT_S)
+
+    def clear_pool(self) -> None:
+        """Forget every block of the pool; the tiers keep theirs."""
+        with contextlib.closing(connect(self.daemon)) as tool:
+            tool.call(m.Clear(tool.next_request_id()), m.Cleared, CALL_TIMEOUT_S)
+
+    def serve(self, hashes: Sequence[BlockHash]) -> int:
+        """Ask for a prefix and load it; returns how many blocks landed, each with its bytes."""
+        question = self.client.ask(NAMESPACE, 0, hashes)
+        assert question is not None
+        lease = self.client.answer(question, 10 * CALL_TIMEOUT_S)
+        assert self.client.num_late == 0, "the daemon broke its word"
+        assert self.client.is_connected
+        if isinstance(lease, Answer):
+            return 0
+        landed, found = self.worker.load(hashes[: len(lease.slots)], lease.slots)
+        self.client.release([lease], num_loaded=sum(landed))
+        for block_hash, block, is_there in zip(hashes, found, landed, strict=False):
+            assert not is_there or np.array_equal(block, payload_of(block_hash))
+        return sum(landed)
+
+    def is_served_from_below(self, hashes: Sequence[BlockHash]) -> bool:
+        """Whether the medium has all of a prefix; what is missing is stored again."""
+        self.settle()
+        self.clear_pool()
+        if self.serve(hashes) == len(hashes):
+            return True
+        self.worker.store(hashes)
+        return False
+
+    def wait_for_service(self, hashes: Sequence[BlockHash]) -> None:
+        """Wait until the medium serves all of a prefix again, and nothing is left behind."""
+        wait_until(lambda: self.is_served_from_below(hashes), "served again", BACK_TIMEOUT_S)
+        self.settle()
+
+
+def write_config(folder: Path, tiers: Sequence[dict[str, object]]) -> Path:
+    """A daemon's settings file with these tiers."""
+    config = folder / "daemon.yaml"
+    config.write_text(json.dumps({"tiers": list(tiers), "planner": "load"}))
+    return config
+
+
+@contextlib.contextmanager
+def running_site(medium: Medium, folder: Path) -> Iterator[Site]:
+    """A daemon above this medium, whose tier is open."""
+    config = write_config(folder, [medium.tier])
+    with running_daemon(config=config) as daemon, attached(daemon) as site:
+        yield site
+
+
+@contextlib.contextmanager
+def attached(daemon: Daemon) -> Iterator[Site]:
+    """A worker and a scheduler of a daemon."""
+    with Worker(daemon) as worker, opened_prefixes(daemon, patience_s=PATIENCE_S) as client:
+        wait_until(lambda: daemon.status()["movement"]["is_open"], "tiers open", BACK_TIMEOUT_S)
+        site = Site(daemon, worker, client)
+        try:
+            yield site
+        finally:
+            # A fixture's value outlives the test: the pool's file is closed with its last view.
+            site.__dict__.clear()

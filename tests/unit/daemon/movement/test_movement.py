@@ -1,0 +1,219 @@
+"""All movers together, over a disk in a folder."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import kvkeep.daemon.movement.movement as module
+from kvkeep.core.blocks import BlockState
+from kvkeep.daemon.movement.lower_tier import LowerTier
+from kvkeep.daemon.movement.movement import Movement
+from kvkeep.daemon.settings import DaemonSettings
+from kvkeep.daemon.tier_settings import AnyTierSettings, DiskTierSettings
+from kvkeep.model.clock import Clock, SystemClock
+from kvkeep.model.errors import InputError
+from kvkeep.model.layout import KvLayout
+from kvkeep.tiers.faulty import TierFault
+from tests.unit.daemon.movement.grounds import WAIT_S, Grounds, keys, wanted
+
+COUNT = 20
+BLOCKS = keys(0, COUNT)
+WANTED = wanted(0, COUNT)
+OTHER_LAYOUT = KvLayout(2, 2, 1024, 16, "bfloat16", "other")
+
+
+class Rig:
+    """A movement whose tier is the one of the grounds."""
+
+    def __init__(self, grounds: Grounds, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.grounds = grounds
+        self.counts: Counter[str] = Counter()
+        self.opened_for: list[int] = []
+        disk = DiskTierSettings(folder="unused", capacity_bytes=1 << 20)
+        settings = DaemonSettings(planner="load", tiers=[disk])
+        monkeypatch.setattr(module, "open_tier", self._open)
+        self.movement = Movement(settings, grounds.shell, SystemClock(), self._count)
+
+    def _open(self, _settings: AnyTierSettings, value_bytes: int, _clock: Clock) -> LowerTier:
+        self.opened_for.append(value_bytes)
+        return self.grounds.tier
+
+    def _count(self, name: str, amount: int) -> None:
+        self.counts[name] += amount
+
+    async def bring(self, limit_s: float = WAIT_S) -> list[float]:
+        """Bring the prefix; returns what was announced."""
+        announced: list[float] = []
+        await asyncio.wait_for(self.movement.bring(WANTED, 0, announced.append, limit_s), WAIT_S)
+        return announced
+
+
+@pytest.fixture
+async def rig(grounds: Grounds, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    """Open tiers."""
+    made = Rig(grounds, monkeypatch)
+    await made.movement.opened()
+    yield made
+    grounds.medium.release()
+    await made.movement.close()
+
+
+async def test_what_is_stored_comes_back(rig: Rig) -> None:
+    """Down, out of the pool, and up again."""
+    rig.grounds.store(BLOCKS)
+    rig.movement.stored(BLOCKS)
+    while rig.counts["blocks_cascaded"] < COUNT:
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, int)])
+    rig.grounds.clear()
+    assert rig.movement.may_come(WANTED, 0)
+    announced = await rig.bring()
+
+    assert rig.grounds.num_right(BLOCKS) == COUNT
+    assert announced[0] == module.PROBE_S
+    rig.grounds.assert_quiet()
+
+
+async def test_blocks_from_before_are_copied_when_tiers_open(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a restart, when nobody stores them again."""
+    grounds.store(BLOCKS)
+    rig = Rig(grounds, monkeypatch)
+    await rig.movement.opened()
+    while rig.counts["blocks_cascaded"] < COUNT:
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, int)])
+
+    assert grounds.kept(BLOCKS) == COUNT
+    await rig.movement.close()
+
+
+async def test_nobody_waits_longer_than_announced(rig: Rig) -> None:
+    """A tier that hangs costs a counted wait; its slots are free once the call returns."""
+    rig.grounds.keep(BLOCKS)
+    rig.grounds.medium.chances = {TierFault.HANG: 1.0}
+    announced = await rig.bring(limit_s=0.05)
+    assert max(announced[1:], default=0.0) <= 0.05
+    assert rig.counts["promotions_late"] == 1
+    assert rig.grounds.node.ledger.num_by_state[BlockState.WRITING] == COUNT
+    rig.grounds.medium.release()
+    await asyncio.wait_for(_idle(rig), WAIT_S)
+
+    rig.grounds.assert_quiet()
+
+
+async def _idle(rig: Rig) -> None:
+    promotion = rig.movement._promotion
+    assert promotion is not None
+    await promotion.drain(WAIT_S)
+
+
+async def test_who_leaves_holds_nothing(rig: Rig) -> None:
+    """Not the head that was held for it, and nothing more is read for it."""
+    rig.grounds.keep(BLOCKS)
+    rig.grounds.store(BLOCKS[:4])
+    rig.grounds.medium.chances = {TierFault.HANG: 1.0}
+    work = rig.movement.bring(WANTED, 4, lambda _wait_s: None)
+    task = asyncio.get_running_loop().create_task(work)
+    await rig.grounds.hanging()
+    assert len(rig.grounds.node.reads) == 1
+    task.cancel()
+    await asyncio.wait([task])
+
+    assert len(rig.grounds.node.reads) == 0
+    rig.grounds.medium.release()
+    await asyncio.wait_for(_idle(rig), WAIT_S)
+    rig.grounds.assert_quiet()
+
+
+async def test_another_layout_stops_the_movers_at_once(rig: Rig) -> None:
+    """They know places of the former one: nothing may pass through them any more."""
+    before = rig.movement._cascade
+    rig.grounds.shell.open_layout(OTHER_LAYOUT)
+    rig.movement.follow()
+    assert rig.movement._cascade is None
+    assert not rig.movement.may_come(WANTED, 0)
+    await rig.movement.opened()
+
+    assert rig.movement._cascade is not before
+    assert rig.opened_for[1] > rig.opened_for[0]
+
+
+async def test_a_layout_changed_again_meanwhile_leaves_the_latest(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Movers are made for the pool as it is, not as it was when opening began."""
+    rig = Rig(grounds, monkeypatch)
+    rig.movement.follow()
+    grounds.shell.open_layout(OTHER_LAYOUT)
+    rig.movement.follow()
+    await rig.movement.opened()
+
+    assert rig.movement._cascade is not None
+    assert rig.movement._cascade._view.geometry.layout == OTHER_LAYOUT
+    await rig.movement.close()
+
+
+async def test_a_tier_that_can_not_be_opened_is_named(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon serves without it."""
+    rig = Rig(grounds, monkeypatch)
+
+    def fail(*_: object) -> LowerTier:
+        raise InputError("no such thing")
+
+    monkeypatch.setattr(module, "open_tier", fail)
+    await rig.movement.opened()
+
+    assert rig.movement.status()["failed"] == {"disk": "no such thing"}
+    assert rig.movement.tiers == []
+    assert not rig.movement.may_come(WANTED, 0)
+    await rig.movement.close()
+
+
+async def test_a_tier_that_gives_other_bytes_is_switched_off(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before it serves, and closed."""
+    grounds.medium.chances = {TierFault.BIT_FLIP: 1.0}
+    rig = Rig(grounds, monkeypatch)
+    await rig.movement.opened()
+
+    assert rig.movement.tiers == []
+    assert "other bytes" in rig.movement.closed_tiers["disk"]
+    await rig.movement.close()
+
+
+async def test_the_end_does_not_wait_for_what_hangs(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slots stay marked, so that the next daemon waits for this process."""
+    monkeypatch.setattr(module, "DRAIN_S", 0.02)
+    monkeypatch.setattr(module, "CLOSE_S", 0.02)
+    rig.grounds.keep(BLOCKS)
+    rig.grounds.medium.chances = {TierFault.HANG: 1.0}
+    await rig.bring(limit_s=0.05)
+    assert rig.movement._promotion is not None
+    reads = set(rig.movement._promotion._reading)
+    await asyncio.wait_for(rig.movement.close(), WAIT_S)
+
+    rig.grounds.medium.release()
+    await asyncio.wait(reads)
+    assert rig.grounds.node.ledger.num_by_state[BlockState.WRITING] == COUNT
+
+
+async def test_a_daemon_without_tiers_waits_for_nothing(tmp_path: Path) -> None:
+    """And opens nothing."""
+    grounds = Grounds(tmp_path)
+    movement = Movement(DaemonSettings(), grounds.shell, SystemClock(), lambda *_: None)
+    await movement.opened()
+    movement.stored(BLOCKS)
+    movement.used(WANTED, COUNT)
+
+    assert not movement.may_come(WANTED, 0)
+    assert movement.status()["is_open"] is False
+    await movement.close()
+    grounds.close()

@@ -1,0 +1,75 @@
+"""From settings to a tier."""
+
+from pathlib import Path
+
+import pytest
+
+from kvkeep.daemon.movement.opening import open_tier
+from kvkeep.daemon.tier_settings import (
+    DiskTierSettings,
+    MooncakeTierSettings,
+    ValkeyTierSettings,
+)
+from kvkeep.model.clock import SystemClock
+from kvkeep.model.errors import InputError
+from kvkeep.tiers.base import Gauges, Probes
+from kvkeep.tiers.wrappers.metered import MeteredTier
+from tests.unit.daemon.movement.grounds import WAIT_S, keys
+
+VALUE_BYTES = 10_000
+CLOCK = SystemClock()
+
+
+def disk(folder: Path, **changes: object) -> DiskTierSettings:
+    """A small disk tier."""
+    own: dict[str, object] = {"folder": str(folder), "capacity_bytes": 4 << 20}
+    return DiskTierSettings(**(own | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{}, {"compress": True}])
+def test_a_disk_is_opened_with_all_its_wrappers(tmp_path: Path, changes: dict[str, bool]) -> None:
+    """It keeps values of the length that was said, and can tell what it has."""
+    tier = open_tier(disk(tmp_path / "d", **changes), VALUE_BYTES, CLOCK)
+    key = keys(0, 1)
+    assert tier.queue.tier.write(key, [[memoryview(b"v" * VALUE_BYTES)]]) == [True]
+    room = bytearray(VALUE_BYTES)
+
+    assert tier.queue.tier.read(key, [[memoryview(room)]]) == [VALUE_BYTES]
+    assert room == b"v" * VALUE_BYTES
+    assert tier.is_local
+    assert tier.has(key[0])
+    assert isinstance(tier.queue.tier, MeteredTier)
+    assert isinstance(tier.queue.tier, Probes)
+    assert isinstance(tier.queue.tier, Gauges)
+    assert tier.queue.close(WAIT_S) == []
+    tier.queue.tier.close()
+
+
+def test_a_queue_holds_a_few_values_whatever_is_said(tmp_path: Path) -> None:
+    """Or blocks larger than the limit would never be moved."""
+    tier = open_tier(disk(tmp_path / "d", queue_bytes_max=1 << 20), 1 << 20, CLOCK)
+
+    assert tier.queue.limits.queue_bytes_max == 4 << 20
+    tier.queue.close(WAIT_S)
+    tier.queue.tier.close()
+
+
+def test_a_wrong_key_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The folder can be opened right after."""
+    missing = str(tmp_path / "no.key")
+    with pytest.raises(InputError):
+        open_tier(disk(tmp_path / "d", key_files=[missing]), VALUE_BYTES, CLOCK)
+    tier = open_tier(disk(tmp_path / "d"), VALUE_BYTES, CLOCK)
+    tier.queue.close(WAIT_S)
+    tier.queue.tier.close()
+
+
+def test_what_can_not_be_used_is_said(tmp_path: Path) -> None:
+    """In one sentence that names the setting."""
+    with pytest.raises(InputError, match="protocol"):
+        open_tier(MooncakeTierSettings(master="127.0.0.1:1", protocol="x"), VALUE_BYTES, CLOCK)
+    with pytest.raises(InputError):
+        open_tier(ValkeyTierSettings(url="http://127.0.0.1"), VALUE_BYTES, CLOCK)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="folder"):
+        open_tier(disk(tmp_path / "file"), VALUE_BYTES, CLOCK)

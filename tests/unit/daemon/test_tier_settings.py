@@ -1,0 +1,69 @@
+"""What a daemon can be told about its tiers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvkeep.daemon.settings import load_settings
+from kvkeep.daemon.tier_settings import (
+    DiskTierSettings,
+    MooncakeTierSettings,
+    ObjectStoreTierSettings,
+    ValkeyTierSettings,
+    with_sizes,
+)
+from kvkeep.model.errors import InputError
+
+
+def loaded(folder: Path, *tiers: object) -> list[object]:
+    """The tiers of a settings file."""
+    file = folder / "daemon.yaml"
+    file.write_text(json.dumps({"tiers": list(tiers)}))
+    return list(load_settings(file, {}, {}).tiers)
+
+
+def test_each_kind_is_understood(tmp_path: Path) -> None:
+    """In their order, with sizes as people write them."""
+    disk, valkey, store, mooncake = loaded(
+        tmp_path,
+        {"kind": "disk", "folder": "~/kv", "capacity_bytes": "2TiB", "queue_bytes_max": "64MiB"},
+        {"kind": "valkey", "url": "valkey://127.0.0.1:6379/0", "write_bytes_per_s": "10 MB"},
+        {"kind": "object_store", "url": "s3://kv"},
+        {"kind": "mooncake", "master": "127.0.0.1:50051", "segment_bytes": "1GiB"},
+    )
+    assert isinstance(disk, DiskTierSettings)
+    assert (disk.capacity_bytes, disk.queue_bytes_max) == (2 << 40, 64 << 20)
+    assert isinstance(valkey, ValkeyTierSettings)
+    assert valkey.write_bytes_per_s == 10_000_000
+    assert isinstance(store, ObjectStoreTierSettings)
+    assert store.deadline_s > store.timeout_s
+    assert isinstance(mooncake, MooncakeTierSettings)
+    assert mooncake.segment_bytes == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("tier", "said"),
+    [
+        ({"kind": "disk", "folder": "x"}, "capacity_bytes"),
+        ({"kind": "disk", "folder": "x", "capacity_bytes": "1 apple"}, "not a size"),
+        ({"kind": "disk", "folder": "x", "capacity_bytes": 5}, "1048576"),
+        ({"kind": "tape"}, "tape"),
+        ({"kind": "valkey", "url": "u", "colour": "red"}, "colour"),
+        ({"kind": "valkey", "url": "u", "num_threads": 0}, "num_threads"),
+        ({"kind": "mooncake", "master": "m", "probation_share": 1.5}, "probation_share"),
+        ({}, "kind"),
+        ("disk", "object"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, tier: object, said: str) -> None:
+    """One sentence with the field or the value in it."""
+    with pytest.raises(InputError, match=said):
+        loaded(tmp_path, tier)
+
+
+def test_only_sizes_are_converted() -> None:
+    """A folder that is called like a size stays a folder."""
+    tier = {"folder": "2GiB", "capacity_bytes": "2GiB"}
+    assert with_sizes(tier) == {"folder": "2GiB", "capacity_bytes": 2 << 30}
+    assert with_sizes("no mapping") == "no mapping"
