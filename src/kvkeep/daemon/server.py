@@ -377,12 +377,14 @@ class SessionProtocol(asyncio.Protocol):
         reply = self._shell.handle(
             on.StoreFinished(0, self._holder, LeaseId(message.lease_id), is_stored)
         )
-        self._server.misses.stored(self._shell.ready_keys)
-        self._server.movement.stored(self._shell.ready_keys)
+        ready_keys = self._shell.ready_keys
         num_ready = reply.num_ready if isinstance(reply, do.ReplyStored) else 0
         is_fenced = not isinstance(reply, do.ReplyStored) or reply.is_fenced
         self._server.metrics.stored(num_ready, message.store_us)
         self._send(m.Committed(message.request_id, num_ready, is_fenced))
+        # After the answer is on its way: admission looks at each block.
+        self._server.misses.stored(ready_keys)
+        self._server.movement.stored(ready_keys)
 
     def _clear(self, message: m.Clear) -> None:
         reply = self._shell.handle(on.ClearAsked(0))

@@ -88,10 +88,7 @@ class LowerTier:
         """False if it surely has not got this block; costs no call."""
         if self.is_held:
             return False
-        tier = self.queue.tier
-        if self.is_local and isinstance(tier, Probes):
-            return tier.lookup([key])[0]
-        return self.queue.estimate_s(0) != float("inf")
+        return self.has(key) if self.is_local else self.is_asked
 
     def has(self, key: BlockKey) -> bool:
         """True if it has this block, as far as that is known without a call."""
@@ -150,13 +147,13 @@ class LowerTier:
             use = tier.use()
             if use.capacity_bytes:
                 free_share = 1.0 - use.used_bytes / use.capacity_bytes
+        fingerprint = fingerprint_of(key)
         reason = self.admission.admit(
-            fingerprint_of(key), self._clock.now_s(),
-            num_bytes=self._value_bytes, free_share=free_share,
-        )  # fmt: skip
-        self._refused.pop(fingerprint_of(key), None)
+            fingerprint, self._clock.now_s(), num_bytes=self._value_bytes, free_share=free_share
+        )
+        self._refused.pop(fingerprint, None)
         if not reason.is_admitted:
-            self._refused[fingerprint_of(key)] = reason.value
+            self._refused[fingerprint] = reason.value
             if len(self._refused) > REFUSED_MAX:
                 self._refused.popitem(last=False)
         return reason.is_admitted
