@@ -6,6 +6,7 @@ stack's record stays true.
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -98,7 +99,52 @@ def start_process(process: StackProcess, launch: Launch, folder: Path) -> None:
     process.start(launch.command, environment=launch.environment, folder=folder)
 
 
-class DaemonPart:
+class RestartedPart(ABC):
+    """How a part of its own process is started again without waiting for it."""
+
+    name: str
+    title: str
+    process: StackProcess
+
+    def __init__(self, start_timeout_s: float, changed: Changed) -> None:
+        self._start_timeout_s, self._changed = start_timeout_s, changed
+        self._begun_s = 0.0
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Start it."""
+
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Whether it serves since its start."""
+
+    @abstractmethod
+    def doing(self) -> str:
+        """What it does until then."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End it. Idempotent."""
+
+    def begin_again(self) -> None:
+        """End what is left of it and start it; `is_restarted` tells when it is ready."""
+        self.stop()
+        self.begin()
+        self._begun_s = SystemClock().now_s()
+
+    def is_restarted(self) -> bool:
+        """Ask whether it is ready after `begin_again`; quick.
+
+        Raises:
+            UnavailableError: It ended, or was not ready in time; it is stopped.
+        """
+        if not is_ready_in_time(self, self._begun_s, self._start_timeout_s):
+            return False
+        self._changed()
+        return True
+
+
+class DaemonPart(RestartedPart):
     """The stack's daemon."""
 
     def __init__(
@@ -119,10 +165,9 @@ class DaemonPart:
         """
         self.name = self.title = "daemon"
         self.process: StackProcess = StackProcess(self.name, folder / "logs" / "daemon.log")
+        super().__init__(start_timeout_s, changed)
         self._launch, self._folder = launch, folder
-        self._start_timeout_s, self._changed = start_timeout_s, changed
         self._ready: Ready | None = None
-        self._begun_s = 0.0
 
     @property
     def pid(self) -> int:
@@ -196,23 +241,6 @@ class DaemonPart:
             self.stop()
             raise
         self._changed()
-
-    def begin_again(self) -> None:
-        """End what is left of it and start it, as `restart`, without waiting until it is ready."""
-        self.stop()
-        self.begin()
-        self._begun_s = SystemClock().now_s()
-
-    def is_restarted(self) -> bool:
-        """Ask whether it is ready after `begin_again`; quick.
-
-        Raises:
-            UnavailableError: It ended, or was not ready in time; it is stopped.
-        """
-        if not is_ready_in_time(self, self._begun_s, self._start_timeout_s):
-            return False
-        self._changed()
-        return True
 
     def kill(self) -> None:
         """End it with SIGKILL, as a crash would."""

@@ -12,7 +12,7 @@ import httpx
 
 from kvkeep.model.clock import SystemClock
 from kvkeep.stack.machine import HOST
-from kvkeep.stack.parts import Changed, is_ready_in_time, start_process
+from kvkeep.stack.parts import Changed, RestartedPart, start_process
 from kvkeep.stack.process import StackProcess
 from kvkeep.stack.readiness import make_client
 from kvkeep.stack.servers.launch import ServerLaunch
@@ -22,7 +22,7 @@ PROBE_EVERY_S = 0.1
 PROBE_TIMEOUT_S = 2.0
 
 
-class ServerPart:
+class ServerPart(RestartedPart):
     """One server that the stack starts."""
 
     def __init__(
@@ -48,8 +48,8 @@ class ServerPart:
         self.process: StackProcess = StackProcess(self.title, folder / "logs" / f"{self.name}.log")
         self.server, self.how = server, how
         self._folder = folder / "servers" / server.kind
-        self._start_timeout_s, self._changed = start_timeout_s, changed
-        self._probed_s = self._begun_s = 0.0
+        super().__init__(start_timeout_s, changed)
+        self._probed_s = 0.0
 
     @property
     def address(self) -> str:
@@ -84,23 +84,6 @@ class ServerPart:
     def doing(self) -> str:
         """What it does until it is ready."""
         return "starting"
-
-    def begin_again(self) -> None:
-        """Start it again, on the same port; `is_restarted` tells when it answers."""
-        self.stop()
-        self.begin()
-        self._begun_s = SystemClock().now_s()
-
-    def is_restarted(self) -> bool:
-        """Ask whether it answers after `begin_again`; quick.
-
-        Raises:
-            UnavailableError: It ended, or did not answer in time; it is stopped.
-        """
-        if not is_ready_in_time(self, self._begun_s, self._start_timeout_s):
-            return False
-        self._changed()
-        return True
 
     def stop(self) -> None:
         """End it. Idempotent.
