@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,8 +42,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield running
 
 
-async def _ask_all(stack: Stack) -> tuple[list[Answer], dict[str, int], int]:
-    """Ask for each document once; returns the answers, the daemon's counters and its slots."""
+async def _ask_all(stack: Stack) -> tuple[list[Answer], dict[str, Any]]:
+    """Ask for each document once; returns the answers, and what the daemon says of itself then."""
     prompts = [doc.prompt() for doc in documents(NUM_DOCUMENTS, NUM_WORDS, seed=11)]
     async with (
         Endpoint(stack.engines["a"].url, model=stack.model_name, timeout_s=120.0) as engine,
@@ -58,7 +59,7 @@ async def _ask_all(stack: Stack) -> tuple[list[Answer], dict[str, int], int]:
         ):
             await asyncio.sleep(0.1)
             status = await daemon.get_json("/status")
-        return answers, status["counters"], int(status["gauges"]["slots"])
+        return answers, status
 
 
 def _served_share(answers: list[Answer]) -> float:
@@ -73,20 +74,26 @@ def _served_share(answers: list[Answer]) -> float:
 @pytest.mark.timeout(600, func_only=True)
 def test_a_disk_serves_what_the_pool_can_not_hold(stack: Stack) -> None:
     """The same answers from the disk, and again after everything was killed and the pool lost."""
-    computed, _, num_slots = asyncio.run(_ask_all(stack))
+    computed, status = asyncio.run(_ask_all(stack))
     num_blocks = sum((answer.prompt_tokens or 0) // BLOCK_TOKENS for answer in computed)
-    assert num_blocks >= 9 * num_slots
+    assert num_blocks >= 9 * int(status["gauges"]["slots"])
 
-    replayed, counters, _ = asyncio.run(_ask_all(stack))
+    replayed, replay_status = asyncio.run(_ask_all(stack))
     stack.engines["a"].kill()
     stack.daemon.kill()
     Path(stack.daemon.pool).unlink()
     stack.daemon.restart()
     stack.engines["a"].restart()
-    again, _, _ = asyncio.run(_ask_all(stack))
+    again, again_status = asyncio.run(_ask_all(stack))
 
     assert [answer.steps for answer in replayed] == [answer.steps for answer in computed]
     assert [answer.steps for answer in again] == [answer.steps for answer in computed]
-    assert _served_share(replayed) >= SERVED_SHARE, counters
-    assert _served_share(again) >= SERVED_SHARE
-    assert counters["blocks_promoted"] >= 0.8 * num_blocks
+    assert _served_share(replayed) >= SERVED_SHARE, _account(replayed, replay_status)
+    assert _served_share(again) >= SERVED_SHARE, _account(again, again_status)
+    assert replay_status["counters"]["blocks_promoted"] >= 0.8 * num_blocks
+
+
+def _account(answers: list[Answer], status: dict[str, Any]) -> str:
+    """What was served of each document, and what the daemon did."""
+    served = [f"{answer.cached_tokens}/{answer.prompt_tokens}" for answer in answers]
+    return f"served {' '.join(served)}; {status['counters']}; {status['movement']}"

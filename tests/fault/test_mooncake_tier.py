@@ -197,6 +197,39 @@ def test_nothing_outlives_a_killed_owner(store: MooncakeStore) -> None:
     wait_until(lambda: not any(map(is_running, pids)), "the tier's processes ended")
 
 
+@pytest.mark.parametrize("moment", ["mooncake.program", "mooncake/store"])
+def test_no_client_that_still_starts_outlives_a_killed_owner(
+    store: MooncakeStore, moment: str
+) -> None:
+    """Nor one that waits for a master that never answers: its library holds the interpreter."""
+    store.master.freeze()
+    starting = OWNER.replace("assert tier.wait_ready(30)", "").replace(
+        "<< 24", "<< 24, timeout_s=60"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", starting, store.address], stdout=subprocess.PIPE
+    ) as owner:
+        wait_until(lambda: has_reached(children_of(owner.pid), moment), "a client starts")
+        (pid,) = children_of(owner.pid)
+        owner.kill()
+
+    wait_until(lambda: not is_running(pid), "the client ended")
+
+
+def children_of(pid: int) -> list[int]:
+    """Pids of a process's children."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def has_reached(pids: Sequence[int], moment: str) -> bool:
+    """Whether a process was started with this word, or has mapped a file of this name."""
+    if not pids:
+        return False
+    about = Path(f"/proc/{pids[0]}")
+    return moment in (about / "cmdline").read_text() or moment in (about / "maps").read_text()
+
+
 def is_running(pid: int) -> bool:
     """Whether a process runs; one that nobody has waited for yet does not."""
     try:

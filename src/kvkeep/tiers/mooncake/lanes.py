@@ -73,7 +73,7 @@ class ClientProcess:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "kvkeep.tiers.mooncake.program", setup],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # ends with this process, and the child with it
                 stdout=subprocess.DEVNULL,
                 pass_fds=[*theirs, *([scratch_fd] if scratch_fd >= 0 else [])],
                 env=_environment(settings),
@@ -185,6 +185,8 @@ class ClientProcess:
         """End it now; when this returns it is dead, and with it every transfer of its own."""
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     def close(self, *, politely: bool) -> None:
         """End it and let go of it, once; a lane in use is closed by its user.

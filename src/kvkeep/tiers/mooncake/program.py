@@ -1,11 +1,14 @@
 """The process that holds Mooncake's client: `python -m kvkeep.tiers.mooncake.program SETUP`.
 
-It lives as long as the tier keeps its sockets open. It is meant to be killed: on a timeout that is
-what makes the caller's memory quiet again.
+It lives as long as the tier keeps its sockets and its standard input open. It is meant to be
+killed: on a timeout that is what makes the caller's memory quiet again.
 """
 
+import fcntl
 import mmap
 import os
+import select
+import signal
 import socket
 import sys
 import threading
@@ -152,8 +155,22 @@ def serve(lane: socket.socket, client: Client) -> None:
         os._exit(0)
 
 
+def end_with_owner(lifeline: int) -> None:
+    """Have the kernel kill this process when the other end of a pipe closes.
+
+    Mooncake's calls keep the interpreter's lock, some for minutes, while a store can't be reached:
+    no thread of this process would notice in that time that its owner was killed.
+    """
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # it closed before the kernel was told
+        os._exit(1)
+
+
 def main() -> None:
     """Open the client, say on the first lane whether it works, and serve the lanes."""
+    end_with_owner(sys.stdin.fileno())
     setup = msgspec.json.decode(sys.argv[1], type=Setup)
     lanes = [socket.socket(fileno=fd) for fd in setup.lanes]
     client = Client(setup)
