@@ -1,4 +1,7 @@
-"""A real engine whose pool holds a tenth of its documents: the disk below serves the rest."""
+"""A real engine whose pool holds a tenth of its documents: the disk below serves the rest.
+
+What is asked here is what is kept: it is loaded and waited for however busy the machine is.
+"""
 
 import asyncio
 from collections.abc import Iterator
@@ -25,10 +28,14 @@ model: smollm2
 exact: true
 daemon:
   pool_bytes: 36MiB
+  settings: {{planner: load}}
   tiers:
     - {{kind: disk, folder: "{folder}", capacity_bytes: 1GiB}}
 engines:
-  - {{name: a, kv_cache_bytes: 512MiB, max_model_len: 2048}}
+  - name: a
+    kv_cache_bytes: 512MiB
+    max_model_len: 2048
+    connector_settings: {{patience_ms: 5000}}
 """
 
 

@@ -111,8 +111,9 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         )
         if self._secret is not None:
             side.chain_key = self._secret.chain_key
-        if self._config.device_config.device_type == "cpu":
-            side.rate = PrefillRate(CPU_TOKENS_S)
+        is_cpu = self._config.device_config.device_type == "cpu"
+        step_tokens_max = self._config.scheduler_config.max_num_batched_tokens
+        side.rate = PrefillRate(CPU_TOKENS_S if is_cpu else 0.0, step_tokens_max)
         return side
 
     def _guard(

@@ -6,7 +6,8 @@ Known to the planner, which compares it with what a load from a lower tier would
 from collections import deque
 
 STEP_TOKENS_MIN = 128
-"""A smaller step is mostly launch, sampling and decode: it says nothing about prefill."""
+"""A smaller step is mostly launch, sampling and decode: it says nothing about prefill, unless the
+engine makes none that are larger."""
 WEIGHT = 0.3
 """Of the newest step in the mean."""
 CPU_TOKENS_S = 10_000.0
@@ -19,9 +20,17 @@ STEPS_MAX = 64
 class PrefillRate:
     """A mean over the last few large steps. Used by one thread."""
 
-    def __init__(self, assumed_tokens_s: float = 0.0) -> None:
-        """Know nothing but what is assumed; 0 for unknown."""
+    def __init__(
+        self, assumed_tokens_s: float = 0.0, step_tokens_max: int = STEP_TOKENS_MIN
+    ) -> None:
+        """Know nothing but what is assumed.
+
+        Args:
+            assumed_tokens_s: Until a step was measured; 0 for unknown.
+            step_tokens_max: Tokens of the engine's largest step.
+        """
         self._assumed_tokens_s = assumed_tokens_s
+        self._step_tokens_min = min(STEP_TOKENS_MIN, step_tokens_max)
         self._measured_tokens_s = 0.0
         self._begun: deque[tuple[int, float, int]] = deque(maxlen=STEPS_MAX)
         """Step, when it was planned, tokens."""
@@ -34,7 +43,7 @@ class PrefillRate:
 
     def begun(self, step: int, num_tokens: int, now_s: float) -> None:
         """A step was planned that computes this many tokens and loads nothing."""
-        if num_tokens >= STEP_TOKENS_MIN:
+        if num_tokens >= self._step_tokens_min:
             self._begun.append((step, now_s, num_tokens))
 
     def ended(self, step: int, now_s: float) -> None:

@@ -377,7 +377,7 @@ def plan(
         load_s=chosen.load_s if chosen.is_measured else None,
         recompute_s=recompute_s,
         explored=explored,
-        reason=_reason(loadable, chosen, num_runs, explored, settings, recompute_s),
+        reason=_reason(loadable, chosen, num_runs, explored, settings, speed),
     )
 
 
@@ -435,7 +435,7 @@ def _reason(
     num_runs: int,
     explored: Location | None,
     settings: PlannerSettings,
-    recompute_s: float,
+    prefill: PrefillSpeed,
 ) -> str:
     """One line for logs and people."""
     total = sum(num_blocks for _, num_blocks in loadable)
@@ -445,8 +445,15 @@ def _reason(
         label = explored.value if isinstance(explored, Place) else explored
         return f"{chosen.num_blocks} of {total} blocks are loaded to measure {label}"
     if not num_runs:
-        return f"none of {total} blocks loads faster than it is computed"
+        whole = _Walk(chosen.shape, chosen.sources, chosen.num_engine)
+        for run in loadable:
+            whole.step(*run)
+        whole_s = f"{whole.load_s:.3f} s" if whole.is_measured else "an unknown time"
+        return (
+            f"none of {total} blocks is loaded: all would take {whole_s}, "
+            f"computing them {whole.recompute_s(prefill):.3f} s"
+        )
     return (
         f"{chosen.num_blocks} of {total} blocks load in {chosen.load_s:.3f} s, "
-        f"computing them takes {recompute_s:.3f} s"
+        f"computing them takes {chosen.recompute_s(prefill):.3f} s"
     )

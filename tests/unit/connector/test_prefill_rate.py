@@ -24,6 +24,17 @@ def test_the_first_large_step_counts_alone() -> None:
     assert rate.tokens_s == pytest.approx(2000.0)
 
 
+def test_an_engine_of_small_steps_is_measured_by_its_largest() -> None:
+    """As in exact mode, where a step computes one block."""
+    rate = PrefillRate(10_000.0, step_tokens_max=32)
+    rate.begun(1, 31, 10.0)
+    rate.ended(1, 11.0)
+    rate.begun(2, 32, 20.0)
+    rate.ended(2, 20.5)
+
+    assert rate.tokens_s == pytest.approx(64.0)
+
+
 def test_a_step_planned_while_another_ran_begins_after_it() -> None:
     """Else each of two overlapping steps would look half as fast."""
     rate = PrefillRate()
