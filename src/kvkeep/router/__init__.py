@@ -1,0 +1,1 @@
+"""One OpenAI-compatible address for a fleet of engines."""

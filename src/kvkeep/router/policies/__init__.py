@@ -1,0 +1,1 @@
+"""Which endpoint serves a request: one pure policy a file, behind the seam of ``base``."""
