@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kvkeep.router.request import RequestView
 from kvkeep.router.snapshot import Endpoint
@@ -33,6 +33,11 @@ class Choice:
     """One short ASCII phrase; it goes into the header X-Kvkeep-Route."""
     considered: tuple[tuple[str, float, str], ...] = ()
     """Name, score (lower is better) and why of each endpoint: only if an explanation was asked."""
+    num_uncached: int = 0
+    """Prompt tokens that the endpoint is expected to compute; 0 from policies that do not know. Its
+    ``queued_tokens`` grows by it when the request is sent and shrinks by it at the first byte."""
+    num_cached_blocks: int = 0
+    """Blocks of the prefix that the endpoint is believed to hold."""
 
 
 NO_ENDPOINT = Choice(None, "no endpoint is ready")
@@ -51,10 +56,10 @@ class Policy(Protocol):
     the fields of the request that ``needs`` names are filled wherever the request has them.
 
     The implementer must: answer an endpoint of ``ready``, or ``NO_ENDPOINT`` if it is empty; raise
-    for no request; bound its state; change nothing when an explanation is asked that a plain choice
-    would not have changed as well, and choose the same endpoint.
+    for no request; bound its state; when asked to explain, answer what a plain choice would have
+    answered, and change nothing.
 
-    Threading and blocking: the event loop's thread; a choice of 64 endpoints takes microseconds.
+    Threading and blocking: the event loop's thread; a choice among 64 endpoints takes microseconds.
     """
 
     @property
@@ -86,4 +91,39 @@ class Policy(Protocol):
 
     def left(self, endpoint: Endpoint) -> None:
         """An endpoint is gone; forget what is held for it."""
+        ...
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """What a policy has besides if it learns from what became of its choices.
+
+    Life of one choice: ``sent`` once, ``first_byte`` at most once, ``ended`` once, in this order. A
+    request that is tried again has a choice for each try. Choices without an endpoint are not told.
+    """
+
+    def sent(self, request: RequestView, choice: Choice, now_s: float) -> None:
+        """The request is on its way to the chosen endpoint."""
+        ...
+
+    def first_byte(self, request: RequestView, choice: Choice, now_s: float, wait_s: float) -> None:
+        """The response began, ``wait_s`` after the request was sent."""
+        ...
+
+    def ended(
+        self,
+        request: RequestView,
+        choice: Choice,
+        cached_tokens: int | None,
+        num_tokens: int | None,
+    ) -> None:
+        """The exchange is over.
+
+        Args:
+            request: What was asked.
+            choice: What was chosen for it.
+            cached_tokens: Prompt tokens that the endpoint says it did not compute
+                (``usage.prompt_tokens_details.cached_tokens``); None if it did not say.
+            num_tokens: Tokens of the prompt as the endpoint counted them; None if it did not say.
+        """
         ...
