@@ -1,18 +1,21 @@
 """A real daemon with a disk below its pool: what the pool can't hold comes back from there."""
 
+import contextlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from kvkeep.client.prefixes import PrefixClient
 from kvkeep.model.ids import BlockHash
+from kvkeep.protocol import messages as m
 from tests.integration.daemons import (
+    CALL_TIMEOUT_S,
     Daemon,
     Worker,
     acquire,
+    connect,
     hashes_of,
     opened_prefixes,
     payload_of,
@@ -25,7 +28,7 @@ SEQUENCE_BLOCKS = 250
 """Together ten times what the pool holds."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def daemon_with_disk(folder: Path, planner: str = "auto") -> Iterator[Daemon]:
     """A daemon that keeps blocks in this folder as well."""
     folder.mkdir(exist_ok=True)
@@ -112,3 +115,25 @@ def test_a_miss_is_not_waited_for(tmp_path: Path) -> None:
             assert lease is not None
             assert len(lease.slots) == 10
         assert daemon.counter("blocks_promoted") == 0
+
+
+def test_a_question_that_waits_is_one_question(tmp_path: Path) -> None:
+    """Half of its blocks are in the pool and half come: all counters see it once."""
+    hashes = hashes_of(0, 40)
+    with daemon_with_disk(tmp_path, planner="load") as daemon, Worker(daemon) as worker:
+        store_sequence(daemon, worker, hashes)
+        with contextlib.closing(connect(daemon)) as tool:
+            tool.call(m.Clear(tool.next_request_id()), m.Cleared, CALL_TIMEOUT_S)
+        with opened_prefixes(daemon) as client:
+            lease = acquire(client, hashes[:20])
+            assert lease is not None
+            client.release([lease])
+            names = ("lookups", "lookup_blocks", "blocks_lent", "blocks_promoted")
+            before = [daemon.counter(name) for name in names]
+            lease = acquire(client, hashes)
+            assert lease is not None
+            after = [daemon.counter(name) for name in names]
+            assert daemon.gauge("read_leases") == 1
+            client.release([lease])
+        assert [n - o for n, o in zip(after, before, strict=True)] == [1, 40, 40, 20]
+        wait_until(lambda: daemon.gauge("read_leases") == 0, "leases given back")

@@ -89,6 +89,27 @@ class LedgerMachine(RuleBasedStateMachine):
             self.model.reads[reply.lease_id] = Lease(holder, cells, frozenset(), deadline_s)
             self.owners[reply.lease_id] = holder
 
+    @rule(data=st.data(), document=st.sampled_from(DOCUMENTS))
+    def read_again(self, data: st.DataObject, document: list[int]) -> None:
+        """A question that waited: its second lease takes the place of the first."""
+        if not (leases := list(self.model.reads)):
+            return
+        before = data.draw(st.sampled_from(leases))
+        holder, deadline_s = self.model.reads[before].holder, self.model.now_s + 3.0
+        hashes = [HASHES[idx] for idx in document]
+        expected = self.model.readable(KEYS[idx] for idx in document)
+        asked = (7, holder, NAMESPACE, 0, hashes, deadline_s)
+        reply, *_ = self.handle(on.ReadAskedAgain(*asked, LeaseId(before)))
+        assert isinstance(reply, do.ReplyRead)
+        assert list(reply.slots) == expected
+        if expected:
+            cells = [self.model.cells[idx] for idx in expected]
+            for cell in cells:
+                cell.readers.append(reply.lease_id)
+            self.model.reads[reply.lease_id] = Lease(holder, cells, frozenset(), deadline_s)
+            self.owners[reply.lease_id] = holder
+        self.model.end_read(before)
+
     @rule(data=st.data(), pid=st.sampled_from(PIDS))
     def release(self, data: st.DataObject, pid: int) -> None:
         if not (leases := list(self.model.reads) or list(self.owners)):

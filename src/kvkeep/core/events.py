@@ -24,6 +24,17 @@ class ReadAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadAskedAgain(ReadAsked):
+    """The same question once more, as blocks that it waited for may have become readable.
+
+    It counts as one question, and the blocks of its first answer as lent once.
+    """
+
+    lease_id: LeaseId
+    """Of the first answer, which this one takes the place of; 0 if that lent nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlocksAsked:
     """The daemon wants to keep these blocks where they are, to copy them to a lower tier.
 
@@ -134,6 +145,7 @@ class TimePassed:
 
 Event = (
     ReadAsked
+    | ReadAskedAgain
     | BlocksAsked
     | ReadFinished
     | StoreAsked

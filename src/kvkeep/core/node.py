@@ -11,6 +11,7 @@ the leases on it, and keeps the three promises that everything else rests on:
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvkeep.core import effects as do
@@ -62,6 +63,7 @@ class NodeState:
         )  # fmt: skip
         self._table: dict[type, Callable[[Any, float], list[do.Effect]]] = {
             on.ReadAsked: self._read_asked,
+            on.ReadAskedAgain: self._read_asked_again,
             on.BlocksAsked: self._blocks_asked,
             on.ReadFinished: self._read_finished,
             on.StoreAsked: self._store_asked,
@@ -98,15 +100,27 @@ class NodeState:
     # ---- reading
 
     def _read_asked(self, event: on.ReadAsked, _now_s: float) -> list[do.Effect]:
-        slots = self.ledger.readable_prefix(event.namespace, event.group_idx, event.hashes)
         self.counters["lookups"] += 1
         self.counters["lookup_blocks"] += len(event.hashes)
+        return self._lend_prefix(event, 0)
+
+    def _read_asked_again(self, event: on.ReadAskedAgain, _now_s: float) -> list[do.Effect]:
+        before = self.reads.find(event.lease_id, event.holder)
+        # First the new lease: what the first one keeps in its slot must stay there.
+        effects = self._lend_prefix(event, 0 if before is None else len(before.slots))
+        if before is not None:
+            effects += self._end_reads([replace(before, is_use=False)])
+        return effects
+
+    def _lend_prefix(self, event: on.ReadAsked, num_counted: int) -> list[do.Effect]:
+        """Lend what is readable; the leading ``num_counted`` blocks are counted as lent already."""
+        slots = self.ledger.readable_prefix(event.namespace, event.group_idx, event.hashes)
         if not slots or len(self.reads) >= LEASES_MAX:
             return [do.ReplyRead(event.reply_to, NO_LEASE, (), event.deadline_s)]
         self.ledger.pin(slots)
         lease = ReadLease(self._next_lease_id(), event.holder, slots, event.deadline_s)
         self.reads.add(lease)
-        self.counters["blocks_lent"] += len(slots)
+        self.counters["blocks_lent"] += max(0, len(slots) - num_counted)
         slot_idxs = [slot.idx for slot in slots]
         return [do.ReplyRead(event.reply_to, lease.lease_id, slot_idxs, event.deadline_s)]
 

@@ -282,8 +282,7 @@ class SessionProtocol(asyncio.Protocol):
             self._send_acquired(message, wanted, reply)
             return
         # The blocks it may have at once stay where they are, but are lent with the others only.
-        self._shell.handle(on.ReadFinished(self._holder, [reply.lease_id]))
-        self._begin(self._acquire_later(message, wanted, len(reply.slots)))
+        self._begin(self._acquire_later(message, wanted, reply))
 
     def _begin(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
         """Do what takes time beside other messages, as long as the session lasts."""
@@ -292,11 +291,13 @@ class SessionProtocol(asyncio.Protocol):
         task.add_done_callback(self._waited)
         return task
 
-    def _lend(self, wanted: Wanted, deadline_s: float) -> do.ReplyRead | None:
+    def _lend(
+        self, wanted: Wanted, deadline_s: float, first: do.ReplyRead | None = None
+    ) -> do.ReplyRead | None:
+        """Lend what is readable, in the place of what was lent for the same question first."""
+        asked = (0, self._holder, wanted.namespace, wanted.group_idx, wanted.hashes, deadline_s)
         reply = self._shell.handle(
-            on.ReadAsked(
-                0, self._holder, wanted.namespace, wanted.group_idx, wanted.hashes, deadline_s
-            )
+            on.ReadAsked(*asked) if first is None else on.ReadAskedAgain(*asked, first.lease_id)
         )
         return reply if isinstance(reply, do.ReplyRead) else None
 
@@ -315,7 +316,7 @@ class SessionProtocol(asyncio.Protocol):
         request = message.engine_request
         self._server.misses.answered(wanted, num_lent, self._engine_id, request)
 
-    async def _acquire_later(self, message: m.Acquire, wanted: Wanted, num_ready: int) -> None:
+    async def _acquire_later(self, message: m.Acquire, wanted: Wanted, first: do.ReplyRead) -> None:
         """Answer once blocks of lower tiers have come, or it is time."""
         generation = self._shell.pool.generation
 
@@ -326,9 +327,9 @@ class SessionProtocol(asyncio.Protocol):
 
         # A client counts its lease from the question: half of it is left for the load.
         limit_s = message.lease_s / 2
-        await self._server.movement.bring(wanted, num_ready, announce, limit_s)
+        await self._server.movement.bring(wanted, announce, limit_s)
         if self._transport is not None and not self._transport.is_closing():
-            reply = self._lend(wanted, self._deadline_s(message.lease_s))
+            reply = self._lend(wanted, self._deadline_s(message.lease_s), first)
             self._send_acquired(message, wanted, reply)
 
     def _waited(self, task: "asyncio.Task[None]") -> None:

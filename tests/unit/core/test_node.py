@@ -34,6 +34,11 @@ class Host:
         assert isinstance(reply, do.ReplyRead)
         return reply
 
+    def read_again(self, first: do.ReplyRead, *idxs: int) -> list[do.Effect]:
+        hashes = [HASHES[idx] for idx in idxs]
+        event = on.ReadAskedAgain(5, READER, NAMESPACE, 0, hashes, 10.0, first.lease_id)
+        return self.handle(event)
+
     def ask_store(
         self, *idxs: int, holder: Holder = WRITER, heads: int = BOTH, deadline_s: float = 10.0
     ) -> tuple[list[do.Effect], do.ReplyStore]:
@@ -83,6 +88,35 @@ def test_the_readable_prefix_is_lent(host: Host) -> None:
     reply = host.read(0, 1, 2)
 
     assert reply == do.ReplyRead(5, LeaseId(2), slots, 10.0)
+    assert host.node.counters["blocks_lent"] == 2
+
+
+def test_a_question_that_was_asked_again_counts_once(host: Host) -> None:
+    """One question, each block lent once, one lease, and no use by the first one's end."""
+    host.store(0, 1, 2)
+    first = host.read(0, 1, 3)
+    host.store(3)
+    (reply,) = host.read_again(first, 0, 1, 3)
+
+    assert isinstance(reply, do.ReplyRead)
+    assert len(reply.slots) == 3
+    assert len(host.node.reads) == 1
+    counters = host.node.counters
+    assert (counters["lookups"], counters["lookup_blocks"], counters["blocks_lent"]) == (1, 3, 3)
+    host.handle(on.ReadFinished(READER, [reply.lease_id]))
+    assert [slot.num_pins for slot in host.node.ledger.slots] == [0] * 4
+
+
+def test_a_question_asked_again_after_a_clear_lends_nothing(host: Host) -> None:
+    """What the first answer kept is free then."""
+    host.store(0, 1)
+    first = host.read(0, 1, 2)
+    host.handle(on.ClearAsked(8))
+    reply, *effects = host.read_again(first, 0, 1, 2)
+
+    assert reply == do.ReplyRead(5, LeaseId(0), (), 10.0)
+    assert len(effects) == 2
+    assert host.node.ledger.num_free == 4
     assert host.node.counters["blocks_lent"] == 2
 
 

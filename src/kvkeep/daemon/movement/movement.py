@@ -251,15 +251,13 @@ class Movement:
     async def bring(
         self,
         wanted: Wanted,
-        num_ready: int,
         announce: Callable[[float], None],
         limit_s: float = float("inf"),
     ) -> None:
         """Bring blocks of a prefix into the pool; ends at the time that was announced last.
 
         Args:
-            wanted: The whole prefix.
-            num_ready: Leading blocks that are readable now; they stay until this ends.
+            wanted: The whole prefix; who asks keeps what is readable of it where it is.
             announce: Called with the seconds that it may take from then on.
             limit_s: The longest wait altogether, in seconds.
         """
@@ -267,7 +265,6 @@ class Movement:
         if promotion is None:
             return
         loop = asyncio.get_running_loop()
-        held = promotion.hold(wanted, num_ready)
         last_s = loop.time() + limit_s
         until_s = min(last_s, loop.time() + PROBE_S)
         announce(PROBE_S)
@@ -288,7 +285,6 @@ class Movement:
         finally:
             # The reads themselves go on to their ends; nobody begins others for who has left.
             task.cancel()
-            promotion.let_go(held)
 
 
 def _close_tier(tier: LowerTier) -> None:
