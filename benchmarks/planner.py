@@ -206,7 +206,10 @@ class Bench:
                             Target("ratio", "<=", SLOWER_MAX))  # fmt: skip
 
     def measure_same(self, num_pairs: int) -> list[Figure]:
-        """Eight requests for one prompt on the disk, against one request for it."""
+        """Eight requests for one prompt on the disk, against one request for it.
+
+        What eight cost the engine by itself, where nothing has to come from anywhere, is beside it.
+        """
         prompts = self._prompts(3000, 1)
         _, (answer,) = self._ask(self._subject, prompts)
         self._settle()
@@ -229,7 +232,15 @@ class Bench:
             "planner.same_prompt.last_of_8", lambda: first_tokens(8), lambda: first_tokens(1),
             num_pairs, Target("ratio", "<=", LAST_OF_8_MAX),
         )  # fmt: skip
-        return [transfers, last]
+
+        def on_engine(count: int) -> float:
+            return self._ask(self._subject, prompts * count)[0]
+
+        limit = self._paired(
+            "planner.same_prompt.last_of_8_on_engine", lambda: on_engine(8), lambda: on_engine(1),
+            num_pairs, None,
+        )  # fmt: skip
+        return [transfers, last, limit]
 
     def _promoted(self) -> int:
         return self._status()["counters"]["blocks_promoted"]
@@ -264,7 +275,7 @@ class Bench:
         subject: Callable[[], float],
         plain: Callable[[], float],
         num_pairs: int,
-        target: Target,
+        target: Target | None,
     ) -> IntervalFigure:
         pairs: list[tuple[float, float]] = []
         num_disturbed = 0
