@@ -73,7 +73,12 @@ class Policy(Protocol):
         ...
 
     def choose(
-        self, request: RequestView, ready: Sequence[Endpoint], now_s: float, *, explain: bool = False
+        self,
+        request: RequestView,
+        ready: Sequence[Endpoint],
+        now_s: float,
+        *,
+        explain: bool = False,
     ) -> Choice:
         """Choose one of the endpoints that are ready.
 

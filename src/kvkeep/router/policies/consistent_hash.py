@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 from kvkeep.router.policies.base import NO_ENDPOINT, Choice, Needs
 from kvkeep.router.policies.least_loaded import LeastLoaded
-from kvkeep.router.policies.load import LoadBound
+from kvkeep.router.policies.load import FREE_REQUESTS, LoadBound
 from kvkeep.router.policies.ring import Ring, Rings, spot_of
 from kvkeep.router.request import RequestView
 from kvkeep.router.snapshot import Endpoint
 
 LOAD_FACTOR = 1.25
 """How far above the mean load an endpoint may go before its keys go to the next on the ring."""
+
+AT_HOME = "home of the key"
 
 
 class ConsistentHash:
@@ -30,7 +32,12 @@ class ConsistentHash:
         self._keyless = LeastLoaded()
 
     def choose(
-        self, request: RequestView, ready: Sequence[Endpoint], now_s: float, *, explain: bool = False
+        self,
+        request: RequestView,
+        ready: Sequence[Endpoint],
+        now_s: float,
+        *,
+        explain: bool = False,
     ) -> Choice:
         """Choose the key's home, or the next on the ring that has room."""
         if not ready:
@@ -57,19 +64,20 @@ class ConsistentHash:
 
 def with_room(ring: Ring, spot: int, load_factor: float) -> tuple[Endpoint, str]:
     """Return the first endpoint from a spot on that is below its bound, and why it is this one."""
-    bound = LoadBound(ring.endpoints, load_factor)
     home = ring.home(spot)
+    # Nearly always: the fleet is not so busy that loads need be summed up.
+    if home.num_in_flight < FREE_REQUESTS:
+        return home, AT_HOME
+    bound = LoadBound(ring.endpoints, load_factor)
     if bound.has_room(home):
-        return home, "home of the key"
+        return home, AT_HOME
     for endpoint in ring.walk(spot):
         if bound.has_room(endpoint):
             return endpoint, f"home {home.name} is over its bound of {bound.of(home)}"
-    return home, "home of the key"
+    return home, AT_HOME
 
 
-def _considered(
-    ring: Ring, spot: int, load_factor: float
-) -> tuple[tuple[str, float, str], ...]:
+def _considered(ring: Ring, spot: int, load_factor: float) -> tuple[tuple[str, float, str], ...]:
     bound = LoadBound(ring.endpoints, load_factor)
     return tuple(
         (

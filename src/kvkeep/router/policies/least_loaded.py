@@ -19,7 +19,12 @@ class LeastLoaded:
         self._turns = Turns()
 
     def choose(
-        self, request: RequestView, ready: Sequence[Endpoint], now_s: float, *, explain: bool = False
+        self,
+        request: RequestView,
+        ready: Sequence[Endpoint],
+        now_s: float,
+        *,
+        explain: bool = False,
     ) -> Choice:
         """Choose the least loaded endpoint, of equals the one that was not chosen for longest."""
         if not ready:

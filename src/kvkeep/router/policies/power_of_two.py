@@ -24,15 +24,19 @@ class PowerOfTwo:
         self._chance = chance
 
     def choose(
-        self, request: RequestView, ready: Sequence[Endpoint], now_s: float, *, explain: bool = False
+        self,
+        request: RequestView,
+        ready: Sequence[Endpoint],
+        now_s: float,
+        *,
+        explain: bool = False,
     ) -> Choice:
         """Draw two, take the less loaded one, of equals the one drawn first."""
         if not ready:
             return NO_ENDPOINT
         if len(ready) == 1:
             only = ready[0]
-            considered = ((only.name, load_of(only), "the only one"),) if explain else ()
-            return Choice(only, "the only one", considered)
+            return Choice(only, "the only one", _considered(ready, ready) if explain else ())
         if explain:
             before = self._chance.getstate()
             first, second = self._draw(ready)
@@ -43,11 +47,7 @@ class PowerOfTwo:
         reason = f"less loaded than {worse.name}"
         if not explain:
             return Choice(better, reason)
-        considered = tuple(
-            (each.name, load_of(each), "drawn" if each in (first, second) else "not drawn")
-            for each in ready
-        )
-        return Choice(better, reason, considered)
+        return Choice(better, reason, _considered(ready, (first, second)))
 
     def _draw(self, ready: Sequence[Endpoint]) -> tuple[Endpoint, Endpoint]:
         first_idx = int(self._chance.random() * len(ready))
@@ -60,3 +60,11 @@ class PowerOfTwo:
 
     def left(self, endpoint: Endpoint) -> None:
         """Nothing was held for it."""
+
+
+def _considered(
+    ready: Sequence[Endpoint], drawn: Sequence[Endpoint]
+) -> tuple[tuple[str, float, str], ...]:
+    return tuple(
+        (each.name, load_of(each), "drawn" if each in drawn else "not drawn") for each in ready
+    )

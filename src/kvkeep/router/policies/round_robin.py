@@ -18,7 +18,12 @@ class RoundRobin:
         self._turns = Turns()
 
     def choose(
-        self, request: RequestView, ready: Sequence[Endpoint], now_s: float, *, explain: bool = False
+        self,
+        request: RequestView,
+        ready: Sequence[Endpoint],
+        now_s: float,
+        *,
+        explain: bool = False,
     ) -> Choice:
         """Choose whose turn it is."""
         if not ready:

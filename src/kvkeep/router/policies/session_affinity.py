@@ -46,7 +46,12 @@ class SessionAffinity:
         self._sessions: OrderedDict[int, tuple[str, float]] = OrderedDict()
 
     def choose(
-        self, request: RequestView, ready: Sequence[Endpoint], now_s: float, *, explain: bool = False
+        self,
+        request: RequestView,
+        ready: Sequence[Endpoint],
+        now_s: float,
+        *,
+        explain: bool = False,
     ) -> Choice:
         """Choose where the session is, or where it should begin."""
         if not ready:

@@ -1,0 +1,367 @@
+"""Which endpoint holds the blocks of which prefix, as far as the router can know.
+
+News comes from three sides: the router's own choices (an endpoint that is sent a prompt will hold
+it), the events of engines, and what responses say about the tokens they did not compute. An
+endpoint whose events are heard is believed in what they say; of any other the router keeps a model,
+least recently used blocks going first, whose size is corrected by the responses.
+
+It may be wrong and never matters for what is answered: an error costs a worse choice of endpoint.
+
+Threading and blocking: the event loop's thread; never blocks. ``match`` needs one look-up per block
+until no endpoint is left that holds all blocks so far.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from kvkeep.router.events.block_events import (
+    ENGINE_MEDIUM,
+    AllBlocksCleared,
+    BlockEvent,
+    BlockRemoved,
+    BlockStored,
+    Hash,
+    extra_key_bytes,
+)
+from kvkeep.router.prefix_hashes import HASH_MASK, token_hashes, token_root
+
+BLOCKS_MAX = 5 << 16
+"""Default number of blocks known: ten million tokens in blocks of 32, in at most 84 MB. Less than a
+third of a power of two, because a dict that loses and gains entries doubles when a third of its
+slots is used."""
+
+EVICTED_AT_ONCE = 256
+"""One part in so many is evicted at a time: finding the oldest entry of a dict means skipping those
+deleted before it, which is cheap for a thousand at once and dear for each alone."""
+
+CAPACITY_DECAY = 0.9
+CAPACITY_GROWTH = 1.02
+
+
+class _Medium:
+    """What one endpoint holds in one place: its cache, or the tiers behind it."""
+
+    __slots__ = ("bit", "by_engine_hash", "copies")
+
+    def __init__(self, bit: int) -> None:
+        self.bit = bit
+        self.by_engine_hash: dict[int, int] = {}
+        """Blocks by the engine's hash, which is all that a removal names."""
+        self.copies: dict[int, int] = {}
+        """Only of blocks that the engine holds more than once: two requests that computed one
+        prefix at the same time both store it, and each copy is removed by itself."""
+
+
+class _Holder:
+    """One endpoint."""
+
+    __slots__ = ("assumed", "blocks_max", "cache", "has_events", "slot", "tiers")
+
+    def __init__(self, slot: int, blocks_max: int) -> None:
+        self.slot = slot
+        self.cache = _Medium(1 << (2 * slot))
+        self.tiers = _Medium(1 << (2 * slot + 1))
+        self.assumed: dict[int, None] = {}
+        """Blocks it should hold and has not said so, least recently used first."""
+        self.blocks_max = blocks_max
+        """How many of those it is thought to have room for."""
+        self.has_events = False
+
+
+class PrefixIndex:
+    """Blocks and the endpoints that hold them; bounded, least recently used blocks go first."""
+
+    def __init__(self, block_tokens: int, blocks_max: int = BLOCKS_MAX) -> None:
+        """Start empty.
+
+        Args:
+            block_tokens: Tokens per block. Events of an engine with other blocks are refused.
+            blocks_max: Different blocks known, and blocks known of each endpoint; at least 1.
+        """
+        self.block_tokens = block_tokens
+        self.blocks_max = blocks_max
+        self.num_refused = 0
+        """Events that could not be used: of another block length, or ids out of range."""
+        self.num_orphans = 0
+        """Events whose parent block is not known, so that their place in a prefix is not either."""
+        self.num_evicted = 0
+        self._blocks: dict[int, int] = {}
+        # Few sets of endpoints occur; one object stands for each wherever it does.
+        self._sets: dict[int, int] = {}
+        self._holders: dict[str, _Holder] = {}
+        self._by_slot: dict[int, _Holder] = {}
+
+    # ---- questions
+
+    def match(self, prefix: Sequence[int], endpoints: Sequence[str]) -> list[int]:
+        """Return how many leading blocks each endpoint holds in its cache."""
+        return self._match(prefix, endpoints, in_tiers=False)
+
+    def match_tiers(self, prefix: Sequence[int], endpoints: Sequence[str]) -> list[int]:
+        """Return how many leading blocks each endpoint holds in its cache or in tiers behind it."""
+        return self._match(prefix, endpoints, in_tiers=True)
+
+    def _match(
+        self, prefix: Sequence[int], endpoints: Sequence[str], *, in_tiers: bool
+    ) -> list[int]:
+        holders = self._holders
+        bits = [holders[name].cache.bit if name in holders else 0 for name in endpoints]
+        still = 0
+        for bit in bits:
+            still |= bit
+        depths: dict[int, int] = {0: 0}
+        blocks = self._blocks
+        for depth, block in enumerate(prefix):
+            held = blocks.get(block, 0)
+            if in_tiers:
+                # The bit of the tiers lies just above the one of the cache.
+                held |= held >> 1
+            lost = still & ~held
+            if lost:
+                _note(depths, lost, depth)
+                still &= held
+                if not still:
+                    break
+        _note(depths, still, len(prefix))
+        return [depths[bit] for bit in bits]
+
+    def __len__(self) -> int:
+        """Different blocks known."""
+        return len(self._blocks)
+
+    def num_blocks(self, endpoint: str) -> int:
+        """Blocks that an endpoint said or is assumed to hold, in its cache and in its tiers."""
+        holder = self._holders.get(endpoint)
+        if holder is None:
+            return 0
+        stated = len(holder.cache.by_engine_hash) + len(holder.tiers.by_engine_hash)
+        return stated + len(holder.assumed)
+
+    def has_events(self, endpoint: str) -> bool:
+        """Return whether what the endpoint holds is known from its events."""
+        holder = self._holders.get(endpoint)
+        return holder is not None and holder.has_events
+
+    # ---- news
+
+    def assume(self, endpoint: str, prefix: Sequence[int]) -> None:
+        """The endpoint was sent a prompt that begins with these blocks."""
+        holder = self._holder(endpoint)
+        bit, blocks, assumed = holder.cache.bit, self._blocks, holder.assumed
+        # Backwards: of one prefix the last blocks go first, as in the engine.
+        for block in reversed(prefix):
+            held = blocks.pop(block, 0)
+            if not held & bit or block in assumed:
+                assumed.pop(block, None)
+                assumed[block] = None
+            blocks[block] = self._set(held | bit)
+        self._trim(holder)
+        self._evict()
+
+    def correct(
+        self, endpoint: str, prefix: Sequence[int], expected: int, reported: int | None
+    ) -> None:
+        """The response to an assumed prompt ended.
+
+        Args:
+            endpoint: Who answered.
+            prefix: The blocks that were assumed.
+            expected: Leading blocks that it was believed to hold when it was chosen.
+            reported: Leading blocks that it says it held; None if it did not say.
+        """
+        holder = self._holders.get(endpoint)
+        if holder is None:
+            return
+        if holder.has_events:
+            # It has had time to say what it stored; what it was known to have is no assumption.
+            held = max(expected, reported or 0)
+            for block in prefix[held:]:
+                if block in holder.assumed:
+                    del holder.assumed[block]
+                    self._clear(block, holder.cache.bit)
+        elif reported is not None:
+            self._learn_capacity(holder, len(prefix), expected, reported)
+
+    def _learn_capacity(
+        self, holder: _Holder, num_blocks: int, expected: int, reported: int
+    ) -> None:
+        size = len(holder.assumed)
+        if reported + 1 < expected:
+            # It evicted what it was believed to hold: it has less room, for this prompt at least.
+            holder.blocks_max = max(num_blocks, 1, int(size * CAPACITY_DECAY))
+            self._trim(holder)
+        elif size >= holder.blocks_max:
+            grown = int(holder.blocks_max * CAPACITY_GROWTH) + 1
+            holder.blocks_max = min(self.blocks_max, grown)
+
+    def apply(self, endpoint: str, event: BlockEvent) -> None:
+        """The endpoint said what it stored or removed."""
+        holder = self._holder(endpoint)
+        holder.has_events = True
+        match event:
+            case AllBlocksCleared():
+                self._empty(holder)
+            case BlockStored() | BlockRemoved() if event.group_idx not in (None, 0):
+                # Groups of a hybrid model are stored together; the first one stands for all.
+                pass
+            case BlockStored():
+                self._store(holder, event)
+            case BlockRemoved():
+                medium = _medium(holder, event.medium)
+                for engine_hash in event.block_hashes:
+                    self._remove(holder, medium, _as_int(engine_hash))
+
+    def _store(self, holder: _Holder, event: BlockStored) -> None:
+        num_blocks = len(event.block_hashes)
+        if (
+            event.block_size != self.block_tokens
+            or len(event.token_ids) != num_blocks * event.block_size
+        ):
+            self.num_refused += 1
+            return
+        parent = self._parent(holder, event)
+        if parent is None:
+            self.num_orphans += 1
+            return
+        hashes = token_hashes(event.token_ids, event.block_size, parent, extra_key_bytes(event))
+        medium = _medium(holder, event.medium)
+        for engine_hash, block in zip(event.block_hashes, hashes, strict=True):
+            self._add(holder, medium, _as_int(engine_hash), block)
+        if len(medium.by_engine_hash) > self.blocks_max:
+            for oldest in _oldest(medium.by_engine_hash, self.blocks_max):
+                medium.copies.pop(oldest, None)
+                self._remove(holder, medium, oldest)
+        self._evict()
+
+    def _parent(self, holder: _Holder, event: BlockStored) -> int | None:
+        if event.parent_block_hash is None:
+            return token_root(event.lora_name)
+        parent = _as_int(event.parent_block_hash)
+        found = holder.cache.by_engine_hash.get(parent)
+        return holder.tiers.by_engine_hash.get(parent) if found is None else found
+
+    def _add(self, holder: _Holder, medium: _Medium, engine_hash: int, block: int) -> None:
+        known = medium.by_engine_hash.get(engine_hash)
+        if known is not None and self._blocks.get(known, 0) & medium.bit:
+            medium.copies[engine_hash] = medium.copies.get(engine_hash, 1) + 1
+        medium.by_engine_hash[engine_hash] = block
+        if medium is holder.cache:
+            holder.assumed.pop(block, None)
+        self._blocks[block] = self._set(self._blocks.get(block, 0) | medium.bit)
+
+    def _remove(self, holder: _Holder, medium: _Medium, engine_hash: int) -> None:
+        num_copies = medium.copies.pop(engine_hash, 1)
+        if num_copies > 1:
+            if num_copies > 2:
+                medium.copies[engine_hash] = num_copies - 1
+            return
+        block = medium.by_engine_hash.pop(engine_hash, None)
+        if block is not None and not (medium is holder.cache and block in holder.assumed):
+            self._clear(block, medium.bit)
+
+    def drop(self, endpoint: str) -> None:
+        """Forget everything about an endpoint: it left, restarted, or events of it were lost."""
+        holder = self._holders.pop(endpoint, None)
+        if holder is not None:
+            self._empty(holder)
+            del self._by_slot[holder.slot]
+
+    # ---- book-keeping
+
+    def _holder(self, endpoint: str) -> _Holder:
+        holder = self._holders.get(endpoint)
+        if holder is None:
+            slot = next(slot for slot in range(len(self._by_slot) + 1) if slot not in self._by_slot)
+            holder = self._holders[endpoint] = _Holder(slot, self.blocks_max)
+            self._by_slot[slot] = holder
+        return holder
+
+    def _set(self, held: int) -> int:
+        if held < 256:
+            return held
+        found = self._sets.get(held)
+        if found is None:
+            if len(self._sets) > self.blocks_max:
+                self._sets.clear()
+            found = self._sets[held] = held
+        return found
+
+    def _clear(self, block: int, bit: int) -> None:
+        held = self._blocks.get(block, 0) & ~bit
+        if held:
+            self._blocks[block] = self._set(held)
+        else:
+            self._blocks.pop(block, None)
+
+    def _empty(self, holder: _Holder) -> None:
+        for medium in (holder.cache, holder.tiers):
+            for block in medium.by_engine_hash.values():
+                self._clear(block, medium.bit)
+            medium.by_engine_hash, medium.copies = {}, {}
+        for block in holder.assumed:
+            self._clear(block, holder.cache.bit)
+        holder.assumed = {}
+
+    def _trim(self, holder: _Holder) -> None:
+        if len(holder.assumed) <= holder.blocks_max:
+            return
+        for block in _oldest(holder.assumed, holder.blocks_max):
+            del holder.assumed[block]
+            self._clear(block, holder.cache.bit)
+
+    def _evict(self) -> None:
+        if len(self._blocks) <= self.blocks_max:
+            return
+        for block in _oldest(self._blocks, self.blocks_max):
+            held = self._blocks.pop(block)
+            self.num_evicted += 1
+            for slot in _slots(held):
+                # What the engine called it stays until the engine removes it, or room runs out.
+                self._by_slot[slot].assumed.pop(block, None)
+
+    def check(self) -> None:
+        """Raise AssertionError if the tables do not agree."""
+        assert len(self._blocks) <= self.blocks_max
+        for slot, holder in self._by_slot.items():
+            assert holder.slot == slot
+            assert len(holder.assumed) <= holder.blocks_max <= self.blocks_max
+            for block in holder.assumed:
+                assert self._blocks[block] & holder.cache.bit
+            for medium in (holder.cache, holder.tiers):
+                assert len(medium.by_engine_hash) <= self.blocks_max
+                assert medium.copies.keys() <= medium.by_engine_hash.keys()
+        for block, held in self._blocks.items():
+            assert 0 <= block <= HASH_MASK
+            assert held
+            assert all(slot in self._by_slot for slot in _slots(held))
+
+
+def _note(depths: dict[int, int], bits: int, depth: int) -> None:
+    """Note for each of the bits how deep its endpoint went."""
+    while bits:
+        bit = bits & -bits
+        depths[bit] = depth
+        bits ^= bit
+
+
+def _slots(held: int) -> Iterator[int]:
+    while held:
+        bit = held & -held
+        held ^= bit
+        yield (bit.bit_length() - 1) // 2
+
+
+def _oldest(entries: dict[int, object] | dict[int, int] | dict[int, None], room: int) -> list[int]:
+    """Return the keys to remove, oldest first, to be some way below ``room`` entries again."""
+    return list(islice(entries, len(entries) - room + room // EVICTED_AT_ONCE))
+
+
+def _medium(holder: _Holder, medium: str | None) -> _Medium:
+    return holder.cache if medium in (None, ENGINE_MEDIUM) else holder.tiers
+
+
+def _as_int(engine_hash: Hash) -> int:
+    """Return a hash of an engine as a number below 2**60, whichever form it was published in."""
+    if isinstance(engine_hash, bytes):
+        engine_hash = int.from_bytes(engine_hash[-8:], "big")
+    return engine_hash & HASH_MASK
