@@ -1,4 +1,4 @@
-"""What the router knows of each endpoint: one mutable object per engine, owned by the event loop."""
+"""What the router knows of each endpoint: one mutable object each, owned by the event loop."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +57,24 @@ class Fleet:
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(self._endpoints.values())
+
+    def __len__(self) -> int:
+        return len(self._endpoints)
+
+    def find(self, name: str) -> Endpoint | None:
+        """The endpoint of a name."""
+        return self._endpoints.get(name)
+
+    def join(self, endpoint: Endpoint) -> None:
+        """Add an endpoint; its name is new."""
+        assert endpoint.name not in self._endpoints
+        self._endpoints[endpoint.name] = endpoint
+        self.changed()
+
+    def leave(self, name: str) -> None:
+        """Take an endpoint away; requests that run there keep it until they end."""
+        del self._endpoints[name]
+        self.changed()
 
     def changed(self) -> None:
         """An endpoint came, went, or changed its state, role or models."""

@@ -1,0 +1,203 @@
+"""What a request passes before it is routed: its key, its key's rate, and room.
+
+Pure but for callbacks: the relay tells the time, calls ``tick`` when ``next_deadline_s`` is over,
+and is told when a request that waited may go on or may not.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Annotated
+
+import msgspec
+
+from kvkeep.router.limits.admission import AdmissionQueue, Visit, VisitState
+from kvkeep.router.limits.bucket import TokenBucket
+from kvkeep.router.limits.keys import ApiKey, KeyRing
+
+REFUSALS = {
+    "invalid_api_key": "requests without a key that is known (401)",
+    "rate_limit_exceeded": "requests beyond the rate of their key (429)",
+    "concurrency_limit_exceeded": "requests beyond what their key may have in flight (429)",
+    "queue_full": "requests for which there was no place to wait (503)",
+    "queue_timeout": "requests that waited too long for their turn (503)",
+    "draining": "requests that came after the router was told to stop (503)",
+}
+"""Code to help text."""
+ANYONE = ""
+"""The holder of every request where no keys are asked for."""
+DRAINING_RETRY_AFTER_S = 1
+"""By then another router, or this one's successor, has the address."""
+
+
+class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How much is taken on."""
+
+    in_flight_max: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 1024
+    """Requests that run at one time, over all engines; 0: no limit."""
+    queue_max: Annotated[int, msgspec.Meta(ge=0, le=65_536)] = 1024
+    """Requests that wait for their turn; what is beyond is refused with 503."""
+    queue_wait_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
+    """Seconds that a request waits at most; then it is refused with 503."""
+    keys_file: str = ""
+    """YAML list of API keys (mode 0600); empty: everybody may ask, and an ``Authorization`` header
+    is the engines' business."""
+    retry_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
+    """Share of the requests that may be sent to a second engine."""
+    retry_min_per_s: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 1.0
+    """Retries each second that are always there, for when there are few requests."""
+    retry_burst: Annotated[float, msgspec.Meta(ge=1, le=10_000)] = 20.0
+    """Retries at once: those whose engine just died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request is not served."""
+
+    status: int
+    """Of HTTP."""
+    code: str
+    """One of `REFUSALS`."""
+    message: str
+    """For a person: what to do."""
+    retry_after_s: int | None = None
+    """For the header ``Retry-After``; None where trying again changes nothing."""
+
+
+UNKNOWN_KEY = Refusal(
+    401,
+    "invalid_api_key",
+    "No known API key was given: send one of this router's as 'Authorization: Bearer KEY'.",
+)
+
+Decided = Callable[[Refusal | None], None]
+"""Told once what became of a request that waited; None: it may go on."""
+
+
+class Gate:
+    """Lets requests in, has them wait, or says why not."""
+
+    def __init__(self, settings: LimitSettings, keys: KeyRing | None) -> None:
+        """Be open; without keys nobody is asked for one."""
+        self._keys = keys
+        self._queue = AdmissionQueue(
+            settings.in_flight_max, settings.queue_max, settings.queue_wait_s
+        )
+        self._rates: dict[str, TokenBucket] = {}
+        self._waiting: dict[Visit, Decided] = {}
+        self._is_draining = False
+        self.num_refused = dict.fromkeys(REFUSALS, 0)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that were let in and have not ended."""
+        return self._queue.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return self._queue.num_waiting
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When to call ``tick``; None while nobody waits."""
+        return self._queue.next_deadline_s
+
+    def identify(self, authorization: bytes | None) -> ApiKey | Refusal | None:
+        """Whose request it is: for what costs an engine nothing, such as the list of models.
+
+        Returns:
+            The key, why there is none, or None where nobody is asked for one.
+        """
+        if self._keys is None:
+            return None
+        return self._keys.find(authorization) or self._refused(UNKNOWN_KEY)
+
+    def arrive(
+        self, authorization: bytes | None, now_s: float, decided: Decided
+    ) -> Visit | Refusal:
+        """A request that wants an engine came.
+
+        Args:
+            authorization: Value of its header; None if it has none.
+            now_s: Monotonic time.
+            decided: Told later if the visit is WAITING: exactly once, unless it left before.
+
+        Returns:
+            A visit, ADMITTED or WAITING, to be given back with ``leave`` exactly once whatever
+            becomes of it; or why there is none.
+        """
+        if self._is_draining:
+            return self._refused(_unavailable("draining", DRAINING_RETRY_AFTER_S))
+        key = self.identify(authorization)
+        if isinstance(key, Refusal):
+            return key
+        if key is not None and (beyond := self._beyond_limits(key, now_s)) is not None:
+            return self._refused(beyond)
+        visit = Visit(ANYONE if key is None else key.name)
+        pushed = self._queue.arrive(visit, now_s)
+        if visit.state is VisitState.REFUSED:
+            return self._refused(_unavailable(visit.why, self._queue.retry_after_s()))
+        if visit.state is VisitState.WAITING:
+            self._waiting[visit] = decided
+        self._tell_refused(pushed)
+        return visit
+
+    def leave(self, visit: Visit, now_s: float) -> None:
+        """A request ended, or its client went; who waits may be told within this call."""
+        self._waiting.pop(visit, None)
+        for admitted in self._queue.leave(visit, now_s):
+            self._waiting.pop(admitted)(None)
+
+    def tick(self, now_s: float) -> None:
+        """Refuse whoever waited too long."""
+        self._tell_refused(self._queue.expire(now_s))
+
+    def drain(self) -> None:
+        """Let nobody in any more; who waits is still served in turn."""
+        self._is_draining = True
+
+    def _beyond_limits(self, key: ApiKey, now_s: float) -> Refusal | None:
+        if key.in_flight_max and self._queue.num_present(key.name) >= key.in_flight_max:
+            return _limited(
+                "concurrency_limit_exceeded",
+                f"This key may have {key.in_flight_max} requests at one time: wait for one to end.",
+                self._queue.retry_after_s(),
+            )
+        if not key.requests_per_s:
+            return None
+        rate = self._rates.get(key.name)
+        if rate is None:
+            burst = key.burst or max(1.0, key.requests_per_s)
+            rate = self._rates[key.name] = TokenBucket(key.requests_per_s, burst)
+        if rate.take(now_s):
+            return None
+        return _limited(
+            "rate_limit_exceeded",
+            f"This key may send {key.requests_per_s:g} requests each second: send fewer.",
+            max(1, ceil(rate.wait_s(now_s))),
+        )
+
+    def _tell_refused(self, visits: Sequence[Visit]) -> None:
+        for visit in visits:
+            refusal = _unavailable(visit.why, self._queue.retry_after_s())
+            self._waiting.pop(visit)(self._refused(refusal))
+
+    def _refused(self, refusal: Refusal) -> Refusal:
+        self.num_refused[refusal.code] += 1
+        return refusal
+
+
+_UNAVAILABLE = {
+    "queue_full": "Too many requests wait for an engine: try again later.",
+    "queue_timeout": "No engine was free in time: try again later.",
+    "draining": "This router is stopping: try again, elsewhere if you can.",
+}
+
+
+def _unavailable(code: str, retry_after_s: int) -> Refusal:
+    return Refusal(503, code, _UNAVAILABLE[code], retry_after_s)
+
+
+def _limited(code: str, message: str, retry_after_s: int) -> Refusal:
+    return Refusal(429, code, message, retry_after_s)

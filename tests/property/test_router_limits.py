@@ -1,0 +1,165 @@
+"""No sequence of arrivals and ends breaks what the limits promise."""
+
+import random
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvkeep.router.limits.admission import AdmissionQueue, Visit, VisitState
+from kvkeep.router.limits.bucket import RetryBudget, TokenBucket
+
+HOLDERS = ("a", "b", "c")
+WAIT_S = 5.0
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["arrive", "arrive", "leave", "wait"]),
+        st.sampled_from(HOLDERS),
+        st.integers(0, 1000),
+    ),
+    max_size=120,
+)
+
+
+class Witness:
+    """Drives a queue, and remembers what every visit was told."""
+
+    def __init__(self, running_max: int, waiting_max: int) -> None:
+        self.queue = AdmissionQueue(running_max, waiting_max, WAIT_S)
+        self.running_max, self.waiting_max = running_max, waiting_max
+        self.visits: list[Visit] = []
+        self.now_s = 0.0
+
+    def count(self, state: VisitState) -> Counter[str]:
+        return Counter(visit.holder for visit in self.visits if visit.state is state)
+
+    def arrive(self, holder: str) -> None:
+        waiting = self.count(VisitState.WAITING)
+        visit = Visit(holder)
+        pushed = self.queue.arrive(visit, self.now_s)
+        self.visits.append(visit)
+        if visit.state is VisitState.REFUSED:
+            assert waiting.total() == self.waiting_max
+            assert max(waiting.values(), default=0) <= waiting[holder] + 1
+        for other in pushed:
+            assert other.state is VisitState.REFUSED
+            assert waiting[other.holder] > waiting[holder] + 1
+
+    def leave(self, number: int) -> None:
+        present = [v for v in self.visits if v.state in (VisitState.ADMITTED, VisitState.WAITING)]
+        if not present:
+            return
+        visit = present[number % len(present)]
+        was_running = visit.state is VisitState.ADMITTED
+        before = self.count(VisitState.ADMITTED)
+        before[visit.holder] -= was_running
+        waiting = [v for v in self.visits if v.state is VisitState.WAITING and v is not visit]
+        admitted = self.queue.leave(visit, self.now_s)
+        assert len(admitted) == (1 if was_running and waiting else 0)
+        for other in admitted:
+            assert before[other.holder] == min(before[v.holder] for v in waiting)
+            assert other is next(v for v in waiting if v.holder == other.holder)
+
+    def wait(self, number: int) -> None:
+        self.now_s += number / 100
+        for visit in self.queue.expire(self.now_s):
+            assert visit.state is VisitState.REFUSED
+
+    def check(self) -> None:
+        running, waiting = self.count(VisitState.ADMITTED), self.count(VisitState.WAITING)
+        assert self.queue.num_running == running.total()
+        assert self.queue.num_waiting == waiting.total() <= self.waiting_max
+        assert running.total() <= self.running_max
+        assert not waiting or running.total() == self.running_max
+        for holder in HOLDERS:
+            assert self.queue.num_present(holder) == running[holder] + waiting[holder]
+        oldest = [v.since_s for v in self.visits if v.state is VisitState.WAITING]
+        assert self.queue.next_deadline_s == (min(oldest) + WAIT_S if oldest else None)
+        assert 1 <= self.queue.retry_after_s() <= 60
+
+
+@given(steps, st.integers(1, 4), st.integers(0, 6))
+def test_the_queue_keeps_its_promises(
+    taken: list[tuple[str, str, int]], running_max: int, waiting_max: int
+) -> None:
+    """Bounds hold, room is never idle while one waits, and it goes to who has least running."""
+    witness = Witness(running_max, waiting_max)
+    for what, holder, number in taken:
+        if what == "arrive":
+            witness.arrive(holder)
+        elif what == "leave":
+            witness.leave(number)
+        else:
+            witness.wait(number)
+        witness.check()
+    for visit in witness.visits:
+        witness.queue.leave(visit, witness.now_s) if visit.state in (
+            VisitState.ADMITTED,
+            VisitState.WAITING,
+        ) else None
+
+    assert (witness.queue.num_running, witness.queue.num_waiting) == (0, 0)
+    assert witness.queue._holders == {}
+
+
+@given(st.integers(2, 20), st.integers(1, 30))
+def test_a_greedy_holder_takes_no_share_of_a_modest_one(places: int, crowd: int) -> None:
+    """However many one holder sends, another one's request is queued, and is next to be let in."""
+    queue = AdmissionQueue(places, 2, WAIT_S)
+    first = [Visit("greedy") for _ in range(places + crowd + 2)]
+    for visit in first:
+        queue.arrive(visit, 0.0)
+    modest = Visit("modest")
+    queue.arrive(modest, 1.0)
+    admitted = queue.leave(first[0], 2.0)
+
+    assert list(admitted) == [modest]
+
+
+@given(
+    st.floats(0.01, 1000),
+    st.integers(1, 50),
+    st.lists(st.floats(0, 5), min_size=1, max_size=80),
+    st.floats(0, 1e6),
+)
+def test_a_bucket_gives_its_rate_and_no_more(
+    rate_per_s: float, burst: int, pauses_s: list[float], begin_s: float
+) -> None:
+    """In any time at most burst and rate x time are taken; who waits as told is served."""
+    bucket = TokenBucket(rate_per_s, burst)
+    now_s, taken = begin_s, 0
+    for pause_s in pauses_s:
+        now_s += pause_s
+        wait_s = bucket.wait_s(now_s)
+        is_taken = bucket.take(now_s)
+        assert is_taken == (wait_s == 0)
+        taken += is_taken
+        assert taken <= burst + rate_per_s * (now_s - begin_s) + 1e-3
+    now_s += bucket.wait_s(now_s)
+
+    assert bucket.take(now_s)
+
+
+@given(
+    st.floats(0, 1),
+    st.floats(0, 10),
+    st.integers(1, 20),
+    st.integers(0, 2**32),
+    st.integers(1, 400),
+)
+def test_retries_stay_within_their_budget(
+    share: float, min_per_s: float, burst: int, seed: int, count: int
+) -> None:
+    """However requests and failures come, retries are a share of requests and a few a second."""
+    chance, budget = random.Random(seed), RetryBudget(share, min_per_s, burst)
+    now_s, num_requests, num_retries = 0.0, 0, 0
+    for _ in range(count):
+        now_s += chance.choice([0.0, 0.0, 0.01, 1.0])
+        if chance.random() < 0.5:
+            num_requests += 1
+            budget.requested()
+        else:
+            num_retries += budget.take(now_s)
+
+        assert num_retries <= burst + share * num_requests + min_per_s * now_s + 1e-3
