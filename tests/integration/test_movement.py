@@ -28,14 +28,25 @@ SEQUENCE_BLOCKS = 250
 """Together ten times what the pool holds."""
 
 
+def disk_in(folder: Path) -> dict[str, object]:
+    """A disk tier as a settings file says it."""
+    return {"kind": "disk", "folder": str(folder), "capacity_bytes": "1GiB"}
+
+
+@contextlib.contextmanager
+def daemon_with(folder: Path, *tiers: object, planner: str = "auto") -> Iterator[Daemon]:
+    """A daemon with these tiers below its pool."""
+    folder.mkdir(exist_ok=True)
+    config = folder / "daemon.yaml"
+    config.write_text(json.dumps({"tiers": tiers}))
+    with running_daemon(config=config, planner=planner) as daemon:
+        yield daemon
+
+
 @contextlib.contextmanager
 def daemon_with_disk(folder: Path, planner: str = "auto") -> Iterator[Daemon]:
     """A daemon that keeps blocks in this folder as well."""
-    folder.mkdir(exist_ok=True)
-    tier = {"kind": "disk", "folder": str(folder / "disk"), "capacity_bytes": "1GiB"}
-    config = folder / "daemon.yaml"
-    config.write_text(json.dumps({"tiers": [tier]}))
-    with running_daemon(config=config, planner=planner) as daemon:
+    with daemon_with(folder, disk_in(folder / "disk"), planner=planner) as daemon:
         yield daemon
 
 
@@ -137,3 +148,22 @@ def test_a_question_that_waits_is_one_question(tmp_path: Path) -> None:
             client.release([lease])
         assert [n - o for n, o in zip(after, before, strict=True)] == [1, 40, 40, 20]
         wait_until(lambda: daemon.gauge("read_leases") == 0, "leases given back")
+
+
+def test_two_tiers_of_a_kind_are_told_apart(tmp_path: Path) -> None:
+    """In the status, in measured speeds, and by whoever clears one of them."""
+    hashes = hashes_of(0, 40)
+    disks = [disk_in(tmp_path / "one"), disk_in(tmp_path / "other")]
+    with daemon_with(tmp_path, *disks) as daemon, Worker(daemon) as worker:
+        wait_for_tiers(daemon)
+        worker.store(hashes)
+        wait_until(lambda: daemon.counter("blocks_cascaded") == 80, "blocks in both")
+        with contextlib.closing(connect(daemon)) as tool:
+            request = m.ClearTiers(tool.next_request_id(), ["disk-2"])
+            told = tool.call(request, m.Told, CALL_TIMEOUT_S)
+        movement = daemon.status()["movement"]
+
+    assert json.loads(told.text)["num_cleared"] == 40
+    held = {tier["name"]: tier["num_values"] for tier in movement["tiers"]}
+    assert held == {"disk": 40, "disk-2": 0}
+    assert {"disk", "disk-2"} <= movement["bytes_per_s"].keys()

@@ -120,18 +120,18 @@ def examine(plan: Plan) -> Iterator[Finding]:
         for name, port in plan.engine_ports.items():
             yield find_port(f"port of {name}", port)
     yield configured(settings)
-    for idx, tier in enumerate(settings.tiers):
+    for idx, tier in enumerate(settings.named_tiers):
         if status is not None:
             yield asked_tier(tier, status)
         elif idx in plan.started_tiers:
-            yield ok(kind_of(tier), "its server is started by kvkeep up: then ask again")
+            yield ok(tier.name, "its server is started by kvkeep up: then ask again")
         else:
             yield tried_tier(tier)
 
 
 def configured(settings: DaemonSettings) -> Finding:
     """What the daemon is told, in short."""
-    tiers = ", ".join(kind_of(tier) for tier in settings.tiers) or "none"
+    tiers = ", ".join(tier.name for tier in settings.named_tiers) or "none"
     return ok(
         "configured",
         f"pool {readable_bytes(settings.pool_bytes)}, eviction {settings.eviction}, "
@@ -139,9 +139,9 @@ def configured(settings: DaemonSettings) -> Finding:
     )
 
 
-def kind_of(tier: AnyTierSettings) -> str:
-    """``disk``, ``valkey``, ..."""
-    return str(tier.__struct_config__.tag)
+def name_of(tier: AnyTierSettings) -> str:
+    """As the daemon calls it; the kind of one that stands alone."""
+    return tier.name or tier.kind
 
 
 # ---- the daemon
@@ -167,22 +167,22 @@ def find_daemon(settings: DaemonSettings) -> tuple[dict[str, Any] | None, Findin
 
 def asked_tier(tier: AnyTierSettings, status: dict[str, Any]) -> Finding:
     """What the daemon that serves says of a tier."""
-    kind, movement = kind_of(tier), status["movement"] or {}
-    if kind in movement.get("failed", {}):
+    name, movement = name_of(tier), status["movement"] or {}
+    if name in movement.get("failed", {}):
         mend = "mend it, then start the daemon anew"
-        return fail(kind, movement["failed"][kind], mend)
-    found = next((each for each in movement.get("tiers", []) if each["name"] == kind), None)
+        return fail(name, movement["failed"][name], mend)
+    found = next((each for each in movement.get("tiers", []) if each["name"] == name), None)
     if found is None:
         if movement.get("is_open"):
             mend = "the daemon was started with other settings: start it anew"
-            return warn(kind, "the daemon has no such tier", mend)
-        return ok(kind, "is opened when the first engine has come")
+            return warn(name, "the daemon has no such tier", mend)
+        return ok(name, "is opened when the first engine has come")
     if found["breaker"] != "closed":
         mend = "see what answers there; it is tried again every two seconds"
-        return fail(kind, "calls fail or hang: left alone for now", mend)
-    speed = movement.get("bytes_per_s", {}).get(kind)
+        return fail(name, "calls fail or hang: left alone for now", mend)
+    speed = movement.get("bytes_per_s", {}).get(name)
     read = "" if speed is None else f", reads {readable_bytes(int(speed))}/s"
-    return ok(kind, f"open{read}")
+    return ok(name, f"open{read}")
 
 
 # ---- tiers that no daemon holds
@@ -190,20 +190,20 @@ def asked_tier(tier: AnyTierSettings, status: dict[str, Any]) -> Finding:
 
 def tried_tier(settings: AnyTierSettings) -> Finding:
     """Open a tier, write and read a few values, and delete them."""
-    kind = kind_of(settings)
+    name = name_of(settings)
     try:
         if isinstance(settings, DiskTierSettings):
             return _tried_disk(settings)
         if isinstance(settings, MooncakeTierSettings):
             # As a client only: what it lent to the store would be missing a moment later.
             settings = msgspec.structs.replace(settings, segment_bytes=0)
-        return ok(kind, _measured(settings))
+        return ok(name, _measured(settings))
     except InputError as error:
-        return fail(kind, str(error), "mend the tier's settings")
+        return fail(name, str(error), "mend the tier's settings")
     except UnavailableError as error:
-        return fail(kind, str(error), "start what should answer there, or take the tier out")
+        return fail(name, str(error), "start what should answer there, or take the tier out")
     except CorruptDataError as error:
-        return fail(kind, str(error), "don't use it: what it gives back is not what it got")
+        return fail(name, str(error), "don't use it: what it gives back is not what it got")
 
 
 def _measured(settings: AnyTierSettings) -> str:
@@ -217,17 +217,17 @@ def _measured(settings: AnyTierSettings) -> str:
 
 
 def _tried_disk(settings: DiskTierSettings) -> Finding:
-    folder = Path(settings.folder).expanduser()
+    name, folder = name_of(settings), Path(settings.folder).expanduser()
     there = folder
     while not there.is_dir():
         if there.exists() or there == there.parent:
-            return fail("disk", f"{there} is not a folder", "choose another folder")
+            return fail(name, f"{there} is not a folder", "choose another folder")
         there = there.parent
     try:
         made = Path(tempfile.mkdtemp(prefix=".kvkeep-doctor-", dir=there))
     except OSError as error:
         mend = "choose another folder, or let this user write there"
-        return fail("disk", f"{there}: {error.strerror}", mend)
+        return fail(name, f"{there}: {error.strerror}", mend)
     try:
         small = msgspec.structs.replace(
             settings, folder=str(made / "tier"), capacity_bytes=DISK_BYTES
@@ -241,5 +241,5 @@ def _tried_disk(settings: DiskTierSettings) -> Finding:
     text += f"; {readable_bytes(free)} free at {there}"
     if free + held < settings.capacity_bytes:
         size = readable_bytes(settings.capacity_bytes)
-        return warn("disk", text, f"lower capacity_bytes ({size}), or make room")
-    return ok("disk", text)
+        return warn(name, text, f"lower capacity_bytes ({size}), or make room")
+    return ok(name, text)

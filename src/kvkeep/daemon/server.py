@@ -18,11 +18,12 @@ from kvkeep.core import effects as do
 from kvkeep.core import events as on
 from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.misses import Misses
-from kvkeep.daemon.movement.inspection import POOL, Inspection
+from kvkeep.daemon.movement.inspection import Inspection
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.movement.promotion import Wanted
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
+from kvkeep.daemon.tier_settings import POOL
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InputError, RefusedError, UnavailableError
 from kvkeep.model.ids import CANARY_NAMESPACE, BlockHash, BlockKey, Holder, LeaseId, Namespace

@@ -1,5 +1,9 @@
 """What a daemon can be told about the tiers below its pool: a list, the fastest first."""
 
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -8,6 +12,10 @@ from kvkeep.model.sizes import parse_bytes
 
 SIZE_FIELDS = ("capacity_bytes", "segment_bytes", "queue_bytes_max", "write_bytes_per_s")
 """Fields in which ``100GiB`` style is understood."""
+
+POOL = "pool"
+"""What the memory above all tiers is called; no tier is."""
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 Bytes = Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 50)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
@@ -20,6 +28,8 @@ class TierSettings(
 ):
     """What every kind of tier can be told."""
 
+    name: str = ""
+    """What figures and commands call it; empty: its kind, the second of a kind ``disk-2``, ..."""
     num_threads: Threads = 4
     """Calls to the medium at once."""
     queue_bytes_max: Bytes = 256 << 20
@@ -35,6 +45,11 @@ class TierSettings(
     with keys made of any; empty: not encrypted."""
     compress: bool = False
     """Whether blocks are compressed, without loss: pays before slow media only."""
+
+    @property
+    def kind(self) -> str:
+        """``disk``, ``valkey``, ..."""
+        return str(self.__struct_config__.tag)
 
 
 class DiskTierSettings(TierSettings, frozen=True, kw_only=True, tag="disk"):
@@ -109,6 +124,33 @@ class MooncakeTierSettings(TierSettings, frozen=True, kw_only=True, tag="mooncak
 AnyTierSettings = (
     DiskTierSettings | ValkeyTierSettings | ObjectStoreTierSettings | MooncakeTierSettings
 )
+
+
+def with_names(tiers: Sequence[AnyTierSettings]) -> list[AnyTierSettings]:
+    """The tiers, each with a name that no other has.
+
+    Raises:
+        ValueError: A name can't be, or two tiers have it; says which, and the mend.
+    """
+    given = Counter(tier.name for tier in tiers if tier.name)
+    for name, number in given.items():
+        if name == POOL or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"a tier's name can't be {name[:80]!r}: write small letters, digits, - and _, "
+                f"at most 64, and not {POOL!r}"
+            )
+        if number > 1:
+            raise ValueError(f"{number} tiers have the name {name!r}: give each a name of its own")
+    taken = set(given)
+    named: list[AnyTierSettings] = []
+    for tier in tiers:
+        name = tier.name
+        if not name:
+            numbered = (f"{tier.kind}-{number}" for number in itertools.count(2))
+            name = next(n for n in itertools.chain([tier.kind], numbered) if n not in taken)
+            taken.add(name)
+        named.append(msgspec.structs.replace(tier, name=name))
+    return named
 
 
 def with_sizes(tier: Any) -> Any:

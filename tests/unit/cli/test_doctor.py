@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from kvkeep.cli.doctor import asked_tier, make_plan, tried_tier
 from kvkeep.cli.findings import Level
 from kvkeep.cli.main import main
+from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.tier_settings import DiskTierSettings, ObjectStoreTierSettings
 
 DISK = DiskTierSettings(folder="/tier", capacity_bytes=1 << 30)
@@ -89,6 +90,15 @@ def test_a_daemon_that_serves_is_asked(movement: Any, level: Level, text: str) -
 
     assert found.level is level
     assert text in found.text
+
+
+def test_two_tiers_of_a_kind_are_told_apart() -> None:
+    """Each by its name."""
+    found = [{"name": "disk", "breaker": "closed"}, {"name": "disk-2", "breaker": "open"}]
+    named = DaemonSettings(tiers=[DISK, DISK]).named_tiers
+    levels = [asked_tier(tier, {"movement": {"tiers": found}}).level for tier in named]
+
+    assert levels == [Level.OK, Level.FAIL]
 
 
 def test_a_stack_file_names_ports_and_tiers(tmp_path: Path) -> None:

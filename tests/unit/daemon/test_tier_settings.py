@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.daemon.settings import load_settings
+from kvkeep.daemon.settings import DaemonSettings, load_settings
 from kvkeep.daemon.tier_settings import (
     DiskTierSettings,
     MooncakeTierSettings,
     ObjectStoreTierSettings,
     ValkeyTierSettings,
+    with_names,
     with_sizes,
 )
 from kvkeep.model.errors import InputError
@@ -67,3 +68,38 @@ def test_only_sizes_are_converted() -> None:
     tier = {"folder": "2GiB", "capacity_bytes": "2GiB"}
     assert with_sizes(tier) == {"folder": "2GiB", "capacity_bytes": 2 << 30}
     assert with_sizes("no mapping") == "no mapping"
+
+
+def disk(name: str = "") -> dict[str, object]:
+    """A tier as people write it."""
+    return {"kind": "disk", "folder": "x", "capacity_bytes": "1GiB", "name": name}
+
+
+def test_each_tier_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """The one that was given, or its kind with the first number that is free."""
+    file = tmp_path / "daemon.yaml"
+    valkey = {"kind": "valkey", "url": "u"}
+    tiers = [disk("disk-2"), disk(), disk(), valkey, disk("disk-4"), disk()]
+    file.write_text(json.dumps({"tiers": tiers}))
+    settings = load_settings(file, {}, {})
+
+    names = [tier.name for tier in settings.named_tiers]
+    assert names == ["disk-2", "disk", "disk-3", "valkey", "disk-4", "disk-5"]
+    assert DaemonSettings().named_tiers == with_names([]) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("fast", "fast"), "2 tiers have the name 'fast': give each a name of its own"),
+        (("pool",), "a tier's name can't be 'pool'"),
+        (("Fast one",), "write small letters, digits"),
+        (("x" * 65,), "at most 64"),
+    ],
+)
+def test_a_name_that_can_not_be_is_refused(
+    tmp_path: Path, names: tuple[str, ...], said: str
+) -> None:
+    """One sentence with the mend."""
+    with pytest.raises(InputError, match=said):
+        loaded(tmp_path, *(disk(name) for name in names))

@@ -22,12 +22,12 @@ from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.movement.slots import value_bytes
 from kvkeep.daemon.recovery import SlotVerifier
 from kvkeep.daemon.shell import Shell
+from kvkeep.daemon.tier_settings import POOL
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import CANARY_NAMESPACE, UNKNOWN_PID, BlockKey, Holder, Namespace
 from kvkeep.tiers.base import Lists
 from kvkeep.tiers.shared_memory import PoolView
 
-POOL = "pool"
 VERIFY_BYTES = 16 << 20
 """Checked in one step."""
 DELETE_BATCH = 128

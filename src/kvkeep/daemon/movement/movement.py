@@ -60,7 +60,7 @@ class Movement:
         self._opening: asyncio.Task[None] | None = None
         self.tiers: list[LowerTier] = []
         self.closed_tiers: dict[str, str] = {}
-        """Why a tier could not be opened, by its kind."""
+        """Why a tier could not be opened, by its name."""
         self.pace: Pace | None = None
         self._cascade: Cascade | None = None
         self._promotion: Promotion | None = None
@@ -110,7 +110,7 @@ class Movement:
             view.geometry.layout,
             self._clock,
         )
-        for settings in self._settings.tiers:
+        for settings in self._settings.named_tiers:
             tier = await asyncio.to_thread(self._open, settings, view, pace)
             if tier is not None:
                 self.tiers.append(tier)
@@ -124,12 +124,12 @@ class Movement:
 
     def _open(self, settings: AnyTierSettings, view: PoolView, pace: Pace) -> LowerTier | None:
         """Open, prove and time one tier; on a thread of its own, before anyone else uses it."""
-        kind = str(settings.__struct_config__.tag)
+        name = settings.name
         try:
             tier = open_tier(settings, value_bytes(view), self._clock)
         except (InputError, UnavailableError) as error:
-            log.error("a tier can't be used. kind=%s reason=%s", kind, str(error))  # noqa: TRY400
-            self.closed_tiers[kind] = str(error)
+            log.error("a tier can't be used. tier=%s reason=%s", name, str(error))  # noqa: TRY400
+            self.closed_tiers[name] = str(error)
             return None
         try:
             register_pool(tier, view.region)
@@ -139,8 +139,8 @@ class Movement:
             # It may come; its breaker finds out.
             log.warning("a tier does not answer yet. tier=%s reason=%s", tier.name, str(error))
         except CorruptDataError as error:
-            log.error("a tier is switched off. reason=%s", str(error))  # noqa: TRY400
-            self.closed_tiers[kind] = str(error)
+            log.error("a tier is switched off. tier=%s reason=%s", name, str(error))  # noqa: TRY400
+            self.closed_tiers[name] = str(error)
             _close_tier(tier)
             return None
         return tier

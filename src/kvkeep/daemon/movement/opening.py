@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvkeep.core.admission import SIGHTS_MAX, AdmissionPolicy, AdmissionSettings
 from kvkeep.daemon.movement.lower_tier import LowerTier
@@ -22,6 +23,9 @@ from kvkeep.tiers.wrappers.compressed import CompressedTier
 from kvkeep.tiers.wrappers.encrypted import EncryptedTier
 from kvkeep.tiers.wrappers.metered import MeteredTier
 from kvkeep.tiers.wrappers.verified import VerifiedTier
+
+if TYPE_CHECKING:
+    from kvkeep.tiers.mooncake.tier import MooncakeTier
 
 NUM_SIGHTS_MIN = 1 << 12
 
@@ -102,10 +106,13 @@ def open_medium(settings: AnyTierSettings, value_bytes_max: int) -> Tier:
     Raises:
         InputError: See ``open_tier``.
     """
+    name = settings.name or settings.kind
     match settings:
         case DiskTierSettings():
             folder = Path(settings.folder).expanduser()
-            return DiskTier(folder, settings.capacity_bytes, value_bytes_max)
+            disk = DiskTier(folder, settings.capacity_bytes, value_bytes_max)
+            disk.name = name
+            return disk
         case ValkeyTierSettings():
             from kvkeep.tiers.valkey import ValkeySettings, ValkeyTier
 
@@ -115,7 +122,8 @@ def open_medium(settings: AnyTierSettings, value_bytes_max: int) -> Tier:
                     ca_file=settings.ca_file,
                     prefix=settings.prefix,
                     timeout_s=settings.timeout_s,
-                )
+                ),
+                name,
             )
         case ObjectStoreTierSettings():
             from kvkeep.tiers.object_store import ObjectStoreSettings, ObjectStoreTier
@@ -128,13 +136,16 @@ def open_medium(settings: AnyTierSettings, value_bytes_max: int) -> Tier:
                     allow_http=settings.allow_http,
                     prefix=settings.prefix,
                     timeout_s=settings.timeout_s,
-                )
+                ),
+                name,
             )
         case MooncakeTierSettings():
-            return _open_mooncake(settings, value_bytes_max)
+            mooncake = _open_mooncake(settings, value_bytes_max)
+            mooncake.name = name
+            return mooncake
 
 
-def _open_mooncake(settings: MooncakeTierSettings, value_bytes_max: int) -> Tier:
+def _open_mooncake(settings: MooncakeTierSettings, value_bytes_max: int) -> "MooncakeTier":
     from kvkeep.tiers.mooncake.settings import MooncakeSettings
     from kvkeep.tiers.mooncake.tier import MooncakeTier
 

@@ -45,6 +45,16 @@ def test_a_disk_is_opened_with_all_its_wrappers(tmp_path: Path, changes: dict[st
     tier.queue.tier.close()
 
 
+@pytest.mark.parametrize(("name", "expected"), [("", "disk"), ("fast", "fast")])
+def test_a_tier_goes_by_its_name(tmp_path: Path, name: str, expected: str) -> None:
+    """In figures and in what its queue says."""
+    tier = open_tier(disk(tmp_path / "d", name=name), VALUE_BYTES, CLOCK)
+
+    assert (tier.name, tier.queue.tier.name) == (expected, expected)
+    tier.queue.close(WAIT_S)
+    tier.queue.tier.close()
+
+
 def test_a_queue_holds_a_few_values_whatever_is_said(tmp_path: Path) -> None:
     """Or blocks larger than the limit would never be moved."""
     tier = open_tier(disk(tmp_path / "d", queue_bytes_max=1 << 20), 1 << 20, CLOCK)
