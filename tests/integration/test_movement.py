@@ -22,6 +22,7 @@ from tests.integration.daemons import (
     running_daemon,
     wait_until,
 )
+from tests.servers.valkey import ValkeyServer
 
 NUM_SEQUENCES = 80
 SEQUENCE_BLOCKS = 250
@@ -167,3 +168,27 @@ def test_two_tiers_of_a_kind_are_told_apart(tmp_path: Path) -> None:
     held = {tier["name"]: tier["num_values"] for tier in movement["tiers"]}
     assert held == {"disk": 40, "disk-2": 0}
     assert {"disk", "disk-2"} <= movement["bytes_per_s"].keys()
+
+
+def test_a_restart_writes_nothing_that_a_server_has(tmp_path: Path) -> None:
+    """Of blocks in the pool and in the store, none is written again; it is asked for them."""
+    hashes = hashes_of(0, 200)
+    server = ValkeyServer().run()
+    try:
+        valkey = {"kind": "valkey", "url": server.url}
+        with daemon_with(tmp_path, valkey) as daemon:
+            with Worker(daemon) as worker:
+                store_sequence(daemon, worker, hashes)
+            assert daemon.stop() == 0
+            daemon.start()
+            wait_for_tiers(daemon)
+            (tier,) = daemon.status()["movement"]["tiers"]
+            canaries = tier["writes"]["num_keys"]
+            with Worker(daemon) as worker:
+                store_sequence(daemon, worker, hashes_of(1000, 10))
+            (tier,) = daemon.status()["movement"]["tiers"]
+
+            assert tier["writes"]["num_keys"] == canaries + 10
+            assert daemon.counter("blocks_recovered") == 200
+    finally:
+        server.stop()

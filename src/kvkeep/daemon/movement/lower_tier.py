@@ -219,6 +219,17 @@ class LowerTier:
             middle = high - 1 if middle == 0 and is_there else (low + high) // 2
         return [True] * low + [False] * (len(keys) - low)
 
+    async def take_stock(self, keys: Sequence[BlockKey]) -> None:
+        """Learn which of these blocks it has; a tier that can't be asked may get them again.
+
+        A question costs far less than the bytes of a block, in the object store too.
+        """
+        tier = self.queue.tier
+        if self.is_local or self.is_held or not isinstance(tier, Probes):
+            return
+        with contextlib.suppress(UnavailableError):
+            await self._probe_batch(keys)
+
     async def read(self, keys: Sequence[BlockKey], into: Sequence[Parts]) -> list[int | None]:
         """As ``Tier.read``; ends only when the memory is the caller's again.
 

@@ -58,6 +58,7 @@ class Movement:
         self._pool_id: bytes | None = None
         """Of the pool that the tiers were opened for."""
         self._opening: asyncio.Task[None] | None = None
+        self._stock: asyncio.Task[None] | None = None
         self.tiers: list[LowerTier] = []
         self.closed_tiers: dict[str, str] = {}
         """Why a tier could not be opened, by its name."""
@@ -92,6 +93,8 @@ class Movement:
         movers = [mover for mover in (self._cascade, self._promotion) if mover is not None]
         for mover in movers:
             mover.stop()
+        if self._stock is not None:
+            self._stock.cancel()
         self._cascade = self._promotion = None
         return movers
 
@@ -120,7 +123,8 @@ class Movement:
         self._cascade = Cascade(self._shell, self.tiers, view, self._count)
         self._promotion = Promotion(self._shell, self.tiers, view, pace, self._clock, self._count)
         log.info("tiers opened. names=%s", ",".join(tier.name for tier in self.tiers))
-        await self._take_stock(self._cascade)
+        self._stock = asyncio.get_running_loop().create_task(self._take_stock(self._cascade))
+        self._stock.add_done_callback(_raise_defect)
 
     def _open(self, settings: AnyTierSettings, view: PoolView, pace: Pace) -> LowerTier | None:
         """Open, prove and time one tier; on a thread of its own, before anyone else uses it."""
@@ -146,12 +150,17 @@ class Movement:
         return tier
 
     async def _take_stock(self, cascade: Cascade) -> None:
-        """Blocks that were readable before the tiers were open, as after a restart."""
+        """Blocks that were readable before the tiers were open, as after a restart.
+
+        Most of them are in the tiers already, which know nothing of that but for a local one.
+        """
         node = self._shell.node
         slots = [] if node is None else node.ledger.ready_slots()
         keys = [slot.key for slot in slots if slot.key is not None]
         for start in range(0, len(keys), USES_AT_ONCE):
-            cascade.ready(keys[start : start + USES_AT_ONCE])
+            batch = keys[start : start + USES_AT_ONCE]
+            await asyncio.gather(*(tier.take_stock(batch) for tier in self.tiers))
+            cascade.ready(batch)
             await asyncio.sleep(0)  # others have their turn
 
     async def _close_tiers(self, movers: Sequence[Mover]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kvkeep.daemon.movement.movement as module
+from kvkeep.core.admission import AdmitReason
 from kvkeep.core.blocks import BlockState
 from kvkeep.daemon.movement.lower_tier import LowerTier
 from kvkeep.daemon.movement.movement import Movement
@@ -88,6 +89,24 @@ async def test_blocks_from_before_are_copied_when_tiers_open(
 
     assert grounds.kept(BLOCKS) == COUNT
     await rig.movement.close()
+
+
+async def test_blocks_that_a_tier_has_are_not_written_again(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked first, as after a restart nothing is remembered of it."""
+    grounds.keep(BLOCKS[:15])
+    grounds.store(BLOCKS)
+    rig = Rig(grounds, monkeypatch)
+    await rig.movement.opened()
+    while rig.counts["blocks_cascaded"] < COUNT - 15:
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, int)])
+    assert rig.movement._stock is not None
+    await asyncio.wait_for(rig.movement._stock, WAIT_S)
+    await rig.movement.close()
+
+    assert rig.counts["blocks_cascaded"] == COUNT - 15
+    assert grounds.tier.admission.num_by_reason[AdmitReason.PROBATION] == COUNT - 15
 
 
 async def test_nobody_waits_longer_than_announced(rig: Rig) -> None:
