@@ -10,7 +10,6 @@ first token, with its interval. Then both answer prompts that nobody sends twice
 import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from benchmarks.peers.engines import (
     wait_until,
 )
 from benchmarks.quiet import BUSY_SHARE_MAX, foreign_share, read_cpu
-from benchmarks.ratios import IntervalFigure
+from benchmarks.ratios import IntervalFigure, paired_figure
 from kvkeep.stack.models import resolve_model
 from kvkeep.validate.prompts import load_play
 
@@ -43,7 +42,6 @@ PLAY = "king_lear"
 SLOWER_MAX = 1.02
 THROUGHPUT_MIN = 0.99
 LAST_OF_8_MAX = 1.3
-DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -292,27 +290,7 @@ class Bench:
                 if num_disturbed % 3:
                     continue
             pairs.append((mine, theirs))
-        ratios = [mine / theirs for mine, theirs in pairs]
-        times = [1e3 * mine for mine, _ in pairs]
-        return IntervalFigure(
-            figure=name,
-            value=statistics.median(times),
-            unit="ms",
-            peer=statistics.median(times) / statistics.median(ratios),
-            peer_name="the other of each pair",
-            target=target,
-            spread=(min(times), max(times)),
-            samples=len(pairs),
-            interval=_median_interval(ratios),
-            is_quiet=num_disturbed <= num_pairs // 2,
-        )
-
-
-def _median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    chance = random.Random(1)
-    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(DRAWS))
-    return medians[int(0.025 * DRAWS)], medians[int(0.975 * DRAWS) - 1]
+        return paired_figure(name, pairs, target, is_quiet=num_disturbed <= num_pairs // 2)
 
 
 if __name__ == "__main__":

@@ -107,3 +107,37 @@ def ratio_figure(
         interval=ratio_interval(over, under),
         is_quiet=is_quiet,
     )
+
+
+def paired_figure(
+    figure: str, pairs: Sequence[tuple[float, float]], target: Target | None, *, is_quiet: bool
+) -> IntervalFigure:
+    """Return the median of paired ratios: each pair is of one moment, so that drift cancels.
+
+    Args:
+        figure: Its name.
+        pairs: Seconds of the subject and of its peer.
+        target: Of the ratio.
+        is_quiet: Whether other work left the machine alone.
+    """
+    ratios = [mine / theirs for mine, theirs in pairs]
+    times = [1e3 * mine for mine, _ in pairs]
+    return IntervalFigure(
+        figure=figure,
+        value=statistics.median(times),
+        unit="ms",
+        peer=statistics.median(times) / statistics.median(ratios),
+        peer_name="the other of each pair",
+        target=target,
+        spread=(min(times), max(times)),
+        samples=len(pairs),
+        interval=_median_interval(ratios),
+        is_quiet=is_quiet,
+    )
+
+
+def _median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    chance = random.Random(1)
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(DRAWS))
+    return medians[int(0.025 * DRAWS)], medians[int(0.975 * DRAWS) - 1]

@@ -222,14 +222,14 @@ class Daemon:
 
 
 @contextmanager
-def kvkeep_daemon(args: argparse.Namespace) -> Iterator[Daemon]:
-    """A daemon for the time of the block."""
+def kvkeep_daemon(args: argparse.Namespace, *options: str) -> Iterator[Daemon]:
+    """A daemon for the time of the block, with further options of its command line."""
     socket, pool = f"{args.work}/kvkeep.sock", Path("/dev/shm/kvkeep-answers.pool")
     pool.unlink(missing_ok=True)
     command = [
         sys.executable, "-c", "from kvkeep.cli.daemon import daemon; daemon()",
         "--socket", socket, "--pool", str(pool),
-        "--pool-bytes", str(room_for_pool(args.pool_gib << 30)),
+        "--pool-bytes", str(room_for_pool(args.pool_gib << 30)), *options,
     ]  # fmt: skip
     try:
         with running(Child("daemon", command, args.out, {})) as child:
