@@ -214,8 +214,8 @@ class PrefixIndex:
     def _store(self, holder: _Holder, event: BlockStored) -> None:
         num_blocks = len(event.block_hashes)
         if (
-            event.block_size != self.block_tokens
-            or len(event.token_ids) != num_blocks * event.block_size
+            event.block_tokens != self.block_tokens
+            or len(event.token_ids) != num_blocks * event.block_tokens
         ):
             self.num_refused += 1
             return
@@ -223,7 +223,7 @@ class PrefixIndex:
         if parent is None:
             self.num_orphans += 1
             return
-        hashes = token_hashes(event.token_ids, event.block_size, parent, extra_key_bytes(event))
+        hashes = token_hashes(event.token_ids, event.block_tokens, parent, extra_key_bytes(event))
         medium = _medium(holder, event.medium)
         for engine_hash, block in zip(event.block_hashes, hashes, strict=True):
             self._add(holder, medium, _as_int(engine_hash), block)

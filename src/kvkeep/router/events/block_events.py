@@ -31,8 +31,9 @@ class BlockStored(msgspec.Struct, gc=False, tag=True):
 
     block_hashes: Hashes
     token_ids: list[TokenId]
-    block_size: Annotated[int, msgspec.Meta(ge=1, le=BLOCK_TOKENS_MAX)]
-    """Tokens per block, in vLLM's word."""
+    block_tokens: Annotated[int, msgspec.Meta(ge=1, le=BLOCK_TOKENS_MAX)] = msgspec.field(
+        name="block_size"
+    )
     parent_block_hash: Hash | None = None
     medium: str | None = None
     lora_name: str | None = None
