@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kvkeep.client.prefixes import PrefixClient
+from kvkeep.daemon.movement.proving import BATCH as CANARIES
 from kvkeep.model.ids import BlockHash
 from kvkeep.protocol import messages as m
 from tests.integration.daemons import (
@@ -182,13 +183,11 @@ def test_a_restart_writes_nothing_that_a_server_has(tmp_path: Path) -> None:
             assert daemon.stop() == 0
             daemon.start()
             wait_for_tiers(daemon)
-            (tier,) = daemon.status()["movement"]["tiers"]
-            canaries = tier["writes"]["num_keys"]
             with Worker(daemon) as worker:
                 store_sequence(daemon, worker, hashes_of(1000, 10))
             (tier,) = daemon.status()["movement"]["tiers"]
 
-            assert tier["writes"]["num_keys"] == canaries + 10
+            assert tier["writes"]["num_keys"] == CANARIES + 10
             assert daemon.counter("blocks_recovered") == 200
     finally:
         server.stop()

@@ -17,7 +17,7 @@ from kvkeep.core import effects as do
 from kvkeep.core import events as on
 from kvkeep.core.blocks import Slot
 from kvkeep.core.node import TIERS_SESSION
-from kvkeep.daemon.movement.lower_tier import LowerTier
+from kvkeep.daemon.movement.lower_tier import DELETE_BATCH, LowerTier
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.movement.slots import value_bytes
 from kvkeep.daemon.recovery import SlotVerifier
@@ -30,8 +30,6 @@ from kvkeep.tiers.shared_memory import PoolView
 
 VERIFY_BYTES = 16 << 20
 """Checked in one step."""
-DELETE_BATCH = 128
-"""Keys deleted in one call: an object store needs a round trip for each, within one deadline."""
 LOOKED_AT_MAX = 1 << 20
 """Keys gone through for one listing, whatever is filtered out."""
 CLEAR_PASSES_MAX = 3

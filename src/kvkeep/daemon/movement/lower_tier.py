@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from kvkeep.core.admission import AdmissionPolicy
+from kvkeep.core.breaker import BreakerState
 from kvkeep.core.eviction.base import fingerprint_of
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import UnavailableError
@@ -21,6 +23,14 @@ KNOWN_MAX = 1 << 18
 """Keys remembered of a tier that is asked over a network."""
 REFUSED_MAX = 1 << 14
 """Blocks of which it is remembered why they were not admitted."""
+
+UNWANTED_MAX = 1 << 16
+"""Blocks that are to be deleted and are not yet; of more, the first reported are given up."""
+DELETE_BATCH = 128
+"""Keys deleted in one call: an object store needs a round trip for each, within one deadline."""
+DELETE_AGAIN_S = 30.0
+"""After a delete that failed: a medium that takes none must not be left alone for it, as it may
+still be read."""
 
 BATCH_BYTES = 8 << 20
 """Moved in one call: enough for a tier's bandwidth, little enough for several threads to share."""
@@ -74,6 +84,10 @@ class LowerTier:
         """Keys that were there when last looked; for a tier that is not local."""
         self._refused: OrderedDict[int, str] = OrderedDict()
         """By fingerprint: why admission turned a block down last; the latest last."""
+        self._unwanted: OrderedDict[BlockKey, None] = OrderedDict()
+        """Blocks that it may have and must not give: neither read nor written until deleted."""
+        self._is_deleting = False
+        self._delete_at_s = 0.0
         self.is_held = False
         """It is being cleared: nothing is written to it and nothing is looked for in it."""
 
@@ -86,12 +100,14 @@ class LowerTier:
 
     def may_have(self, key: BlockKey) -> bool:
         """False if it surely has not got this block; costs no call."""
-        if self.is_held:
+        if self.is_held or key in self._unwanted:
             return False
         return self.has(key) if self.is_local else self.is_asked
 
     def has(self, key: BlockKey) -> bool:
         """True if it has this block, as far as that is known without a call."""
+        if key in self._unwanted:
+            return False
         tier = self.queue.tier
         if self.is_local and isinstance(tier, Probes):
             return tier.lookup([key])[0]
@@ -117,6 +133,7 @@ class LowerTier:
             "name": self.name,
             "breaker": self.queue.breaker_state.value,
             "queued_bytes": self.queue.queued_bytes,
+            "deletions_waiting": len(self._unwanted),
             "num_values": None if use is None else use.num_values,
             "used_bytes": None if use is None else use.used_bytes,
             "capacity_bytes": None if use is None else use.capacity_bytes,
@@ -139,7 +156,7 @@ class LowerTier:
 
     def admits(self, key: BlockKey) -> bool:
         """Decide whether this block is to be written; if so, ``write`` or ``give_up`` follows."""
-        if self.is_held or self.has(key) or not self.is_asked:
+        if self.is_held or key in self._unwanted or self.has(key) or not self.is_asked:
             return False
         tier = self.queue.tier
         free_share = None
@@ -171,8 +188,13 @@ class LowerTier:
     async def probe(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which of these blocks it has, as far as it can tell; none if it can't be asked."""
         found = await self._probe(keys)
-        # A question may have been on its way when clearing began.
-        return [False] * len(keys) if self.is_held else found
+        # A question may have been on its way when clearing began, or a block was found rotten.
+        if self.is_held:
+            return [False] * len(keys)
+        return [
+            is_there and key not in self._unwanted
+            for key, is_there in zip(keys, found, strict=True)
+        ]
 
     async def _probe(self, keys: Sequence[BlockKey]) -> list[bool]:
         tier = self.queue.tier
@@ -239,6 +261,10 @@ class LowerTier:
         read = partial(self.queue.submit_read, keys, into)
         async with self._reads:
             lengths: list[int | None] = await self._call(read)
+        lengths = [
+            None if key in self._unwanted else length
+            for key, length in zip(keys, lengths, strict=True)
+        ]
         self._learn(keys, [length is not None for length in lengths])
         return lengths
 
@@ -262,13 +288,44 @@ class LowerTier:
         return kept
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
-        """Have these blocks forgotten, sooner or later; nobody waits for it."""
-        for start in range(0, len(keys), BATCH_MAX):
-            batch = list(keys[start : start + BATCH_MAX])
-            self._learn(batch, [False] * len(batch))
-            for key in batch:
-                self.give_up(key)
-            self.queue.submit_delete(batch, lambda _outcome: None)
+        """Have these blocks forgotten, sooner or later; until then they are as if forgotten."""
+        self._learn(keys, [False] * len(keys))
+        for key in keys:
+            self.give_up(key)
+            self._unwanted[key] = None
+        while len(self._unwanted) > UNWANTED_MAX:
+            self._unwanted.popitem(last=False)
+        self._delete_unwanted()
+
+    def tick(self) -> None:
+        """Several times a second: notice calls that hang, and try again what has to be done."""
+        self.queue.sweep(self._clock.now_s())
+        self._delete_unwanted()
+
+    def _delete_unwanted(self) -> None:
+        """Begin to delete some of them, unless that is under way or can't be done now."""
+        if self._is_deleting or not self._unwanted or self._clock.now_s() < self._delete_at_s:
+            return
+        # Others find out whether a tier that failed is back: these can wait.
+        if self.queue.breaker_state is not BreakerState.CLOSED:
+            return
+        loop = asyncio.get_running_loop()
+        batch = list(itertools.islice(self._unwanted, DELETE_BATCH))
+
+        def done(outcome: Outcome[None]) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._deleted, batch, outcome)
+
+        self._is_deleting = self.queue.submit_delete(batch, done)
+
+    def _deleted(self, keys: Sequence[BlockKey], outcome: Outcome[None]) -> None:
+        self._is_deleting = False
+        if outcome.error is not None:
+            self._delete_at_s = self._clock.now_s() + DELETE_AGAIN_S
+            return
+        for key in keys:
+            self._unwanted.pop(key, None)
+        self._delete_unwanted()
 
     async def forget(self, keys: Sequence[BlockKey]) -> None:
         """Have these blocks forgotten, at most ``BATCH_MAX``; ends when they are.
@@ -291,6 +348,7 @@ class LowerTier:
         self._learn(keys, [False] * len(keys))
         for key in keys:
             self.give_up(key)
+            self._unwanted.pop(key, None)
 
     def known_keys(self) -> list[BlockKey]:
         """What it is remembered to keep, of a tier that can't list its keys."""

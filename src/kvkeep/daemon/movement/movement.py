@@ -178,10 +178,9 @@ class Movement:
         await self._close_tiers(self._stop_moving())
 
     def tick(self) -> None:
-        """Several times a second: notice calls that hang."""
-        now_s = self._clock.now_s()
+        """Several times a second: notice calls that hang, and try again what has to be done."""
         for tier in self.tiers:
-            tier.queue.sweep(now_s)
+            tier.tick()
 
     def status(self) -> dict[str, object]:
         """What stands below the pool, for a person or a script."""
