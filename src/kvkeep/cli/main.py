@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "check": "kvkeep.cli.check:check",
     "status": "kvkeep.cli.status:status",
     "daemon": "kvkeep.cli.daemon:daemon",
+    "route": "kvkeep.cli.route:route",
     "doctor": "kvkeep.cli.doctor:doctor",
     "cache": "kvkeep.cli.cache:cache",
     "why-miss": "kvkeep.cli.why_miss:why_miss",

@@ -1,0 +1,41 @@
+"""``kvkeep route``: one OpenAI-compatible address for a fleet of engines."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from kvkeep.router.run import run
+from kvkeep.router.settings import PolicyName, load_settings
+
+
+@click.command()
+@click.argument("urls", nargs=-1, metavar="[URL]...")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings.")
+@click.option("--policy", type=click.Choice(get_args(PolicyName)), help="How an engine is chosen.")
+@click.option("--host", help="Address to listen on; by default this host only.")
+@click.option("--port", type=int, help="Port to listen on; 0 takes a free one.")
+@click.option("--engines-file", help="YAML file that names engines and may change.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+    default="INFO",
+    show_default=True,
+    help="What is logged.",
+)
+def route(urls: tuple[str, ...], config: Path | None, log_level: str, **flags: object) -> None:
+    """Relay requests to the engines at these URLs until SIGTERM; says when it is ready.
+
+    For example: kvkeep route http://127.0.0.1:8000 http://127.0.0.1:8001 --port 8080
+    """
+    level = logging.getLevelNamesMapping()[log_level.upper()]
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    given = {name: value for name, value in flags.items() if value is not None}
+    if urls:
+        given["engines"] = list(urls)
+    run(load_settings(config, os.environ, given))

@@ -1,0 +1,404 @@
+"""One request and its response: from the choice of an endpoint to the last byte, or to a failure.
+
+What may be tried again: a request whose connection was never made goes to another endpoint; one
+that an endpoint answered with 503 before anything else too; and one that was written to a kept
+connection which the engine was just closing goes over a new one to the same endpoint. All under the
+retry budget, and never once the client has a byte. What an engine may have begun to compute is not
+sent to a second one: a request that kills engines would kill them all.
+"""
+
+import asyncio
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from kvkeep.router.health.book import Outcome
+from kvkeep.router.policies.base import Choice
+from kvkeep.router.relay.answer import Answer
+from kvkeep.router.relay.framing import CHUNKED, LAST_CHUNK, FramingError, chunk
+from kvkeep.router.relay.reader import Request
+from kvkeep.router.relay.upstream import EndpointPool, UpstreamConnection
+from kvkeep.router.request import RequestView
+from kvkeep.router.router import UnknownModelError
+from kvkeep.router.snapshot import Endpoint
+
+if TYPE_CHECKING:
+    from kvkeep.router.relay.server import ClientConnection
+
+BUSY = 503
+ENGINE_FAULTS = frozenset({500, 502, 504})
+"""Statuses that say something of the engine's health; 503 says that it is busy."""
+
+
+class ExchangeState(IntEnum):
+    """How far an exchange is."""
+
+    NEW = 0
+    CONNECTING = 1
+    SENT = 2
+    """The request, or its beginning, is on its way; nothing came back."""
+    ANSWERING = 3
+    """The client has the response's head."""
+    OVER = 4
+
+
+TRANSITIONS: dict[ExchangeState, frozenset[ExchangeState]] = {
+    ExchangeState.NEW: frozenset(
+        {ExchangeState.CONNECTING, ExchangeState.SENT, ExchangeState.OVER}
+    ),
+    ExchangeState.CONNECTING: frozenset(
+        {ExchangeState.CONNECTING, ExchangeState.SENT, ExchangeState.OVER}
+    ),
+    ExchangeState.SENT: frozenset(
+        {
+            ExchangeState.CONNECTING,
+            ExchangeState.SENT,
+            ExchangeState.ANSWERING,
+            ExchangeState.OVER,
+        }
+    ),
+    ExchangeState.ANSWERING: frozenset({ExchangeState.OVER}),
+    ExchangeState.OVER: frozenset(),
+}
+"""The legal moves; anything else is a defect of kvkeep."""
+
+
+class Exchange:
+    """The relay's memory of one request; lives until the response is over."""
+
+    __slots__ = (
+        "_answer",
+        "_client",
+        "_connection",
+        "_endpoint",
+        "_had_stale",
+        "_is_sent",
+        "_line",
+        "_pool",
+        "_relay",
+        "_request",
+        "_sent_s",
+        "_ticket",
+        "_tried",
+        "_view",
+        "is_heard",
+        "silent_since_s",
+        "state",
+    )
+
+    def __init__(self, client: "ClientConnection", request: Request, view: RequestView) -> None:
+        """Be new; ``begin`` routes it."""
+        self._client, self._request, self._view = client, request, view
+        self._relay = client.relay
+        self._answer: Answer | None = None
+        self._connection: UpstreamConnection | None = None
+        self._pool: EndpointPool | None = None
+        self._endpoint: Endpoint | None = None
+        self._line = b""
+        """The header that says how it was routed."""
+        self._ticket = 0
+        self._sent_s = 0.0
+        self._tried: list[Endpoint] = []
+        self._had_stale = False
+        self._is_sent = request.is_whole
+        """Whether the engine has, or will have, the whole request."""
+        self.state = ExchangeState.NEW
+        self.is_heard = False
+        """Whether the engine sent anything since the relay looked last."""
+        self.silent_since_s = 0.0
+
+    # --- The request -----------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Choose an endpoint and send the request there."""
+        relay = self._relay
+        now_s = relay.clock.now_s()
+        try:
+            choice = relay.router.route(self._view, now_s, self._tried)
+        except UnknownModelError as error:
+            self._fail(404, f"no engine serves the model {str(error)!r}: see /v1/models")
+            return
+        self._line = relay.route_line(choice)
+        endpoint = choice.endpoint
+        if endpoint is None:
+            self._refuse(choice)
+            return
+        self._endpoint, self._sent_s = endpoint, now_s
+        self._ticket = relay.router.began(endpoint, now_s)
+        self._pool = relay.pool_of(endpoint)
+        connection = self._pool.take()
+        if connection is None:
+            self._connect(self._pool)
+        else:
+            self._send(connection)
+
+    def _move(self, state: ExchangeState) -> None:
+        assert state in TRANSITIONS[self.state], f"{self.state.name} -> {state.name}"
+        self.state = state
+        self.silent_since_s = self._relay.now_s
+
+    def _connect(self, pool: EndpointPool) -> None:
+        self._move(ExchangeState.CONNECTING)
+        task = asyncio.get_running_loop().create_task(pool.open())
+        self._relay.connecting.add(task)
+        task.add_done_callback(self._connected)
+
+    def _connected(self, task: "asyncio.Task[UpstreamConnection]") -> None:
+        self._relay.connecting.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if self.state is not ExchangeState.CONNECTING:
+            # The client left meanwhile; the connection may serve the next one.
+            if error is None and self._pool is not None:
+                self._pool.give_back(task.result(), self._relay.now_s)
+            return
+        if error is None:
+            self._send(task.result())
+            return
+        is_late = isinstance(error, TimeoutError)
+        self._ended(Outcome.TIMEOUT if is_late else Outcome.UNREACHABLE)
+        self._try_elsewhere(504 if is_late else 502, "the engine could not be reached")
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        request, head = self._request, self._request.head
+        self._connection, connection.listener = connection, self
+        self._answer = Answer(is_for_head=head.method == b"HEAD", is_for_old=head.is_old)
+        self._move(ExchangeState.SENT)
+        body = request.body
+        out = head.forwarded
+        if head.length == CHUNKED:
+            if request.is_whole:
+                out += b"Content-Length: %d\r\n" % len(body)
+            else:
+                out += b"Transfer-Encoding: chunked\r\n"
+                body = chunk(body)
+        connection.transport.write(b"".join((out, b"\r\n", body)))
+        if not request.is_whole:
+            self._client.pump()
+
+    def take_body(self, payload: bytes, is_over: bool) -> None:
+        """More of the body of a request that was not whole when it was routed."""
+        if self._connection is None or self.state is ExchangeState.OVER:
+            return
+        self._is_sent = is_over
+        if self._request.head.length == CHUNKED:
+            payload = chunk(payload) + (LAST_CHUNK if is_over else b"")
+        if payload:
+            self._connection.transport.write(payload)
+        self.silent_since_s = self._relay.now_s
+
+    @property
+    def can_take_body(self) -> bool:
+        """Whether more of the body has a place to go."""
+        return self._connection is not None and not self._is_sent
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the client has the beginning of a response."""
+        return self.state is ExchangeState.ANSWERING
+
+    # --- The response ----------------------------------------------------------------------------
+
+    def upstream_data(self, data: bytes) -> None:
+        """The engine sent bytes."""
+        self.is_heard = True
+        answer = self._answer
+        assert answer is not None
+        try:
+            if self.state is ExchangeState.ANSWERING:
+                out = answer.take(data)
+            else:
+                out = self._begin_answer(answer, data)
+        except FramingError as error:
+            self._broken(error.message)
+            return
+        if out:
+            self._client.transport.write(out)
+        if answer.is_over and self.state is ExchangeState.ANSWERING:
+            self._finish(answer)
+
+    def _begin_answer(self, answer: Answer, data: bytes) -> bytes:
+        found = answer.find_head(data)
+        if found is None:
+            return b""
+        interim, rest = found
+        head = answer.head
+        if head is None:
+            return interim
+        if head.status == BUSY and not interim and self._can_retry():
+            self._leave_upstream()
+            self._ended(Outcome.FINISHED)
+            self._try_elsewhere(BUSY, "the engine is busy")
+            return b""
+        endpoint = self._endpoint
+        assert endpoint is not None
+        relay = self._relay
+        relay.router.first_byte(endpoint, relay.clock.now_s() - self._sent_s)
+        fields = self._line
+        if not self._keeps_client(answer):
+            fields += b"Connection: close\r\n"
+        out = interim + answer.head_bytes(fields)
+        self._move(ExchangeState.ANSWERING)
+        if head.length == 0:
+            answer.is_over = True
+            answer.is_exact = not rest
+        elif rest:
+            out += answer.take(rest)
+        return out
+
+    def _keeps_client(self, answer: Answer) -> bool:
+        """Whether the client's connection can serve another request after this one."""
+        is_open_end = answer.head is not None and answer.head.length < 0 and self._is_old
+        return (
+            self._request.head.is_persistent
+            and self._is_sent
+            and not is_open_end
+            and not self._relay.is_draining
+        )
+
+    @property
+    def _is_old(self) -> bool:
+        return self._request.head.is_old
+
+    def _finish(self, answer: Answer) -> None:
+        head, connection, pool = answer.head, self._connection, self._pool
+        assert head is not None
+        assert connection is not None
+        assert pool is not None
+        self._connection = None
+        if self._client.is_stalled:
+            connection.transport.resume_reading()
+        if head.is_persistent and answer.is_exact and self._is_sent:
+            pool.give_back(connection, self._relay.now_s)
+        else:
+            connection.abort()
+        keeps = self._keeps_client(answer)
+        self._move(ExchangeState.OVER)
+        self._ended(Outcome.ERROR if head.status in ENGINE_FAULTS else Outcome.FINISHED)
+        self._client.exchange_ended(keeps)
+
+    # --- Failures --------------------------------------------------------------------------------
+
+    def upstream_lost(self, error: Exception | None) -> None:
+        """The connection to the engine is over."""
+        connection, self._connection = self._connection, None
+        answer, pool = self._answer, self._pool
+        assert connection is not None
+        assert answer is not None
+        assert pool is not None
+        if self.state is ExchangeState.ANSWERING:
+            if answer.is_ended_by_close and error is None:
+                self._client.transport.write(answer.end())
+                self._connection = connection
+                self._finish(answer)
+                return
+            self._broken("the engine broke off its response")
+            return
+        if connection.is_reused and not self._had_stale and self._can_repeat(answer):
+            # Engines close idle connections; this request crossed such an end on its way.
+            self._had_stale = True
+            self._connect(pool)
+            return
+        self._broken("the engine closed the connection without a response")
+
+    def _can_repeat(self, answer: Answer) -> bool:
+        return self._request.is_whole and not answer.has_begun
+
+    def _can_retry(self) -> bool:
+        """Whether the request could be sent to another endpoint."""
+        relay = self._relay
+        if not self._request.is_whole or self._endpoint is None:
+            return False
+        return relay.router.may_retry(self._view, [*self._tried, self._endpoint])
+
+    def _try_elsewhere(self, status: int, message: str) -> None:
+        """Nobody works on the request; ``_ended`` was called."""
+        relay, endpoint = self._relay, self._endpoint
+        assert endpoint is not None
+        self._tried.append(endpoint)
+        is_allowed = relay.router.may_retry(self._view, self._tried)
+        if is_allowed and relay.router.take_retry(relay.clock.now_s()):
+            self.begin()
+            return
+        self._fail(status, message, retry_after_s=1 if status == BUSY else None)
+
+    def _broken(self, message: str, status: int = 502, outcome: Outcome = Outcome.BROKEN) -> None:
+        """The endpoint failed while it had the request."""
+        self._leave_upstream()
+        self._ended(outcome)
+        if self.state is not ExchangeState.ANSWERING:
+            self._fail(status, message)
+            return
+        answer, client = self._answer, self._client
+        assert answer is not None
+        self._move(ExchangeState.OVER)
+        if answer.can_be_mended:
+            client.transport.write(answer.mend(status, message))
+            client.exchange_ended(False)
+        else:
+            # The end of the connection must not look like the end of the body.
+            client.reset()
+
+    def _refuse(self, choice: Choice) -> None:
+        if self._tried:
+            self._fail(502, "no other engine could be reached")
+        else:
+            self._fail(BUSY, f"{choice.reason}: try again later", retry_after_s=1)
+
+    def _fail(self, status: int, message: str, retry_after_s: int | None = None) -> None:
+        """Say so to a client that has nothing yet."""
+        self._move(ExchangeState.OVER)
+        self._client.refuse(status, message, retry_after_s=retry_after_s, fields=self._line)
+
+    def _ended(self, outcome: Outcome) -> None:
+        endpoint = self._endpoint
+        assert endpoint is not None
+        relay = self._relay
+        relay.router.ended(endpoint, self._ticket, outcome, relay.clock.now_s())
+
+    def _leave_upstream(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
+
+    # --- What the client and the clock say ----------------------------------------------------
+
+    def upstream_writable(self, is_writable: bool) -> None:
+        """The engine takes less of the body than came, or has caught up."""
+        self._client.read_body(is_writable)
+
+    def client_writable(self, is_writable: bool) -> None:
+        """The client reads slower than the engine sends, or has caught up."""
+        if self._connection is None:
+            return
+        if is_writable:
+            self.is_heard = True
+            self._connection.transport.resume_reading()
+        else:
+            self._connection.transport.pause_reading()
+
+    def client_lost(self) -> None:
+        """The client left: the engine is told by the end of its connection, and nobody answers."""
+        if self.state is ExchangeState.OVER:
+            return
+        had_endpoint = self.state is not ExchangeState.NEW
+        self._leave_upstream()
+        self._move(ExchangeState.OVER)
+        if had_endpoint:
+            self._ended(Outcome.CLIENT_LEFT)
+
+    def look(self, now_s: float, silence_s_max: float) -> None:
+        """Give up on an engine that says nothing for too long."""
+        if self.is_heard:
+            self.is_heard, self.silent_since_s = False, now_s
+        elif self.state in (ExchangeState.SENT, ExchangeState.ANSWERING):
+            is_late = now_s - self.silent_since_s > silence_s_max
+            if is_late and not self._client.is_stalled:
+                self._broken("the engine said nothing for too long", 504, Outcome.TIMEOUT)
+
+    def stop(self, message: str) -> None:
+        """The router ends before the engine does."""
+        if self.state is ExchangeState.NEW:
+            self._fail(BUSY, message)
+        elif self.state is not ExchangeState.OVER:
+            self._broken(message, BUSY, Outcome.CLIENT_LEFT)

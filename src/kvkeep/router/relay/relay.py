@@ -1,0 +1,163 @@
+"""The relay as a whole: its clients, its connections to engines, its clock, and its end."""
+
+import asyncio
+from typing import Final
+
+from kvkeep.model.clock import Clock
+from kvkeep.router.limits.gate import Gate
+from kvkeep.router.policies.base import Choice, Needs
+from kvkeep.router.prefix_hashes import text_hashes
+from kvkeep.router.relay.local import LocalAnswers
+from kvkeep.router.relay.reader import Request
+from kvkeep.router.relay.server import ClientConnection
+from kvkeep.router.relay.settings import RelaySettings
+from kvkeep.router.relay.upstream import EndpointPool, UpstreamConnection
+from kvkeep.router.request import RequestView, find_key, find_model, parse_fields
+from kvkeep.router.router import Router
+from kvkeep.router.snapshot import Endpoint
+
+LOOK_S: Final = 0.25
+"""How often time limits are looked at; each is kept to about so much."""
+LINES_MAX: Final = 4096
+"""Of remembered X-Kvkeep-Route lines."""
+TOKEN_BYTES: Final = 4
+"""Bytes of a body for each token, where nobody counts."""
+
+
+class Relay:
+    """Everything that one listening address needs."""
+
+    def __init__(
+        self,
+        router: Router,
+        gate: Gate,
+        settings: RelaySettings,
+        clock: Clock,
+        *,
+        asks_keys: bool = False,
+    ) -> None:
+        """Have no clients; ``look`` has to be called every ``LOOK_S``."""
+        self.router, self.gate, self.settings, self.clock = router, gate, settings, clock
+        self._asks_keys = asks_keys
+        self._prefixes = tuple(prefix.encode("ascii") for prefix in settings.prefixes)
+        self._pools: dict[Endpoint, EndpointPool] = {}
+        self._lines: dict[tuple[str, str], bytes] = {}
+        self._fleet_version = -1
+        self._local = LocalAnswers(self)
+        self.clients: set[ClientConnection] = set()
+        self.connecting: set[asyncio.Task[UpstreamConnection]] = set()
+        self.now_s = clock.now_s()
+        """The time of the last look: exact enough for limits of seconds, and free."""
+        self.is_draining = False
+        self.num_refused = 0
+        self.num_malformed = 0
+
+    # --- What a request needs to know ------------------------------------------------------------
+
+    def view_of(self, request: Request) -> RequestView:
+        """What the policy may look at, worked out as far as it is needed."""
+        head = request.head
+        needs = self.router.needs
+        if needs is Needs.NOTHING:
+            return RequestView("")
+        view = RequestView(head.target.partition(b"?")[0].decode("ascii"))
+        fields = parse_fields(request.body) if request.is_whole and request.body else None
+        if fields is not None:
+            view.model = find_model(fields)
+        if Needs.KEY in needs:
+            view.key = find_key(head.raw, fields)
+        if Needs.PREFIX in needs and fields is not None:
+            view.prefix = text_hashes(bytes(fields.messages) or bytes(fields.prompt))
+        if Needs.TOKENS in needs:
+            view.num_tokens = max(len(request.body), head.length) // TOKEN_BYTES
+        return view
+
+    def find_authorization(self, request: Request) -> bytes | None:
+        """The header that the gate asks for, if it asks."""
+        return request.head.field(b"authorization") if self._asks_keys else None
+
+    def answer_locally(self, client: ClientConnection, request: Request) -> bool:
+        """Answer what is not for one engine; returns whether it was that."""
+        target = request.head.target
+        if target.startswith(self._prefixes) and not target.startswith(b"/v1/models"):
+            return False
+        return self._local.answer(client, request)
+
+    def is_relayed(self, path: bytes) -> bool:
+        """Whether clients may reach this path of an engine."""
+        return path.startswith(self._prefixes)
+
+    def route_line(self, choice: Choice) -> bytes:
+        """The header that says which endpoint was chosen, by which policy and why."""
+        name = "none" if choice.endpoint is None else choice.endpoint.name
+        key = (name, choice.reason)
+        line = self._lines.get(key)
+        if line is None:
+            text = f"{name}; {self.router.policy.name}; {choice.reason}"
+            safe = "".join(letter if " " <= letter <= "~" else "?" for letter in text)
+            if len(self._lines) >= LINES_MAX:
+                self._lines.clear()
+            line = self._lines[key] = f"X-Kvkeep-Route: {safe}\r\n".encode("ascii")
+        return line
+
+    def pool_of(self, endpoint: Endpoint) -> EndpointPool:
+        """The connections to an endpoint."""
+        pool = self._pools.get(endpoint)
+        if pool is None:
+            pool = EndpointPool(endpoint, self.settings.connect_timeout_s)
+            self._pools[endpoint] = pool
+        return pool
+
+    @property
+    def num_upstream(self) -> int:
+        """Connections to engines."""
+        return sum(pool.num_open for pool in self._pools.values())
+
+    # --- Time and the end ------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """See to everything that may take too long."""
+        now_s = self.now_s = self.clock.now_s()
+        self.gate.tick(now_s)
+        for client in list(self.clients):
+            client.look(now_s)
+        for pool in self._pools.values():
+            pool.close_idle(now_s - self.settings.upstream_idle_s)
+        if self._fleet_version != self.router.fleet.version:
+            self._fleet_version = self.router.fleet.version
+            self._forget_absent()
+
+    def _forget_absent(self) -> None:
+        """Close the idle connections to endpoints that left; what runs there still ends."""
+        present = set(self.router.fleet)
+        for endpoint in [endpoint for endpoint in self._pools if endpoint not in present]:
+            self._pools[endpoint].retire()
+            if not self._pools[endpoint].num_open:
+                del self._pools[endpoint]
+
+    def drain(self) -> None:
+        """Take no further request; what runs goes on."""
+        self.is_draining = True
+        self.gate.drain()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no request is served."""
+        return all(client.is_idle for client in self.clients)
+
+    async def close(self) -> None:
+        """End whatever is left, at once; afterwards nothing is open."""
+        for client in list(self.clients):
+            client.stop("the router stops")
+        # What was written last leaves in the loop's next turns.
+        for _ in range(3):
+            await asyncio.sleep(0)
+        for client in list(self.clients):
+            client.transport.abort()
+        for task in list(self.connecting):
+            task.cancel()
+        await asyncio.gather(*self.connecting, return_exceptions=True)
+        for pool in self._pools.values():
+            pool.close()
+        await self._local.close()
+        await asyncio.sleep(0)

@@ -1,0 +1,183 @@
+"""A router from its settings to its end."""
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import uvloop
+
+from kvkeep.model.clock import Clock, SystemClock
+from kvkeep.model.errors import InputError
+from kvkeep.router.health.book import HealthBook
+from kvkeep.router.health.prober import Prober
+from kvkeep.router.limits.bucket import RetryBudget
+from kvkeep.router.limits.gate import Gate
+from kvkeep.router.limits.keys import KeyRing
+from kvkeep.router.membership.roster import STATIC, Roster
+from kvkeep.router.policies.base import Policy
+from kvkeep.router.relay.relay import LOOK_S, Relay
+from kvkeep.router.relay.server import ClientConnection
+from kvkeep.router.router import Router
+from kvkeep.router.settings import RouterSettings
+from kvkeep.router.snapshot import Fleet
+
+BACKLOG = 1024
+"""Connections that wait to be accepted: a whole fleet of clients may come back at once."""
+
+
+def run(settings: RouterSettings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+
+    Raises:
+        InputError: A setting can't be had; nothing was left behind.
+    """
+    if not __debug__:
+        raise InputError("kvkeep needs its assertions: start Python without -O")
+    with _bind(settings.host, settings.port) as sock:
+        uvloop.run(_serve(settings, sock))
+
+
+def make_policy(name: str) -> Policy:
+    """The policy of a name; imported only where it is used."""
+    if name == "round_robin":
+        from kvkeep.router.policies.round_robin import RoundRobin
+
+        return RoundRobin()
+    if name == "least_loaded":
+        from kvkeep.router.policies.least_loaded import LeastLoaded
+
+        return LeastLoaded()
+    if name == "power_of_two":
+        from kvkeep.router.policies.power_of_two import PowerOfTwo
+
+        # Two routers that draw alike would send their bursts to the same engines.
+        return PowerOfTwo(Random(os.getpid()))
+    if name == "consistent_hash":
+        from kvkeep.router.policies.consistent_hash import ConsistentHash
+
+        return ConsistentHash()
+    if name == "session_affinity":
+        from kvkeep.router.policies.session_affinity import SessionAffinity
+
+        return SessionAffinity()
+    raise InputError(f"there is no policy {name!r}: see kvkeep route --help")
+
+
+class Parts:
+    """The parts of one router, wired together; nothing runs yet."""
+
+    def __init__(self, settings: RouterSettings, clock: Clock) -> None:
+        """Make them.
+
+        Raises:
+            InputError: A file that the settings name is wrong.
+        """
+        limits = settings.limits
+        self.settings, self.clock = settings, clock
+        self.fleet = Fleet()
+        self.policy = make_policy(settings.policy)
+        self.book = HealthBook(self.fleet, settings.health)
+        self.roster = Roster(self.fleet, self.book, [self.policy], settings.engine_drain_s)
+        keys = KeyRing.load(Path(limits.keys_file)) if limits.keys_file else None
+        self.gate = Gate(limits, keys)
+        retries = RetryBudget(limits.retry_share, limits.retry_min_per_s, limits.retry_burst)
+        self.router = Router(self.fleet, self.policy, self.book, retries)
+        self.relay = Relay(
+            self.router, self.gate, settings.relay, clock, asks_keys=keys is not None
+        )
+        self.prober = Prober(self.book, settings.health, clock)
+        self.roster.declare(STATIC, settings.engines, clock.now_s())
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise InputError(
+            f"port {port} on {host} can't be used ({error.strerror or error}): choose another, "
+            "or 0 for a free one"
+        ) from error
+    return sock
+
+
+async def _serve(settings: RouterSettings, sock: socket.socket) -> None:
+    """Serve until told to stop."""
+    parts = Parts(settings, SystemClock())
+    loop = asyncio.get_running_loop()
+    told = asyncio.Queue[int]()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.put_nowait, number)
+    relay = parts.relay
+    probing = loop.create_task(parts.prober.run())
+    listener = await loop.create_server(lambda: ClientConnection(relay), sock=sock, backlog=BACKLOG)
+    end_looks = begin_looks(loop, parts)
+    # What exists by now stays: the collector need not walk it again and again.
+    gc.collect()
+    gc.freeze()
+    try:
+        _announce(settings, listener)
+        await told.get()
+        relay.drain()
+        await _drained(relay, told, settings.relay.drain_s)
+    finally:
+        end_looks()
+        listener.close()
+        probing.cancel()
+        await asyncio.gather(probing, return_exceptions=True)
+        await relay.close()
+
+
+async def _drained(relay: Relay, told: "asyncio.Queue[int]", limit_s: float) -> None:
+    """Wait until nothing runs, the limit is over, or somebody loses patience."""
+    clock = relay.clock
+    end_s = clock.now_s() + limit_s
+    while not relay.is_quiet and clock.now_s() < end_s:
+        try:
+            await asyncio.wait_for(told.get(), LOOK_S / 5)
+        except TimeoutError:
+            continue
+        return
+
+
+def begin_looks(loop: asyncio.AbstractEventLoop, parts: Parts) -> Callable[[], None]:
+    """Look at all time limits again and again; returns what ends that."""
+    handle: asyncio.TimerHandle | None = None
+
+    def look() -> None:
+        nonlocal handle
+        handle = loop.call_later(LOOK_S, look)
+        parts.relay.look()
+        parts.roster.tick(parts.clock.now_s())
+
+    def end() -> None:
+        if handle is not None:
+            handle.cancel()
+
+    look()
+    return end
+
+
+def _announce(settings: RouterSettings, listener: asyncio.Server) -> None:
+    host, port = listener.sockets[0].getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    ready = {
+        "event": "ready",
+        "url": f"http://{shown}:{port}",
+        "policy": settings.policy,
+        "pid": os.getpid(),
+    }
+    sys.stdout.write(json.dumps(ready) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,116 @@
+"""What a router can be told, from one YAML file, the environment and flags.
+
+Precedence: flag, environment (``KVKEEP_ROUTER_`` and the field's name), file, default.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from kvkeep.model.errors import InputError
+from kvkeep.model.plain import check_plain
+from kvkeep.router.health.book import HealthSettings
+from kvkeep.router.limits.gate import LimitSettings
+from kvkeep.router.membership.member import Member, check_distinct
+from kvkeep.router.relay.settings import RelaySettings
+
+ENVIRONMENT_PREFIX = "KVKEEP_ROUTER_"
+FILE_BYTES_MAX = 1 << 20
+"""Of a settings file; a mistaken path must not fill the memory."""
+SECTIONS = ("engines", "relay", "health", "limits")
+"""Fields that the environment can't hold: they are more than one value."""
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+PolicyName = Literal[
+    "round_robin",
+    "least_loaded",
+    "power_of_two",
+    "consistent_hash",
+    "session_affinity",
+    "prefix_aware",
+]
+
+
+class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of one router; each is checked when it is made."""
+
+    engines: list[Member] = []
+    """The engines that are there from the start; further ones come by file or over the API."""
+    engines_file: str = ""
+    """YAML file with a list ``engines``, looked at again and again; empty: none."""
+    policy: PolicyName = "round_robin"
+    """How an engine is chosen for each request; docs/routing.md compares them."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other hosts in: set ``limits.keys_file`` then."""
+    port: Port = 8080
+    """Port of the OpenAI-compatible address; 0 takes a free one."""
+    admin_port: Port = 0
+    """Port on 127.0.0.1 for metrics, workers and explanations; 0 takes a free one."""
+    engine_drain_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 60.0
+    """How long requests may still run on an engine that leaves the fleet, in seconds."""
+    relay: RelaySettings = RelaySettings()
+    health: HealthSettings = HealthSettings()
+    limits: LimitSettings = LimitSettings()
+
+    def __post_init__(self) -> None:
+        if not self.host or "\0" in self.host + self.engines_file:
+            raise ValueError("host and engines_file must be names without a zero byte")
+
+
+def load_settings(
+    file: Path | None, environment: Mapping[str, str], flags: Mapping[str, object]
+) -> RouterSettings:
+    """Combine what a user said; flags win, then the environment, then the file.
+
+    Args:
+        file: YAML mapping of field names, or None.
+        environment: ``os.environ``; ``KVKEEP_ROUTER_PORT`` sets ``port``, and so on.
+        flags: Only those that were given.
+
+    Raises:
+        InputError: One sentence that names the field and the mend.
+    """
+    values = {} if file is None else _read_file(file)
+    fields = {field.name for field in msgspec.structs.fields(RouterSettings)}
+    for name, text in environment.items():
+        if name.startswith(ENVIRONMENT_PREFIX):
+            values[name.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
+    values.update(flags)
+    unknown = sorted(str(name) for name in values if name not in fields)
+    if unknown:
+        raise InputError(
+            f"{unknown[0]!r} is not a setting of the router: "
+            f"choose from {', '.join(sorted(fields))}"
+        )
+    if isinstance(values.get("engines"), list):
+        values["engines"] = [
+            {"url": engine} if isinstance(engine, str) else engine for engine in values["engines"]
+        ]
+    try:
+        settings = msgspec.convert(values, RouterSettings, strict=False)
+    except msgspec.ValidationError as error:
+        raise InputError(f"the router's settings are wrong: {error}") from error
+    check_distinct(settings.engines, "the router's settings")
+    if not (settings.engines or settings.engines_file):
+        raise InputError("no engine is named: give URLs such as http://127.0.0.1:8000")
+    return settings
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(FILE_BYTES_MAX + 1)
+        if len(text) > FILE_BYTES_MAX:
+            raise InputError(f"{file} is larger than {FILE_BYTES_MAX} bytes: settings fit in less")
+        values = msgspec.yaml.decode(text)
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror}") from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{file} is not YAML: {said}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a mapping of settings: write lines such as 'port: 8080'")
+    check_plain(values, str(file))
+    return values
