@@ -1,18 +1,18 @@
-"""Two hosts share blocks through a store on a third; losing any of them loses no answer.
+"""Two hosts share blocks through a store on a third, to the byte and within the waits announced.
 
 Hosts are network namespaces, with a real daemon on two of them and real servers on the third. A
-worker and a scheduler reach their daemon over its Unix socket, as files are shared.
+worker and a scheduler reach their daemon over its Unix socket, as files are shared. What real
+engines answer, also when a host or the store dies, is in tests/e2e/test_two_hosts.py.
 """
 
 import contextlib
-import http.client
 import itertools
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ from tests.integration.daemons import (
     wait_until,
 )
 from tests.servers.hosts import Host, three_hosts
-from tests.servers.mooncake import MIB, MooncakeStore
-from tests.servers.seaweed import BUCKET, KEY, SECRET, SeaweedServer
+from tests.servers.seaweed import KEY, SECRET
+from tests.servers.shared_store import KINDS, SharedStore
 
 pytestmark = [pytest.mark.root, pytest.mark.allow_hosts(["127.0.0.1", "192.0.2.3"])]
 
@@ -43,7 +43,6 @@ ANNOUNCED_S_MAX = 5.0
 """The longest wait that a daemon announces where it is told to load (daemon/movement/pace.py)."""
 PATIENCE_S = 1.0
 BACK_TIMEOUT_S = 30.0
-Kind = Literal["object_store", "mooncake"]
 
 _numbers = itertools.count(1)
 
@@ -83,69 +82,15 @@ class RemoteDaemon(Daemon):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class RemoteSeaweed(SeaweedServer):
-    """The S3 server on a host of its own, asked from this thread only."""
-
-    def _is_ready(self) -> bool:
-        try:
-            self._ask("POST", f"/buckets/{BUCKET}/")
-            self._ask("POST", f"/buckets/{BUCKET}/ready")
-            listing = http.client.HTTPConnection(self._host, self.port, timeout=5)
-            with contextlib.closing(listing):
-                listing.request("GET", "/")
-                return listing.getresponse().status in (200, 403)
-        except (OSError, http.client.HTTPException):
-            return False
-
-
-class Store:
-    """The server on the third host; it may be killed and started again."""
-
-    def __init__(self, kind: Kind, host: Host) -> None:
-        self._host = host
-        self._kind = kind
-        self._mooncake = MooncakeStore(host=host.address, within=host.within)
-        self._seaweed = RemoteSeaweed(host=host.address, within=host.within)
-
-    def start(self) -> None:
-        """Start it, and wait until it answers."""
-        with self._host.entered():
-            if self._kind == "mooncake":
-                self._mooncake.start_master()
-            else:
-                self._seaweed.run()
-
-    def kill(self) -> None:
-        """End it without warning."""
-        self._mooncake.master.kill()
-        self._seaweed.kill()
-
-    def end(self) -> None:
-        """End it; nothing of it is left."""
-        self._mooncake.stop()
-        self._seaweed.stop()
-
-    def tier(self, user: Host) -> dict[str, object]:
-        """What the daemon of a host is told of it."""
-        waits = {"timeout_s": 1.0, "deadline_s": 2.0}
-        if self._kind == "mooncake":
-            # Each host lends memory to the store: to lose it is to lose blocks as well.
-            place = {"master": self._mooncake.address, "local_hostname": user.address}
-            return {"kind": self._kind, **place, "segment_bytes": 64 * MIB, **waits}
-        place = {"url": f"s3://{BUCKET}", "endpoint": self._seaweed.endpoint}
-        return {"kind": self._kind, **place, "allow_http": True, **waits}
-
-
 @dataclass
 class Site:
     """What a test may break, and has to mend."""
 
-    store: Store
     hosts: tuple[Host, Host]
     daemons: tuple[RemoteDaemon, RemoteDaemon]
 
 
-@pytest.fixture(params=["object_store", "mooncake"])
+@pytest.fixture(params=KINDS)
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     """Two hosts with a daemon each, and a store, all at work."""
     with (
@@ -155,7 +100,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[Site]:
         environment.setenv("AWS_ACCESS_KEY_ID", KEY)
         environment.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         one, other, third = ends.enter_context(three_hosts())
-        store = Store(request.param, third)
+        store = SharedStore(request.param, third)
         ends.callback(store.end)
         store.start()
         daemons = (
@@ -165,7 +110,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[Site]:
         for daemon in daemons:
             ends.callback(daemon.end)
             daemon.start()
-        yield Site(store, (one, other), daemons)
+        yield Site((one, other), daemons)
 
 
 # --- What their engines do ------------------------------------------------------------------------
@@ -241,17 +186,11 @@ def all_is_well(one: Engine, other: Engine) -> None:
     wait_until(reaches(other, one), "the second host's blocks at the first", BACK_TIMEOUT_S)
 
 
-# --- The tests ------------------------------------------------------------------------------------
+# --- The test -------------------------------------------------------------------------------------
 
 
-def test_what_one_host_stored_the_other_serves(site: Site) -> None:
-    """In both directions, to the byte, and from the store: neither daemon knows the other."""
-    with engines_of(site) as (one, other):
-        all_is_well(one, other)
-
-
-def test_a_host_that_is_cut_off_loses_no_answer(site: Site) -> None:
-    """With its cable out a host serves from its pool, and the other what it has; then all again."""
+def test_hosts_share_and_lose_nothing_when_one_is_cut_off(site: Site) -> None:
+    """Each is served what the other stored; its own in time with its cable out; then all again."""
     shared, own = fresh(), fresh()
     with engines_of(site) as (one, other):
         all_is_well(one, other)
@@ -265,44 +204,4 @@ def test_a_host_that_is_cut_off_loses_no_answer(site: Site) -> None:
                 one.serve(fresh())
         finally:
             site.hosts[0].join()
-        all_is_well(one, other)
-
-
-def test_a_host_that_died_loses_no_answer(site: Site) -> None:
-    """Its daemon killed and its cable out; the other host goes on, and both when it is back."""
-    shared = fresh()
-    with engine_of(site.daemons[1]) as other:
-        with engine_of(site.daemons[0]) as one:
-            all_is_well(one, other)
-            one.store(shared)
-        site.hosts[0].cut()
-        site.daemons[0].kill()
-        site.daemons[0].pool.unlink()
-        try:
-            for _ in range(3):
-                other.serve(shared)
-            own = fresh()
-            other.store(own)
-            assert other.serve(own) == NUM_BLOCKS
-        finally:
-            site.hosts[0].join()
-            site.daemons[0].start()
-        with engine_of(site.daemons[0]) as one:
-            all_is_well(one, other)
-
-
-def test_a_store_that_died_loses_no_answer(site: Site) -> None:
-    """Both hosts serve from their pools without it, and share again when it is back."""
-    shared, own = fresh(), fresh()
-    with engines_of(site) as (one, other):
-        all_is_well(one, other)
-        one.store(shared)
-        site.store.kill()
-        try:
-            for _ in range(3):
-                other.serve(shared)
-            one.store(own)
-            assert one.serve(own) == NUM_BLOCKS
-        finally:
-            site.store.start()
         all_is_well(one, other)
