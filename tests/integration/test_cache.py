@@ -1,13 +1,24 @@
-"""``kvkeep cache`` against real daemons: what it shows is what is there, and clear means gone."""
+"""``kvkeep cache`` against real daemons above a disk and above real servers.
 
+What it shows is what is there, clear means gone, and what a server can't tell is said.
+"""
+
+import contextlib
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
 
 from kvkeep.cli.main import main
-from kvkeep.model.ids import BlockHash
+from kvkeep.client.prefixes import PrefixClient
+from kvkeep.daemon.movement.opening import open_medium
+from kvkeep.daemon.settings import load_settings
+from kvkeep.model.ids import BlockHash, BlockKey
+from kvkeep.tiers.mooncake.tier import MooncakeTier
 from tests.integration.daemons import (
     NAMESPACE,
     Daemon,
@@ -17,11 +28,55 @@ from tests.integration.daemons import (
     hashes_of,
     opened_prefixes,
     payload_of,
+    running_daemon,
     wait_until,
 )
-from tests.integration.test_movement import daemon_with_disk, serve, store_sequence
+from tests.integration.test_movement import serve, wait_for_tiers
+from tests.servers.processes import START_TIMEOUT_S
+from tests.servers.tier_server import S3_ENVIRONMENT, SERVER_KINDS, tier_server
 
 NUM_BLOCKS = 40
+KEEP_TIMEOUT_S = 30.0
+PATIENCE_S = 5.0
+VALUE_BYTES_MAX = 1 << 20
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module", params=["disk", *SERVER_KINDS])
+def medium(request: pytest.FixtureRequest) -> Iterator[dict[str, object]]:
+    """What daemons are told of a disk, or of a server that runs."""
+    with contextlib.ExitStack() as ends:
+        environment = ends.enter_context(pytest.MonkeyPatch.context())
+        for name, value in S3_ENVIRONMENT.items():
+            environment.setenv(name, value)
+        if request.param == "disk":
+            yield {"kind": "disk", "capacity_bytes": "1GiB"}
+        else:
+            yield ends.enter_context(tier_server(request.param)).tier
+
+
+@pytest.fixture
+def config(medium: dict[str, object], tmp_path: Path) -> Path:
+    """A daemon's settings with a place in this medium that is its own."""
+    own: dict[str, object] = {"prefix": f"test/{next(_numbers)}/"}
+    if medium["kind"] == "disk":
+        own = {"folder": str(tmp_path / "disk")}
+    file = tmp_path / "daemon.yaml"
+    file.write_text(json.dumps({"tiers": [medium | own], "planner": "load"}))
+    return file
+
+
+@pytest.fixture
+def daemon(config: Path) -> Iterator[Daemon]:
+    """A daemon above it."""
+    with running_daemon(config=config) as daemon:
+        yield daemon
+
+
+def name_of(medium: dict[str, object]) -> str:
+    """What a command calls the tier."""
+    return str(medium["kind"])
 
 
 def run(daemon: Daemon, *arguments: str) -> Result:
@@ -41,42 +96,92 @@ def rows(daemon: Daemon) -> dict[str, Any]:
     return {row["tier"]: row for row in answer(daemon, "stat")["tiers"]}
 
 
-def test_what_is_stored_is_counted_and_listed(tmp_path: Path) -> None:
-    """Pool and disk hold the same blocks; keys come with a limit and by namespace."""
+def keep(daemon: Daemon, worker: Worker, client: PrefixClient) -> list[BlockHash]:
+    """Store a sequence, and use it until the tier, which may come up late, has all of it."""
     hashes = hashes_of(0, NUM_BLOCKS)
-    with daemon_with_disk(tmp_path) as daemon, Worker(daemon) as worker:
-        store_sequence(daemon, worker, hashes)
+    wait_for_tiers(daemon)
+    worker.store(hashes)
+
+    def is_kept() -> bool:
+        assert serve(worker, client, hashes) == NUM_BLOCKS
+        return daemon.counter("blocks_cascaded") >= NUM_BLOCKS
+
+    wait_until(is_kept, "blocks cascaded", KEEP_TIMEOUT_S)
+    return hashes
+
+
+def keys_of(listed: dict[str, Any]) -> set[str]:
+    """The hashes of a listing."""
+    return {key["block_hash"] for key in listed["keys"]}
+
+
+def test_what_is_stored_is_counted_and_listed(medium: dict[str, object], daemon: Daemon) -> None:
+    """Pool and tier hold the same blocks; keys come with a limit and by namespace."""
+    tier = name_of(medium)
+    with Worker(daemon) as worker, opened_prefixes(daemon, patience_s=PATIENCE_S) as client:
+        hashes = keep(daemon, worker, client)
         found = rows(daemon)
         listed = {
-            tier: answer(daemon, "ls", "--tier", tier, "--limit", "4096")
-            for tier in ("pool", "disk")
+            name: answer(daemon, "ls", "--tier", name, "--limit", "4096") for name in ("pool", tier)
         }
         few = answer(daemon, "ls", "--limit", "3", "--namespace", NAMESPACE.hex())
-        none = answer(daemon, "ls", "--tier", "disk", "--namespace", "00" * 32)
+        none = answer(daemon, "ls", "--tier", tier, "--namespace", "00" * 32)
+        shown = run(daemon, "stat").stdout
 
-        assert found["pool"]["num_blocks"] == found["disk"]["num_blocks"] == NUM_BLOCKS
-        assert found["disk"]["capacity_bytes"] > found["disk"]["used_bytes"] > 0
-        assert found["disk"]["bytes_per_s"] > 0
-        for keys in listed.values():
-            assert {key["block_hash"] for key in keys["keys"]} == {h.hex() for h in hashes}
-            assert keys["is_whole"]
+        assert found["pool"]["num_blocks"] == NUM_BLOCKS
+        assert found[tier]["num_blocks"] == (NUM_BLOCKS if tier == "disk" else None)
+        assert ("only the server knows" in shown) == (tier != "disk")
+        assert tier in shown
+        for name, keys in listed.items():
+            assert keys_of(keys) == {block_hash.hex() for block_hash in hashes}
+            assert keys["is_whole"] == keys["can_list"] == (name != "mooncake")
         assert (len(few["keys"]), few["is_whole"]) == (3, False)
         assert none["keys"] == []
-        assert "disk" in run(daemon, "stat").stdout
 
 
-def test_rot_is_found_and_removed(tmp_path: Path) -> None:
-    """A flipped bit in the pool and one on the disk: each found once, then gone."""
-    hashes = hashes_of(0, NUM_BLOCKS)
-    with daemon_with_disk(tmp_path) as daemon, Worker(daemon) as worker:
-        store_sequence(daemon, worker, hashes)
-        with opened_prefixes(daemon) as client:
-            lease = acquire(client, hashes)
-            assert lease is not None
-            client.release([lease])
+def test_another_daemon_lists_what_it_did_not_write(
+    medium: dict[str, object], daemon: Daemon
+) -> None:
+    """Started anew without its pool; a tier without a list says so in a sentence, and is served."""
+    tier = name_of(medium)
+    with Worker(daemon) as worker, opened_prefixes(daemon, patience_s=PATIENCE_S) as client:
+        hashes = keep(daemon, worker, client)
+    assert daemon.stop() == 0
+    daemon.pool.unlink()
+    daemon.start()
+    with Worker(daemon) as worker, opened_prefixes(daemon, patience_s=PATIENCE_S) as client:
+        wait_for_tiers(daemon)
+        listing = run(daemon, "ls", "--tier", tier)
+        verified = run(daemon, "verify", "--tier", tier)
+        listed, checked = listing.stdout.splitlines(), verified.stdout
+        wait_until(
+            lambda: serve(worker, client, hashes) == NUM_BLOCKS, "served by it", KEEP_TIMEOUT_S
+        )
+
+        assert (listing.exit_code, verified.exit_code) == (0, 0)
+        assert len(listed) == (0 if tier == "mooncake" else NUM_BLOCKS)
+        assert ("mooncake can't list its keys" in listing.stderr) == (tier == "mooncake")
+        assert ("it can't list its keys" in checked) == (tier == "mooncake")
+        assert checked.startswith(f"{tier}: {len(listed)} right")
+
+
+def test_rot_is_found_and_removed(medium: dict[str, object], config: Path, daemon: Daemon) -> None:
+    """A flipped bit in the pool and one in the tier: each found once, then gone."""
+    tier = name_of(medium)
+    with (
+        Worker(daemon) as worker,
+        opened_prefixes(daemon, patience_s=PATIENCE_S) as client,
+    ):
+        hashes = keep(daemon, worker, client)
+        lease = acquire(client, hashes)
+        assert lease is not None
+        client.release([lease])
         vandal = Vandal(worker.view)
         vandal.flip(vandal.payload(lease.slots[7]), 12345)
-        rot_one_value(tmp_path, hashes[3])
+        if tier == "disk":
+            rot_on_disk(config.parent / "disk", hashes[3])
+        else:
+            rot_on_server(config, hashes[3])
         done = run(daemon, "verify", "--json")
         again = run(daemon, "verify")
 
@@ -85,13 +190,13 @@ def test_rot_is_found_and_removed(tmp_path: Path) -> None:
             assert found["num_checked"] == NUM_BLOCKS
             assert (found["num_right"], found["num_rotten"]) == (NUM_BLOCKS - 1, 1)
         assert again.exit_code == 0
-        assert f"disk: {NUM_BLOCKS - 1} right, 0 rotten" in again.stdout
+        assert f"{tier}: {NUM_BLOCKS - 1} right, 0 rotten" in again.stdout
 
 
-def rot_one_value(folder: Path, block_hash: BlockHash) -> None:
+def rot_on_disk(folder: Path, block_hash: BlockHash) -> None:
     """Flip a bit of this block in the files of the disk tier."""
     payload = payload_of(block_hash).tobytes()
-    for path in (folder / "disk").glob("segment-*"):
+    for path in folder.glob("segment-*"):
         at = path.read_bytes().find(payload)
         if at >= 0:
             with path.open("r+b") as opened:
@@ -101,56 +206,74 @@ def rot_one_value(folder: Path, block_hash: BlockHash) -> None:
     raise AssertionError("the block is in no segment")
 
 
-def test_cleared_blocks_do_not_come_back(tmp_path: Path) -> None:
+def rot_on_server(config: Path, block_hash: BlockHash) -> None:
+    """Write this block's value again with a bit flipped, past the daemon and all its checks."""
+    (settings,) = load_settings(config, {}, {}).tiers
+    tier = open_medium(settings, VALUE_BYTES_MAX)
+    try:
+        assert not isinstance(tier, MooncakeTier) or tier.wait_ready(START_TIMEOUT_S)
+        keys, room = [BlockKey(NAMESPACE, block_hash)], bytearray(VALUE_BYTES_MAX)
+        (length,) = tier.read(keys, [[memoryview(room)]])
+        assert length is not None
+        room[length // 2] ^= 1
+        tier.delete(keys)
+        assert tier.write(keys, [[memoryview(room)[:length]]]) == [True]
+    finally:
+        tier.close()
+
+
+def test_cleared_blocks_do_not_come_back(medium: dict[str, object], daemon: Daemon) -> None:
     """After clearing all tiers nothing is found, and a restart finds nothing either."""
-    hashes = hashes_of(0, NUM_BLOCKS)
-    with daemon_with_disk(tmp_path, planner="load") as daemon:
-        with Worker(daemon) as worker, opened_prefixes(daemon) as client:
-            store_sequence(daemon, worker, hashes)
-            refused = run(daemon, "clear")
-            cleared = answer(daemon, "clear", "--yes")["tiers"]
-            found = rows(daemon)
+    tier = name_of(medium)
+    with Worker(daemon) as worker, opened_prefixes(daemon, patience_s=PATIENCE_S) as client:
+        hashes = keep(daemon, worker, client)
+        refused = run(daemon, "clear")
+        cleared = answer(daemon, "clear", "--yes")["tiers"]
+        found = rows(daemon)
 
-            assert refused.exit_code == 2
-            assert "this clears pool, disk: repeat it with --yes" in refused.stderr
-            assert [(each["tier"], each["num_cleared"]) for each in cleared] == [
-                ("disk", NUM_BLOCKS),
-                ("pool", NUM_BLOCKS),
-            ]
-            assert found["pool"]["num_blocks"] == found["disk"]["num_blocks"] == 0
-            assert acquire(client, hashes) is None
-        daemon.stop()
-        daemon.start()
-        with Worker(daemon), opened_prefixes(daemon) as client:
-            assert acquire(client, hashes) is None
-
-
-def test_one_tier_can_be_cleared_alone(tmp_path: Path) -> None:
-    """The pool is emptied but for what is lent; the disk keeps its blocks and serves them."""
-    hashes = hashes_of(0, NUM_BLOCKS)
-    with daemon_with_disk(tmp_path, planner="load") as daemon, Worker(daemon) as worker:
-        store_sequence(daemon, worker, hashes)
-        with opened_prefixes(daemon) as client:
-            lease = acquire(client, hashes[:4])
-            assert lease is not None
-            (cleared,) = answer(daemon, "clear", "--tier", "pool")["tiers"]
-            client.release([lease])
-
-            assert cleared["num_cleared"] == NUM_BLOCKS - 4
-            assert cleared["num_kept"] == 4
-            assert rows(daemon)["disk"]["num_blocks"] == NUM_BLOCKS
-            wait_until(lambda: serve(worker, client, hashes) == NUM_BLOCKS, "served by the disk")
-
-
-def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
-    """A tier that is not there, a namespace that is none, a limit out of range."""
-    with daemon_with_disk(tmp_path) as daemon:
-        done = [
-            run(daemon, "verify", "--tier", "tape"),
-            run(daemon, "ls", "--namespace", "xyz"),
-            run(daemon, "ls", "--limit", "0"),
-            run(daemon, "clear", "--tier", "tape"),
+        assert refused.exit_code == 2
+        assert f"this clears pool, {tier}: repeat it with --yes" in refused.stderr
+        assert [(each["tier"], each["num_cleared"], each["can_list"]) for each in cleared] == [
+            (tier, NUM_BLOCKS, tier != "mooncake"),
+            ("pool", NUM_BLOCKS, True),
         ]
+        assert found["pool"]["num_blocks"] == 0
+        assert not found[tier]["num_blocks"]
+        assert acquire(client, hashes) is None
+    assert daemon.stop() == 0
+    daemon.start()
+    with Worker(daemon), opened_prefixes(daemon, patience_s=PATIENCE_S) as client:
+        wait_for_tiers(daemon)
+        assert acquire(client, hashes) is None
 
-        assert [(each.exit_code, each.stderr.count("\n")) for each in done] == [(2, 1)] * 4
-        assert "choose from pool" in done[0].stderr
+
+def test_one_tier_can_be_cleared_alone(medium: dict[str, object], daemon: Daemon) -> None:
+    """The pool is emptied but for what is lent; the tier keeps its blocks and serves them."""
+    with Worker(daemon) as worker, opened_prefixes(daemon, patience_s=PATIENCE_S) as client:
+        hashes = keep(daemon, worker, client)
+        lease = acquire(client, hashes[:4])
+        assert lease is not None
+        (cleared,) = answer(daemon, "clear", "--tier", "pool")["tiers"]
+        client.release([lease])
+        left = answer(daemon, "ls", "--tier", name_of(medium))
+
+        assert cleared["num_cleared"] == NUM_BLOCKS - 4
+        assert cleared["num_kept"] == 4
+        assert len(left["keys"]) == NUM_BLOCKS
+        wait_until(
+            lambda: serve(worker, client, hashes) == NUM_BLOCKS, "served by it", KEEP_TIMEOUT_S
+        )
+
+
+@pytest.mark.parametrize("medium", ["disk"], indirect=True)
+def test_bad_input_is_one_sentence(daemon: Daemon) -> None:
+    """A tier that is not there, a namespace that is none, a limit out of range."""
+    done = [
+        run(daemon, "verify", "--tier", "tape"),
+        run(daemon, "ls", "--namespace", "xyz"),
+        run(daemon, "ls", "--limit", "0"),
+        run(daemon, "clear", "--tier", "tape"),
+    ]
+
+    assert [(each.exit_code, each.stderr.count("\n")) for each in done] == [(2, 1)] * 4
+    assert "choose from pool" in done[0].stderr

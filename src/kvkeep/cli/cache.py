@@ -60,6 +60,8 @@ def stat(socket: str | None, as_json: bool) -> None:
             "not measured" if not speed else f"{readable_bytes(int(speed))}/s",
         )
     Console().print(table)
+    if any(row["state"] == "open" and row["num_blocks"] is None for row in rows):
+        click.echo("(?: only the server knows; cache ls names the blocks of a tier)")
 
 
 def _size(num_bytes: int | None) -> str:
@@ -132,8 +134,21 @@ def list_keys(
         return
     for key in found["keys"]:
         click.echo(f"{key['namespace']} {key['block_hash']} {key['group_idx']}")
-    if not found["is_whole"]:
-        click.echo(f"(not all keys of {tier}: --limit, or a tier without a list)", err=True)
+    if missing := sentence_of_missing(found, limit):
+        click.echo(f"({missing})", err=True)
+
+
+def sentence_of_missing(found: dict[str, Any], limit: int) -> str:
+    """Why a listing is not, or may not be, all there is; empty where it is."""
+    sentences = []
+    if not found["can_list"]:
+        sentences.append(
+            f"{found['tier']} can't list its keys: these are the ones that this daemon wrote or "
+            "read since its start, and there may be others"
+        )
+    if not found["is_whole"] and len(found["keys"]) == limit:
+        sentences.append(f"there are more than {limit}: choose another --limit or a --namespace")
+    return "; ".join(sentences)
 
 
 def parse_namespace(text: str) -> bytes:
@@ -170,14 +185,22 @@ def verify(tiers: Sequence[str], socket: str | None, as_json: bool) -> None:
             _progress("")
             results.append(found)
             if not as_json:
-                click.echo(
-                    f"{name}: {found['num_right']:,} right, {found['num_rotten']:,} rotten and "
-                    f"removed, {found['num_unread']:,} not read (gone meanwhile, or another layout)"
-                )
+                click.echo(sentence_of_verified(found))
     if as_json:
         click.echo(json.dumps({"tiers": results}))
     if any(found["num_rotten"] for found in results):
         click.get_current_context().exit(EXIT_ROTTEN)
+
+
+def sentence_of_verified(found: dict[str, Any]) -> str:
+    """What was found in one tier."""
+    text = (
+        f"{found['tier']}: {found['num_right']:,} right, {found['num_rotten']:,} rotten and "
+        f"removed, {found['num_unread']:,} not read (gone meanwhile, or another layout)"
+    )
+    if not found["can_list"]:
+        text += "; it can't list its keys: only those that this daemon remembers were read"
+    return text
 
 
 def _progress(text: str) -> None:
@@ -226,6 +249,8 @@ def sentence_of(found: dict[str, Any]) -> str:
     text = f"{found['tier']}: {found['num_cleared']:,} blocks cleared"
     if found["num_kept"]:
         text += f", {found['num_kept']:,} kept until their leases end (lent or being written)"
+    elif not found["can_list"]:
+        text += "; it can't list its keys: what this daemon does not remember is left"
     elif not found["is_whole"]:
-        text += "; it can't list all its keys, or others write to it: some may be left"
+        text += "; others write to it meanwhile: some may be left"
     return text

@@ -8,8 +8,10 @@ is tried in a folder that is removed at the end.
 import json
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +44,19 @@ from kvkeep.daemon.tier_settings import (
     DiskTierSettings,
     MooncakeTierSettings,
 )
-from kvkeep.model.clock import SystemClock
+from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import CorruptDataError, InputError, RefusedError, UnavailableError
+from kvkeep.tiers.base import Tier
 
 VALUE_BYTES = 1 << 20
 """Of the values that are written and read: about a block."""
 DISK_BYTES = 64 << 20
 """Taken of a disk for the moment of the test."""
 CLOSE_S = 2.0
+START_S = 20.0
+"""A client of Mooncake is a process that takes a second to start, more on a busy machine."""
+TRY_AGAIN_S = 0.25
+CONNECT_S = 2.0
 EXIT_FAILED = 1
 
 
@@ -197,7 +204,7 @@ def tried_tier(settings: AnyTierSettings) -> Finding:
         if isinstance(settings, MooncakeTierSettings):
             # As a client only: what it lent to the store would be missing a moment later.
             settings = msgspec.structs.replace(settings, segment_bytes=0)
-        return ok(name, _measured(settings))
+        return _found(settings, *_measured(settings))
     except InputError as error:
         return fail(name, str(error), "mend the tier's settings")
     except UnavailableError as error:
@@ -206,14 +213,53 @@ def tried_tier(settings: AnyTierSettings) -> Finding:
         return fail(name, str(error), "don't use it: what it gives back is not what it got")
 
 
-def _measured(settings: AnyTierSettings) -> str:
-    tier = open_tier(settings, VALUE_BYTES, SystemClock())
+def _found(settings: AnyTierSettings, reads: Sequence[tuple[int, float]], speed: str) -> Finding:
+    """What to say of a tier that answers."""
+    name = name_of(settings)
+    if reads:
+        return ok(name, speed)
+    if isinstance(settings, MooncakeTierSettings):
+        mend = "start what lends it memory: a daemon with segment_bytes, or a storage process"
+        return warn(name, "its master answers, and it has no room for a value", mend)
+    return warn(name, speed, "make room there, or raise its limits")
+
+
+def _measured(settings: AnyTierSettings) -> tuple[list[tuple[int, float]], str]:
+    """Write, read and delete a few values.
+
+    Returns:
+        Bytes and seconds of each read, none where nothing was kept; and the speed in words.
+    """
+    clock = SystemClock()
+    tier = open_tier(settings, VALUE_BYTES, clock)
     try:
-        reads = prove_tier(tier.queue.tier, VALUE_BYTES)
-        return speed_text(tier.queue.tier, reads)
+        reads = _proven(tier.queue.tier, settings, clock)
+        return reads, speed_text(tier.queue.tier, reads)
     finally:
         if not tier.queue.close(CLOSE_S):
             tier.queue.tier.close()
+
+
+def _proven(tier: Tier, settings: AnyTierSettings, clock: Clock) -> list[tuple[int, float]]:
+    end_s = clock.now_s()
+    if isinstance(settings, MooncakeTierSettings) and _is_listening(settings.master):
+        end_s += START_S
+    while True:
+        try:
+            return prove_tier(tier, VALUE_BYTES)
+        except UnavailableError:
+            if clock.now_s() >= end_s:
+                raise
+            time.sleep(TRY_AGAIN_S)
+
+
+def _is_listening(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _tried_disk(settings: DiskTierSettings) -> Finding:
@@ -232,7 +278,7 @@ def _tried_disk(settings: DiskTierSettings) -> Finding:
         small = msgspec.structs.replace(
             settings, folder=str(made / "tier"), capacity_bytes=DISK_BYTES
         )
-        text = _measured(small)
+        _, text = _measured(small)
         stats = os.statvfs(there)
     finally:
         shutil.rmtree(made, ignore_errors=True)

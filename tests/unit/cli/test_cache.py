@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from kvkeep.cli.cache import parse_namespace, rows_of, sentence_of
+from kvkeep.cli.cache import (
+    parse_namespace,
+    rows_of,
+    sentence_of,
+    sentence_of_missing,
+    sentence_of_verified,
+)
 from kvkeep.cli.main import main
 from kvkeep.model.errors import InputError
 
@@ -55,11 +61,41 @@ def test_a_pool_without_tiers_is_one_row() -> None:
         ({"num_kept": 0, "is_whole": True}, "disk: 1,234 blocks cleared"),
         ({"num_kept": 2, "is_whole": False}, "2 kept until their leases end"),
         ({"num_kept": 0, "is_whole": False}, "some may be left"),
+        ({"num_kept": 0, "is_whole": False, "can_list": False}, "does not remember is left"),
     ],
 )
 def test_what_was_kept_is_said(found: dict[str, Any], sentence: str) -> None:
     """Why a tier is not empty after it was cleared."""
-    assert sentence in sentence_of({"tier": "disk", "num_cleared": 1234} | found)
+    assert sentence in sentence_of({"tier": "disk", "num_cleared": 1234, "can_list": True} | found)
+
+
+@pytest.mark.parametrize(
+    ("can_list", "is_whole", "num_keys", "words"),
+    [
+        (True, True, 3, []),
+        (True, False, 3, ["there are more than 3"]),
+        (False, False, 2, ["x can't list its keys", "there may be others"]),
+        (False, False, 0, ["x can't list its keys", "there may be others"]),
+        (False, False, 3, ["x can't list its keys", "there are more than 3"]),
+    ],
+)
+def test_what_a_listing_misses_is_said(
+    can_list: bool, is_whole: bool, num_keys: int, words: list[str]
+) -> None:
+    """Keys beyond the limit, and those that no tier can name: never silently empty."""
+    found = {"tier": "x", "can_list": can_list, "is_whole": is_whole, "keys": [{}] * num_keys}
+    said = sentence_of_missing(found, 3)
+
+    assert all(word in said for word in words)
+    assert bool(said) == bool(words)
+
+
+@pytest.mark.parametrize(("can_list", "is_said"), [(True, False), (False, True)])
+def test_what_was_not_looked_for_is_said(can_list: bool, is_said: bool) -> None:
+    """A tier without a list is verified as far as this daemon remembers it."""
+    found = {"tier": "x", "num_right": 1, "num_rotten": 0, "num_unread": 0, "can_list": can_list}
+
+    assert ("remembers" in sentence_of_verified(found)) is is_said
 
 
 @pytest.mark.parametrize("text", ["", "zz", "00" * 31, "00" * 33])

@@ -53,6 +53,8 @@ class Verified:
     """Not what was written under their key; they were removed."""
     num_unread: int = 0
     """Gone before they were read, or longer than this pool's blocks."""
+    can_list: bool = True
+    """False: only those blocks were looked for that this daemon remembers."""
 
     def part(self) -> Part:
         """As a piece of an answer."""
@@ -107,7 +109,8 @@ class Inspection:
             )
         return {
             "tier": name,
-            "is_whole": len(keys) <= limit and all(_can_list(tier) for tier in tiers),
+            "is_whole": len(keys) <= limit and all(map(_can_list, tiers)),
+            "can_list": all(map(_can_list, tiers)),
             "keys": [
                 {
                     "namespace": key.namespace.hex(),
@@ -131,7 +134,7 @@ class Inspection:
             UnavailableError: It can't be read now; what was yielded holds.
         """
         tiers = self._named(name)
-        found = Verified(name)
+        found = Verified(name, can_list=all(map(_can_list, tiers)))
         if self._shell.pool.geometry is None:
             yield found.part()
             return
@@ -236,6 +239,7 @@ class Inspection:
             "num_cleared": num_cleared,
             "num_kept": 0,
             "is_whole": _can_list(tier) and not num_left,
+            "can_list": _can_list(tier),
         }
 
     def _clear_pool(self) -> Part:
@@ -250,7 +254,13 @@ class Inspection:
             (reply.num_cleared, reply.num_kept) if isinstance(reply, do.ReplyCleared) else (0, 0)
         )
         kept = max(0, kept - num_canaries)
-        return {"tier": POOL, "num_cleared": cleared, "num_kept": kept, "is_whole": not kept}
+        return {
+            "tier": POOL,
+            "num_cleared": cleared,
+            "num_kept": kept,
+            "is_whole": not kept,
+            "can_list": True,
+        }
 
 
 # ---- what takes time
