@@ -1,0 +1,1 @@
+"""Which engines belong to the fleet: by command line, file, API and etcd."""

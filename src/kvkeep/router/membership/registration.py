@@ -1,0 +1,60 @@
+"""Announces one engine in etcd for as long as this process says so."""
+
+import asyncio
+import contextlib
+import logging
+
+import aiohttp
+import msgspec
+
+from kvkeep.model.errors import UnavailableError
+from kvkeep.router.membership.etcd import EtcdSettings
+from kvkeep.router.membership.etcd_client import EtcdClient
+from kvkeep.router.membership.member import Member
+
+log = logging.getLogger(__name__)
+
+
+class Registration:
+    """An entry under a lease: it goes when this ends, or when nobody renews it any more."""
+
+    def __init__(self, settings: EtcdSettings, member: Member, ttl_s: int) -> None:
+        """Announce nothing yet; ``ttl_s`` is how long the entry outlives its process."""
+        self._settings, self._member, self._ttl_s = settings, member, ttl_s
+        self.announced = asyncio.Event()
+        """Set once the entry is there."""
+
+    async def run(self) -> None:
+        """Announce and renew until cancelled; then the entry is taken back."""
+        num_failures = 0
+        async with aiohttp.ClientSession(trust_env=False) as session:
+            while True:
+                url = self._settings.urls[num_failures % len(self._settings.urls)]
+                client = EtcdClient(session, url, self._settings.timeout_s)
+                try:
+                    await self._hold(client)
+                except UnavailableError as error:
+                    num_failures += 1
+                    log.warning("the engine is not announced. reason=%s", error)
+                    await asyncio.sleep(self._pause_s)
+
+    @property
+    def _pause_s(self) -> float:
+        # Two renewals may be lost before the lease ends.
+        return self._ttl_s / 3
+
+    async def _hold(self, client: EtcdClient) -> None:
+        """Announce under a new lease, until that is lost."""
+        lease_id = await client.grant(self._ttl_s)
+        try:
+            key = self._settings.prefix + self._member.title
+            await client.put(key, msgspec.json.encode(self._member), lease_id)
+            self.announced.set()
+            is_held = True
+            while is_held:
+                await asyncio.sleep(self._pause_s)
+                is_held = await client.keep_alive(lease_id)
+        except asyncio.CancelledError:
+            with contextlib.suppress(UnavailableError):
+                await client.revoke(lease_id)
+            raise
