@@ -1,0 +1,251 @@
+"""Block events over real ZMQ sockets: in order, with gaps, from engines that restart, hostile."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from kvkeep.model.clock import SystemClock
+from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
+from kvkeep.router.prefix_hashes import token_hashes, token_root
+from kvkeep.router.prefix_index import PrefixIndex
+
+BLOCK_TOKENS = 4
+NAME = "engine"
+WAIT_S = 20.0
+FIRST, SECOND, THIRD = ([n] * BLOCK_TOKENS for n in (1, 2, 3))
+
+
+class Publisher:
+    """Publishes as an engine does: PUB for what is new, ROUTER for what is asked again."""
+
+    def __init__(self, context: zmq.asyncio.Context) -> None:
+        self._events = context.socket(zmq.PUB)
+        self._replay = context.socket(zmq.ROUTER)
+        self.number = 0
+        self.ts = 1.0
+        self.buffer: list[tuple[int, bytes]] = []
+        host = "tcp://127.0.0.1"
+        ports = [each.bind_to_random_port(host) for each in (self._events, self._replay)]
+        self.address = ZmqAddress(f"{host}:{ports[0]}", f"{host}:{ports[1]}")
+
+    async def publish(self, *events: dict[str, Any], is_lost: bool = False) -> None:
+        self.ts += 1.0
+        payload = msgspec.msgpack.encode([self.ts, list(events), 0])
+        await self.publish_bytes(payload, is_lost=is_lost)
+
+    async def publish_bytes(self, payload: bytes, *, is_lost: bool = False) -> None:
+        self.buffer.append((self.number, payload))
+        if not is_lost:
+            number = self.number.to_bytes(8, "big")
+            await self._events.send_multipart([b"kv", number, payload])
+        self.number += 1
+
+    async def send(self, *frames: bytes) -> None:
+        await self._events.send_multipart(frames)
+
+    def restart(self) -> None:
+        self.number, self.buffer = 0, []
+
+    async def serve(self) -> None:
+        while True:
+            client, _, first = await self._replay.recv_multipart()
+            for number, payload in list(self.buffer):
+                if number >= int.from_bytes(first, "big"):
+                    number_bytes = number.to_bytes(8, "big")
+                    await self._replay.send_multipart([client, b"", b"kv", number_bytes, payload])
+            await self._replay.send_multipart([client, b"", b"", b"\xff" * 8, b""])
+
+
+def stored(tokens: list[int], name: int, parent: int | None = None) -> dict[str, Any]:
+    return {
+        "type": "BlockStored",
+        "block_hashes": [name],
+        "parent_block_hash": parent,
+        "token_ids": tokens,
+        "block_size": BLOCK_TOKENS,
+        "lora_id": None,
+        "medium": "GPU",
+        "lora_name": None,
+        "ownership": "some field of a later version",
+    }
+
+
+def removed(name: int) -> dict[str, Any]:
+    return {"type": "BlockRemoved", "block_hashes": [name], "medium": "GPU"}
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    end_s = SystemClock().now_s() + WAIT_S
+    while not is_so():
+        assert SystemClock().now_s() < end_s
+        await asyncio.sleep(0.002)
+
+
+def held(index: PrefixIndex, *blocks: list[int]) -> int:
+    tokens = [token for block in blocks for token in block]
+    return index.match(token_hashes(tokens, BLOCK_TOKENS, token_root()), [NAME])[0]
+
+
+@asynccontextmanager
+async def listening(
+    *, has_replay: bool = True
+) -> AsyncIterator[tuple[Publisher, ZmqSource, PrefixIndex]]:
+    """An engine and a source that has heard it once."""
+    index = PrefixIndex(BLOCK_TOKENS)
+    context = zmq.asyncio.Context()
+    publisher = Publisher(context)
+    address = publisher.address if has_replay else ZmqAddress(publisher.address.events)
+    source = ZmqSource(NAME, address, index)
+    tasks = [asyncio.create_task(publisher.serve()), asyncio.create_task(source.run())]
+    try:
+        # A subscription takes a moment to reach the publisher, and nothing says when it has.
+        while not source.counters.num_batches:
+            await publisher.publish()
+            await asyncio.sleep(0.01)
+        yield publisher, source, index
+    finally:
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        context.destroy(linger=0)
+
+
+async def test_what_an_engine_tells_is_known() -> None:
+    """Blocks are known with what they follow, and gone when they are removed."""
+    async with listening() as (publisher, _, index):
+        await publisher.publish(stored(FIRST, 11), stored(SECOND, 12, parent=11))
+        await until(lambda: held(index, FIRST, SECOND, THIRD) == 2)
+        await publisher.publish(removed(12))
+        await until(lambda: held(index, FIRST, SECOND) == 1)
+        await publisher.publish({"type": "AllBlocksCleared"})
+        await until(lambda: held(index, FIRST) == 0)
+
+
+async def test_what_was_told_before_is_asked_for() -> None:
+    """A router that starts later than the engine knows what the engine holds already."""
+    index = PrefixIndex(BLOCK_TOKENS)
+    context = zmq.asyncio.Context()
+    publisher = Publisher(context)
+    await publisher.publish(stored(FIRST, 11), is_lost=True)
+    source = ZmqSource(NAME, publisher.address, index)
+    tasks = [asyncio.create_task(publisher.serve()), asyncio.create_task(source.run())]
+    await until(lambda: held(index, FIRST) == 1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    context.destroy(linger=0)
+
+
+async def test_lost_events_are_replayed() -> None:
+    """A gap in the numbers is filled by what the engine sends again, nothing is forgotten."""
+    async with listening() as (publisher, source, index):
+        await publisher.publish(stored(FIRST, 11))
+        await until(lambda: held(index, FIRST) == 1)
+        dropped = source.counters.num_dropped
+        await publisher.publish(stored(SECOND, 12, parent=11), is_lost=True)
+        await publisher.publish(stored(THIRD, 13, parent=12))
+        await until(lambda: held(index, FIRST, SECOND, THIRD) == 3)
+
+        assert source.counters.num_gaps >= 1
+        assert source.counters.num_dropped == dropped
+
+
+@pytest.mark.parametrize("has_replay", [True, False])
+async def test_events_lost_for_good_forget_the_engine(*, has_replay: bool) -> None:
+    """Where news can't be had again, what was known may be wrong, and what comes later is not."""
+    async with listening(has_replay=has_replay) as (publisher, source, index):
+        await publisher.publish(stored(FIRST, 11))
+        await until(lambda: held(index, FIRST) == 1)
+        dropped = source.counters.num_dropped
+        await publisher.publish(removed(11), is_lost=True)
+        publisher.buffer.clear()
+        await publisher.publish(stored(SECOND, 22))
+        await until(lambda: held(index, SECOND) == 1)
+
+        assert held(index, FIRST) == 0
+        assert source.counters.num_dropped == dropped + 1
+
+
+async def test_an_engine_that_restarts_is_forgotten() -> None:
+    """Numbers that begin again mean an empty cache."""
+    async with listening() as (publisher, _, index):
+        for _ in range(5):
+            await publisher.publish(stored(FIRST, 11))
+        await until(lambda: held(index, FIRST) == 1)
+        publisher.restart()
+        await publisher.publish(stored(SECOND, 22))
+        await until(lambda: held(index, SECOND) == 1)
+
+        assert held(index, FIRST) == 0
+
+
+async def test_hostile_messages_are_refused_and_survived() -> None:
+    """Wrong frames, wrong bytes and wrong types are counted; the next good event is understood."""
+    async with listening() as (publisher, source, index):
+        await publisher.send(b"kv")
+        await publisher.send(b"kv", b"short", b"")
+        await publisher.send(b"kv", b"\xff" * 8, b"")
+        for payload in (b"", b"\xc1", b"\x93\x01\x02", b"\x91" * 5000, msgspec.msgpack.encode([1])):
+            await publisher.publish_bytes(payload)
+        await publisher.publish({**stored(FIRST, 11), "token_ids": [-1] * BLOCK_TOKENS})
+        await publisher.publish(stored(SECOND, 22))
+        await until(lambda: held(index, SECOND) == 1)
+
+        assert source.counters.num_refused == 9
+        index.check()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_the_publisher_of_vllm_is_understood() -> None:
+    """The format is vLLM's own: its publisher's events, live and replayed, are followed."""
+    kv_events = pytest.importorskip("vllm.distributed.kv_events")
+    index = PrefixIndex(BLOCK_TOKENS)
+    with zmq.Context() as scratch, scratch.socket(zmq.PUB) as first, scratch.socket(zmq.PUB) as two:
+        ports = [each.bind_to_random_port("tcp://127.0.0.1") for each in (first, two)]
+    publisher = kv_events.ZmqEventPublisher(0, f"tcp://*:{ports[0]}", f"tcp://127.0.0.1:{ports[1]}")
+
+    def publish(*events: Any) -> None:
+        publisher.publish(kv_events.KVEventBatch(ts=1.0, events=list(events)))
+
+    def block(tokens: list[int], name: int, parent: int | None) -> Any:
+        return kv_events.BlockStored(
+            block_hashes=[name],
+            parent_block_hash=parent,
+            token_ids=tokens,
+            block_size=BLOCK_TOKENS,
+            lora_id=None,
+            medium="GPU",
+            lora_name=None,
+            extra_keys=[("salt",)] if tokens is THIRD else None,
+            group_idx=0,
+        )
+
+    publish(block(FIRST, 2**64 - 1, None))
+    address = ZmqAddress(f"tcp://127.0.0.1:{ports[0]}", f"tcp://127.0.0.1:{ports[1]}")
+    source = ZmqSource(NAME, address, index)
+    task = asyncio.create_task(source.run())
+    try:
+        await until(lambda: held(index, FIRST) == 1)
+        publish(block(SECOND, 12, 2**64 - 1), block(THIRD, 13, None))
+        await until(lambda: held(index, FIRST, SECOND) == 2)
+
+        assert held(index, THIRD) == 0
+        publish(kv_events.BlockRemoved(block_hashes=[12], medium="GPU", group_idx=0))
+        await until(lambda: held(index, FIRST, SECOND) == 1)
+        publish(kv_events.AllBlocksCleared())
+        await until(lambda: held(index, FIRST) == 0)
+        assert source.counters.num_refused == 0
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(publisher.shutdown)
+        zmq.Context.instance().term()
