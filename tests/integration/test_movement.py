@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from kvkeep.client.prefixes import PrefixClient
 from kvkeep.daemon.movement.proving import BATCH as CANARIES
@@ -191,3 +193,47 @@ def test_a_restart_writes_nothing_that_a_server_has(tmp_path: Path) -> None:
             assert daemon.counter("blocks_recovered") == 200
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def deaf_server() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield listener.getsockname()[1]
+
+
+def hanging_tier(kind: str, port: int) -> dict[str, object]:
+    """A tier whose server is deaf, and whose calls take ten minutes to give that up."""
+    patience = {"kind": kind, "timeout_s": 600, "deadline_s": 600}
+    match kind:
+        case "valkey":
+            return patience | {"url": f"valkey://127.0.0.1:{port}"}
+        case "object_store":
+            return patience | {"url": "s3://kv", "endpoint": f"http://127.0.0.1:{port}"}
+        case _:
+            return patience | {"master": f"127.0.0.1:{port}"}
+
+
+@pytest.mark.parametrize("kind", ["valkey", "object_store", "mooncake"])
+def test_a_tier_that_hangs_while_it_opens_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The tier after it serves, the daemon ends when it is told to, and so does one that starts."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    hashes = hashes_of(0, 40)
+    with deaf_server() as port:
+        tiers = [hanging_tier(kind, port), disk_in(tmp_path / "disk")]
+        with daemon_with(tmp_path, *tiers, planner="load") as daemon:
+            with Worker(daemon) as worker, opened_prefixes(daemon) as client:
+
+                def open_tiers() -> list[str]:
+                    return [tier["name"] for tier in daemon.status()["movement"]["tiers"]]
+
+                wait_until(lambda: "disk" in open_tiers(), "the disk is open")
+                worker.store(hashes)
+                wait_until(lambda: daemon.counter("blocks_cascaded") == 40, "blocks on the disk")
+                assert serve(worker, client, hashes) == 40
+            assert daemon.stop() == 0
+            daemon.start()
+            assert daemon.stop() == 0

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 """How often leases are looked at; a lease ends at most this much late."""
+OPEN_S = 3.0
+"""A daemon that takes over a pool waits so long for its tiers before it says that it is ready."""
 BACKLOG = 256
 """Connections that wait to be accepted: every engine of a host may come back at once."""
 SPARE_FILES = 256
@@ -64,11 +66,15 @@ def run(settings: DaemonSettings) -> None:
         path.unlink(missing_ok=True)
         stack.callback(path.unlink, missing_ok=True)
         failures: list[BaseException] = []
-        uvloop.run(_serve(settings, pool, http, failures))
+        is_hanging = uvloop.run(_serve(settings, pool, http, failures))
     for failure in failures:
         if isinstance(failure, UnavailableError):
             raise failure
         raise InvariantError("kvkeep contradicted itself: start the daemon again") from failure
+    if is_hanging:
+        # Python would wait for threads of a tier's client, as long as their calls hang.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _allow_files(sessions_max: int) -> None:
@@ -164,8 +170,12 @@ async def _serve(
     pool: PoolFile,
     http: socket.socket,
     failures: list[BaseException],
-) -> None:
-    """Serve until told to stop, or until something happens that the core rules out."""
+) -> bool:
+    """Serve until told to stop, or until something happens that the core rules out.
+
+    Returns:
+        Whether calls of tiers hang, which nobody waits for any more.
+    """
     clock = SystemClock()
     policy = S3FifoPolicy if settings.eviction == "s3fifo" else _lru
     shell = Shell(pool, clock, policy, settings.quotas)
@@ -183,7 +193,7 @@ async def _serve(
         num_ready, num_dropped = recover(shell, pool, verify=settings.verify_on_start)
         metrics.count("blocks_recovered", num_ready)
         metrics.count("blocks_dropped", num_dropped)
-        await movement.opened()
+        await _until_open(movement, stopped)
         await runner.setup()
         await web.SockSite(runner, http).start()
         listener = await _listen(loop, settings.socket_path, lambda: SessionProtocol(server))
@@ -199,6 +209,16 @@ async def _serve(
         await movement.close()
         await runner.cleanup()
         shell.close()
+    return movement.is_hanging
+
+
+async def _until_open(movement: Movement, stopped: asyncio.Event) -> None:
+    """Wait a little for the tiers: requests that come at once then find what they keep."""
+    loop = asyncio.get_running_loop()
+    waiting = {loop.create_task(movement.opened()), loop.create_task(stopped.wait())}
+    await asyncio.wait(waiting, timeout=OPEN_S, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
 
 
 def _stopping_on_defects(

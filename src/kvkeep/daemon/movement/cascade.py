@@ -55,8 +55,9 @@ class Cascade:
         self._holder = Holder(TIERS_SESSION, os.getpid())
         self._waiting: OrderedDict[BlockKey, list[LowerTier]] = OrderedDict()
         """Blocks and the tiers that admitted them; no more than there are slots."""
-        self._copying: set[BlockKey] = set()
-        """Blocks on their way: used again meanwhile, they are not admitted a second time."""
+        self._copying: dict[BlockKey, list[LowerTier]] = {}
+        """Blocks on their way, and where to: used again meanwhile, they are not admitted a second
+        time."""
         self._is_over = self._is_abandoned = False
         self._running: set[asyncio.Task[None]] = set()
         geometry = view.geometry
@@ -70,18 +71,26 @@ class Cascade:
         """Blocks that wait for their turn."""
         return len(self._waiting)
 
-    def ready(self, keys: Sequence[BlockKey]) -> None:
-        """These blocks became readable in the pool."""
+    def ready(self, keys: Sequence[BlockKey], tiers: Sequence[LowerTier] | None = None) -> None:
+        """These blocks became readable in the pool.
+
+        Args:
+            keys: Of the blocks.
+            tiers: Those that hear of it; all if None.
+        """
         if self._is_over:
             return
         for key in keys:
-            for tier in self._tiers:
+            for tier in tiers or self._tiers:
                 tier.seen(key)
-            if key in self._waiting or key in self._copying:
-                continue
-            wanted_by = [tier for tier in self._tiers if tier.admits(key)]
+            waiting, copying = self._waiting.get(key, ()), self._copying.get(key, ())
+            wanted_by = [
+                tier
+                for tier in tiers or self._tiers
+                if tier not in waiting and tier not in copying and tier.admits(key)
+            ]
             if wanted_by:
-                self._waiting[key] = wanted_by
+                self._waiting[key] = [*waiting, *wanted_by]
         while len(self._waiting) > self._view.geometry.num_slots:
             self._miss(*self._waiting.popitem(last=False))
         self._begin()
@@ -105,8 +114,8 @@ class Cascade:
                     self._miss(key, tiers)
                 else:
                     found.append((key, slot, tiers))
+                    self._copying[key] = [*self._copying.get(key, ()), *tiers]
             if found:
-                self._copying.update(key for key, _, _ in found)
                 task = asyncio.get_running_loop().create_task(self._copy(reply.lease_id, found))
                 self._running.add(task)
                 task.add_done_callback(self._ended)
@@ -128,12 +137,20 @@ class Cascade:
                     )
                     self._miss(key, tiers)
             good = [copy for copy in blocks if copy[1] in intact]
+            # One that opened meanwhile is among them, and no block here is for it.
             await asyncio.gather(*(self._copy_to(tier, good) for tier in self._tiers))
         finally:
-            self._copying.difference_update(key for key, _, _ in blocks)
+            for key, _, tiers in blocks:
+                self._arrived(key, tiers)
             # After a call that hangs at the daemon's end nothing is changed any more.
             if not self._is_abandoned:
                 self._shell.handle(on.ReadFinished(self._holder, [lease_id]))
+
+    def _arrived(self, key: BlockKey, tiers: Sequence[LowerTier]) -> None:
+        """A block is on its way to these tiers no more."""
+        left = [tier for tier in self._copying.pop(key) if tier not in tiers]
+        if left:
+            self._copying[key] = left
 
     async def _copy_to(self, tier: LowerTier, blocks: Sequence[Copy]) -> None:
         wanted = [(key, slot) for key, slot, tiers in blocks if tier in tiers]

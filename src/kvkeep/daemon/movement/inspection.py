@@ -19,6 +19,7 @@ from kvkeep.core.blocks import Slot
 from kvkeep.core.node import TIERS_SESSION
 from kvkeep.daemon.movement.lower_tier import DELETE_BATCH, LowerTier
 from kvkeep.daemon.movement.movement import Movement
+from kvkeep.daemon.movement.own_thread import on_own_thread
 from kvkeep.daemon.movement.slots import value_bytes
 from kvkeep.daemon.recovery import SlotVerifier
 from kvkeep.daemon.shell import Shell
@@ -104,8 +105,8 @@ class Inspection:
         else:
             listed = itertools.chain.from_iterable(_listing(tier) for tier in tiers)
             looked_at = itertools.islice(listed, LOOKED_AT_MAX)
-            keys = await asyncio.to_thread(
-                lambda: list(itertools.islice(_of(namespace, looked_at), limit + 1))
+            keys = await on_own_thread(
+                lambda: list(itertools.islice(_of(namespace, looked_at), limit + 1)), "list"
             )
         return {
             "tier": name,
@@ -281,7 +282,7 @@ def _listing(tier: LowerTier) -> Iterator[BlockKey]:
 
 
 async def _next_of(listing: Iterator[BlockKey], number: int) -> list[BlockKey]:
-    return await asyncio.to_thread(lambda: list(itertools.islice(listing, number)))
+    return await on_own_thread(lambda: list(itertools.islice(listing, number)), "list")
 
 
 def _intact(verifier: SlotVerifier, view: PoolView, lent: dict[BlockKey, int]) -> set[BlockKey]:

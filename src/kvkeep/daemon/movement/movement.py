@@ -1,38 +1,32 @@
 """All that moves blocks between the pool and the tiers below it, for as long as the daemon runs.
 
 The tiers are opened when the pool has a layout, as that decides the length of a value, and again
-when it gets another. Until they are open, and where one can't be, the daemon serves without.
+when it gets another. Until one is open, and where one can't be, the daemon serves without it.
 """
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 from kvkeep.core.planner import PlanMode, PlannerSettings
 from kvkeep.daemon.movement.cascade import Cascade
 from kvkeep.daemon.movement.lower_tier import LowerTier
-from kvkeep.daemon.movement.opening import open_tier, register_pool
 from kvkeep.daemon.movement.pace import Pace
 from kvkeep.daemon.movement.promotion import Promotion, Wanted
-from kvkeep.daemon.movement.proving import prove_tier
-from kvkeep.daemon.movement.slots import value_bytes
+from kvkeep.daemon.movement.tier_set import Reads, TierSet, raise_defect
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
-from kvkeep.daemon.tier_settings import AnyTierSettings
 from kvkeep.model.clock import Clock
-from kvkeep.model.errors import CorruptDataError, InputError, UnavailableError
 from kvkeep.model.ids import BlockKey
-from kvkeep.tiers.shared_memory import PoolView
 
 log = logging.getLogger(__name__)
 
 Mover = Cascade | Promotion
 
 DRAIN_S = 4.0
-"""What is in motion when the daemon stops, or when the layout changes, is waited for so long."""
-CLOSE_S = 2.0
-"""And then a tier's calls; the daemon ends in the sum of both, whatever hangs."""
+"""What is in motion when the daemon stops, or when the layout changes, is waited for so long; with
+what closing tiers may take, the daemon ends in that time, whatever hangs."""
 PROBE_S = 0.25
 """Announced to a client before it is known where its blocks are."""
 USES_MAX = 1 << 16
@@ -57,125 +51,100 @@ class Movement:
         self._count = count
         self._pool_id: bytes | None = None
         """Of the pool that the tiers were opened for."""
-        self._opening: asyncio.Task[None] | None = None
-        self._stock: asyncio.Task[None] | None = None
-        self.tiers: list[LowerTier] = []
-        self.closed_tiers: dict[str, str] = {}
-        """Why a tier could not be opened, by its name."""
+        self._set = TierSet(settings.named_tiers, clock)
         self.pace: Pace | None = None
         self._cascade: Cascade | None = None
         self._promotion: Promotion | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        """What ends the movers and tiers of former layouts."""
+        self._stocks: set[asyncio.Task[None]] = set()
+        self.is_hanging = False
+        """Something did not end in time when this was closed."""
         self._uses: deque[BlockKey] = deque(maxlen=USES_MAX)
         self._is_taking_uses = False
+
+    @property
+    def tiers(self) -> Sequence[LowerTier]:
+        """Those that are open, the fastest first."""
+        return self._set.tiers
+
+    @property
+    def closed_tiers(self) -> Mapping[str, str]:
+        """Why a tier could not be opened, by its name."""
+        return self._set.failed
 
     # ---- opening and closing
 
     async def opened(self) -> None:
-        """Wait until the tiers are open, or known not to be."""
+        """Wait until each tier is open, or known not to be."""
         self.follow()
-        if self._opening is not None:
-            await asyncio.shield(self._opening)
+        await self._set.opened()
 
     def follow(self) -> None:
-        """Open the tiers for the pool's layout, if they are not."""
+        """Open the tiers for the pool's layout, if they are not; each serves when it is open."""
         pool = self._shell.pool
         if not self._settings.tiers or pool.geometry is None or pool.pool_id == self._pool_id:
             return
         self._pool_id = pool.pool_id
         # At once: what moved blocks of the former layout knows other places of the pool.
-        movers = self._stop_moving()
-        task = self._reopen(pool.view(), pool.pool_id, self._opening, movers)
-        self._opening = asyncio.get_running_loop().create_task(task)
-        self._opening.add_done_callback(_raise_defect)
+        movers, before = self._stop_moving(), self._set
+        view, mode = pool.view(), PlanMode(self._settings.planner)
+        pace = self.pace = Pace(PlannerSettings(mode=mode), view.geometry.layout, self._clock)
+
+        def opened(tier: LowerTier, reads: Reads) -> None:
+            for num_bytes, seconds in reads:
+                pace.measured(tier.name, num_bytes, seconds)
+            self._begin(self._take_stock(cascade, tier), self._stocks)
+
+        self._set = TierSet(self._settings.named_tiers, self._clock)
+        tiers = self._set.tiers
+        cascade = self._cascade = Cascade(self._shell, tiers, view, self._count)
+        self._promotion = Promotion(self._shell, tiers, view, pace, self._clock, self._count)
+        self._begin(self._end(movers, before), self._closing)
+        self._set.open(view, opened, list(self._closing), before)
+
+    def _begin(self, work: Coroutine[None, None, None], among: set["asyncio.Task[None]"]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        among.add(task)
+        task.add_done_callback(among.discard)
+        task.add_done_callback(raise_defect)
 
     def _stop_moving(self) -> list[Mover]:
         """Begin nothing more; returns what has to come to its end."""
         movers = [mover for mover in (self._cascade, self._promotion) if mover is not None]
         for mover in movers:
             mover.stop()
-        if self._stock is not None:
-            self._stock.cancel()
+        for task in self._stocks:
+            task.cancel()
         self._cascade = self._promotion = None
         return movers
 
-    async def _reopen(
-        self,
-        view: PoolView,
-        pool_id: bytes,
-        before: "asyncio.Task[None] | None",
-        movers: Sequence[Mover],
-    ) -> None:
-        if before is not None:
-            await before
-        await self._close_tiers(movers)
-        pace = Pace(
-            PlannerSettings(mode=PlanMode(self._settings.planner)),
-            view.geometry.layout,
-            self._clock,
-        )
-        for settings in self._settings.named_tiers:
-            tier = await asyncio.to_thread(self._open, settings, view, pace)
-            if tier is not None:
-                self.tiers.append(tier)
-        if pool_id != self._pool_id:
-            return  # it has another layout by now, and the next task waits for this one
-        self.pace = pace
-        self._cascade = Cascade(self._shell, self.tiers, view, self._count)
-        self._promotion = Promotion(self._shell, self.tiers, view, pace, self._clock, self._count)
-        log.info("tiers opened. names=%s", ",".join(tier.name for tier in self.tiers))
-        self._stock = asyncio.get_running_loop().create_task(self._take_stock(self._cascade))
-        self._stock.add_done_callback(_raise_defect)
+    async def _take_stock(self, cascade: Cascade, tier: LowerTier) -> None:
+        """Blocks that were readable before this tier was open, as after a restart.
 
-    def _open(self, settings: AnyTierSettings, view: PoolView, pace: Pace) -> LowerTier | None:
-        """Open, prove and time one tier; on a thread of its own, before anyone else uses it."""
-        name = settings.name
-        try:
-            tier = open_tier(settings, value_bytes(view), self._clock)
-        except (InputError, UnavailableError) as error:
-            log.error("a tier can't be used. tier=%s reason=%s", name, str(error))  # noqa: TRY400
-            self.closed_tiers[name] = str(error)
-            return None
-        try:
-            register_pool(tier, view.region)
-            for num_bytes, seconds in prove_tier(tier.queue.tier, value_bytes(view)):
-                pace.measured(tier.name, num_bytes, seconds)
-        except UnavailableError as error:
-            # It may come; its breaker finds out.
-            log.warning("a tier does not answer yet. tier=%s reason=%s", tier.name, str(error))
-        except CorruptDataError as error:
-            log.error("a tier is switched off. tier=%s reason=%s", name, str(error))  # noqa: TRY400
-            self.closed_tiers[name] = str(error)
-            _close_tier(tier)
-            return None
-        return tier
-
-    async def _take_stock(self, cascade: Cascade) -> None:
-        """Blocks that were readable before the tiers were open, as after a restart.
-
-        Most of them are in the tiers already, which know nothing of that but for a local one.
+        It may have most of them already, which nobody knows of a tier that is not local.
         """
         node = self._shell.node
         slots = [] if node is None else node.ledger.ready_slots()
         keys = [slot.key for slot in slots if slot.key is not None]
         for start in range(0, len(keys), USES_AT_ONCE):
             batch = keys[start : start + USES_AT_ONCE]
-            await asyncio.gather(*(tier.take_stock(batch) for tier in self.tiers))
-            cascade.ready(batch)
+            await tier.take_stock(batch)
+            cascade.ready(batch, [tier])
             await asyncio.sleep(0)  # others have their turn
 
-    async def _close_tiers(self, movers: Sequence[Mover]) -> None:
+    async def _end(self, movers: Sequence[Mover], tiers: TierSet) -> None:
         await asyncio.gather(*(mover.drain(DRAIN_S) for mover in movers))
         for mover in movers:
             mover.abandon()
-        await asyncio.gather(*(asyncio.to_thread(_close_tier, tier) for tier in self.tiers))
-        self.tiers = []
-        self.closed_tiers = {}
+        await tiers.close()
+        self.is_hanging |= tiers.is_hanging
 
     async def close(self) -> None:
-        """End what is in motion and close the tiers; what they keep stays."""
-        if self._opening is not None:
-            await self._opening
-        await self._close_tiers(self._stop_moving())
+        """End what is in motion and close the tiers, in a bounded time; what they keep stays."""
+        self._begin(self._end(self._stop_moving(), self._set), self._closing)
+        while self._closing:
+            await asyncio.wait(set(self._closing))
 
     def tick(self) -> None:
         """Several times a second: notice calls that hang, and try again what has to be done."""
@@ -186,9 +155,10 @@ class Movement:
         """What stands below the pool, for a person or a script."""
         pace = self.pace
         return {
-            "is_open": self._cascade is not None,
+            "is_open": self._pool_id is not None and not self._set.opening,
+            "opening": list(self._set.opening),
             "tiers": [tier.status() for tier in self.tiers],
-            "failed": self.closed_tiers,
+            "failed": dict(self.closed_tiers),
             "cascades_waiting": 0 if self._cascade is None else self._cascade.num_waiting,
             "bytes_per_s": {} if pace is None else pace.speeds(),
             "last_plan": "" if pace is None else pace.last_reason,
@@ -229,8 +199,7 @@ class Movement:
 
     def corrupt(self, keys: Sequence[BlockKey]) -> None:
         """Blocks did not match their digests: what lower tiers hold of them is doubted too."""
-        for tier in self.tiers:
-            tier.delete(keys)
+        self._set.delete(keys)
 
     async def hold(self, tiers: Sequence[LowerTier]) -> None:
         """Keep everything away from these tiers, until ``let_go``; ends when nothing moves there.
@@ -293,18 +262,3 @@ class Movement:
         finally:
             # The reads themselves go on to their ends; nobody begins others for who has left.
             task.cancel()
-
-
-def _close_tier(tier: LowerTier) -> None:
-    """End a tier's calls and the tier; on a thread of its own."""
-    hanging = tier.queue.close(CLOSE_S)
-    if hanging:
-        # Its memory is still written to; it ends with the process.
-        log.warning("calls of a tier hang. tier=%s calls=%d", tier.name, len(hanging))
-    else:
-        tier.queue.tier.close()
-
-
-def _raise_defect(task: "asyncio.Task[None]") -> None:
-    if not task.cancelled():
-        task.result()  # goes to the loop's handler

@@ -142,7 +142,7 @@ class Promotion:
         """Where the blocks from ``first`` on lie: runs of one tier each, up to the first gap."""
         keys = wanted.keys(first, first + self._blocks_max)
         where: list[LowerTier | None] = [None] * len(keys)
-        for tier in self._tiers:
+        for tier in tuple(self._tiers):  # another may open meanwhile
             missing = [idx for idx, found in enumerate(where) if found is None]
             if not missing:
                 break

@@ -80,14 +80,7 @@ class Grounds:
         self.value_bytes = value_bytes(self.view)
         self.medium = FaultyTier(MemoryTier(CAPACITY_BYTES), {}, seed=3)
         self.queue = TierQueue(self.medium, limits, clock)
-        self.tier = LowerTier(
-            self.queue,
-            AdmissionPolicy(AdmissionSettings(CAPACITY_BYTES)),
-            clock,
-            value_bytes=self.value_bytes,
-            is_local=False,
-            probes_at_once=probes_at_once,
-        )
+        self.tier = self._lower_tier(self.queue, probes_at_once)
         self.counts: Counter[str] = Counter()
         self.pace = Pace(PlannerSettings(mode=mode), LAYOUT, clock)
         self.cascade = Cascade(self.shell, [self.tier], self.view, self._count)
@@ -97,6 +90,22 @@ class Grounds:
 
     def _count(self, name: str, amount: int) -> None:
         self.counts[name] += amount
+
+    def _lower_tier(self, queue: TierQueue, probes_at_once: int = BATCH_MAX) -> LowerTier:
+        return LowerTier(
+            queue,
+            AdmissionPolicy(AdmissionSettings(CAPACITY_BYTES)),
+            SystemClock(),
+            value_bytes=self.value_bytes,
+            is_local=False,
+            probes_at_once=probes_at_once,
+        )
+
+    def another_tier(self, name: str) -> LowerTier:
+        """One more, that whoever takes it closes."""
+        medium = MemoryTier(CAPACITY_BYTES)
+        medium.name = name
+        return self._lower_tier(TierQueue(medium, None, SystemClock()))
 
     @property
     def node(self) -> NodeState:

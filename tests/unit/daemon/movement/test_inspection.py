@@ -67,7 +67,7 @@ class Stage:
             probes_at_once=1,
         )
         self.movement = Movement(DaemonSettings(), self.shell, clock, lambda _name, _number: None)
-        self.movement.tiers = [self.tier]
+        self.movement._set.tiers.append(self.tier)
         self.movement._cascade = Cascade(
             self.shell, [self.tier], self.view, lambda _name, _number: None
         )

@@ -1,6 +1,7 @@
 """All movers together, over a disk in a folder."""
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import kvkeep.daemon.movement.movement as module
+import kvkeep.daemon.movement.tier_set as tier_set
 from kvkeep.core.admission import AdmitReason
 from kvkeep.core.blocks import BlockState
 from kvkeep.daemon.movement.lower_tier import LowerTier
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.settings import DaemonSettings
-from kvkeep.daemon.tier_settings import AnyTierSettings, DiskTierSettings
+from kvkeep.daemon.tier_settings import AnyTierSettings, DiskTierSettings, ValkeyTierSettings
 from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import InputError
 from kvkeep.model.layout import KvLayout
@@ -35,7 +37,7 @@ class Rig:
         self.opened_for: list[int] = []
         disk = DiskTierSettings(folder="unused", capacity_bytes=1 << 20)
         settings = DaemonSettings(planner="load", tiers=[disk])
-        monkeypatch.setattr(module, "open_tier", self._open)
+        monkeypatch.setattr(tier_set, "open_tier", self._open)
         self.movement = Movement(settings, grounds.shell, SystemClock(), self._count)
 
     def _open(self, _settings: AnyTierSettings, value_bytes: int, _clock: Clock) -> LowerTier:
@@ -101,8 +103,8 @@ async def test_blocks_that_a_tier_has_are_not_written_again(
     await rig.movement.opened()
     while rig.counts["blocks_cascaded"] < COUNT - 15:
         await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, int)])
-    assert rig.movement._stock is not None
-    await asyncio.wait_for(rig.movement._stock, WAIT_S)
+    if rig.movement._stocks:
+        await asyncio.wait(rig.movement._stocks, timeout=WAIT_S)
     await rig.movement.close()
 
     assert rig.counts["blocks_cascaded"] == COUNT - 15
@@ -150,11 +152,12 @@ async def test_another_layout_stops_the_movers_at_once(rig: Rig) -> None:
     before = rig.movement._cascade
     rig.grounds.shell.open_layout(OTHER_LAYOUT)
     rig.movement.follow()
-    assert rig.movement._cascade is None
+    assert rig.movement._cascade is not before
+    assert before is not None
+    assert before._is_over
     assert not rig.movement.may_come(WANTED, 0)
     await rig.movement.opened()
 
-    assert rig.movement._cascade is not before
     assert rig.opened_for[1] > rig.opened_for[0]
 
 
@@ -182,13 +185,65 @@ async def test_a_tier_that_can_not_be_opened_is_named(
     def fail(*_: object) -> LowerTier:
         raise InputError("no such thing")
 
-    monkeypatch.setattr(module, "open_tier", fail)
+    monkeypatch.setattr(tier_set, "open_tier", fail)
     await rig.movement.opened()
 
     assert rig.movement.status()["failed"] == {"disk": "no such thing"}
     assert rig.movement.tiers == []
     assert not rig.movement.may_come(WANTED, 0)
     await rig.movement.close()
+
+
+async def test_rotten_blocks_are_deleted_in_a_tier_that_was_still_opening(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have them."""
+    grounds.keep(BLOCKS)
+    rig = Rig(grounds, monkeypatch)
+    rig.movement.follow()
+    rig.movement.corrupt(BLOCKS[:3])
+    await rig.movement.opened()
+    while grounds.kept(BLOCKS) > COUNT - 3:
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, int)])
+
+    assert grounds.kept(BLOCKS[3:]) == COUNT - 3
+    await rig.movement.close()
+
+
+async def test_tiers_stand_in_the_order_of_the_settings(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is open first; and one that hangs neither delays the others nor the end."""
+    tiers: list[AnyTierSettings] = [
+        ValkeyTierSettings(url="valkey://127.0.0.1:1"),
+        *(DiskTierSettings(folder="unused", capacity_bytes=1 << 20) for _ in range(3)),
+    ]
+    release, latest = threading.Event(), threading.Event()
+
+    def open_one(settings: AnyTierSettings, _bytes: int, _clock: Clock) -> LowerTier:
+        if settings.name == "valkey":
+            release.wait(WAIT_S)
+            raise InputError("gone")
+        if settings.name == "disk":
+            assert latest.wait(WAIT_S)
+        if settings.name == "disk-3":
+            latest.set()
+        return grounds.another_tier(settings.name)
+
+    monkeypatch.setattr(tier_set, "open_tier", open_one)
+    settings = DaemonSettings(planner="load", tiers=tiers)
+    movement = Movement(settings, grounds.shell, SystemClock(), lambda *_: None)
+    movement.follow()
+    while len(movement.tiers) < 3:
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, int)])
+    names, status = [tier.name for tier in movement.tiers], movement.status()
+    await asyncio.wait_for(movement.close(), WAIT_S)
+
+    assert names == ["disk", "disk-2", "disk-3"]
+    assert (status["is_open"], status["opening"]) == (False, ["valkey"])
+    assert movement.is_hanging
+    release.set()
+    await asyncio.wait_for(movement.opened(), WAIT_S)
 
 
 async def test_a_tier_that_gives_other_bytes_is_switched_off(
@@ -209,7 +264,7 @@ async def test_the_end_does_not_wait_for_what_hangs(
 ) -> None:
     """Its slots stay marked, so that the next daemon waits for this process."""
     monkeypatch.setattr(module, "DRAIN_S", 0.02)
-    monkeypatch.setattr(module, "CLOSE_S", 0.02)
+    monkeypatch.setattr(tier_set, "CLOSE_S", 0.02)
     rig.grounds.keep(BLOCKS)
     rig.grounds.medium.chances = {TierFault.HANG: 1.0}
     await rig.bring(limit_s=0.05)

@@ -1,0 +1,187 @@
+"""The tiers for one layout of the pool: opened side by side, and closed together.
+
+Each opens by itself, so that one whose server accepts and never answers keeps nobody waiting: the
+others serve, and the end of all of them is bounded.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from kvkeep.daemon.movement.lower_tier import UNWANTED_MAX, LowerTier
+from kvkeep.daemon.movement.opening import open_tier, register_pool
+from kvkeep.daemon.movement.own_thread import on_own_thread
+from kvkeep.daemon.movement.proving import prove_tier
+from kvkeep.daemon.movement.slots import value_bytes
+from kvkeep.daemon.tier_settings import AnyTierSettings
+from kvkeep.model.clock import Clock
+from kvkeep.model.errors import CorruptDataError, InputError, UnavailableError
+from kvkeep.model.ids import BlockKey
+from kvkeep.tiers.shared_memory import PoolView
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 2.0
+"""Tiers are closed within this time, whatever hangs."""
+CALLS_SHARE = 0.5
+"""Of that, for a tier's calls under way; the rest is for its own end."""
+
+Reads = Sequence[tuple[int, float]]
+"""Bytes and seconds of reads that were measured."""
+Opened = Callable[[LowerTier, Reads], None]
+"""Told of each tier that is open, on the event loop's thread."""
+
+
+class TierSet:
+    """Runs on the event loop's thread; opening and closing run on threads of their own."""
+
+    def __init__(self, settings: Sequence[AnyTierSettings], clock: Clock) -> None:
+        """Hold no tier yet.
+
+        Args:
+            settings: Of the tiers, each with its name, the fastest first.
+            clock: Monotonic.
+        """
+        self._settings = settings
+        self._clock = clock
+        self._is_over = False
+        self._by_place: dict[int, LowerTier] = {}
+        self.tiers: list[LowerTier] = []
+        """Those that are open, in the order of the settings; this list changes in place."""
+        self.opening: dict[str, asyncio.Task[None]] = {}
+        """Those that are not open yet."""
+        self.failed: dict[str, str] = {}
+        """Why a tier can't be used, by its name."""
+        self._doubted: OrderedDict[BlockKey, None] = OrderedDict()
+        """Blocks found rotten while tiers were opening, which may have them."""
+        self.is_hanging = False
+        """Something did not end in time; it ends with the process."""
+
+    def open(
+        self,
+        view: PoolView,
+        opened: Opened,
+        after: Sequence["asyncio.Task[None]"] = (),
+        before: "TierSet | None" = None,
+    ) -> None:
+        """Begin to open every tier.
+
+        Args:
+            view: Of the pool that they are opened for.
+            opened: Told of each that serves.
+            after: What has to be over first.
+            before: The set in whose place this one comes: what it still opens has to end first, as
+                both use the same folders and names.
+        """
+        loop = asyncio.get_running_loop()
+        for place, settings in enumerate(self._settings):
+            earlier = None if before is None else before.opening.get(settings.name)
+            waited_for = [*after] if earlier is None else [*after, earlier]
+            call = partial(_open_and_prove, settings, view, self._clock)
+            take_in = partial(self._take_in, place, opened)
+            task = loop.create_task(self._open(settings.name, call, take_in, waited_for))
+            self.opening[settings.name] = task
+            task.add_done_callback(raise_defect)
+
+    async def opened(self) -> None:
+        """Wait until no tier is opening any more."""
+        if self.opening:
+            await asyncio.wait(set(self.opening.values()))
+
+    async def _open(
+        self,
+        name: str,
+        call: Callable[[], tuple[LowerTier, Reads]],
+        take_in: Opened,
+        after: Sequence["asyncio.Task[None]"],
+    ) -> None:
+        try:
+            if after:
+                await asyncio.wait(set(after))
+            if self._is_over:
+                return
+            tier, reads = await on_own_thread(call, f"open-{name}")
+        except (InputError, UnavailableError, CorruptDataError) as error:
+            log.error("a tier can't be used. tier=%s reason=%s", name, str(error))  # noqa: TRY400
+            self.failed[name] = str(error)
+        else:
+            if self._is_over:
+                await on_own_thread(partial(_close_tier, tier), f"close-{name}")
+            else:
+                take_in(tier, reads)
+        finally:
+            del self.opening[name]
+            if not self.opening:
+                self._doubted.clear()
+
+    def _take_in(self, place: int, opened: Opened, tier: LowerTier, reads: Reads) -> None:
+        self._by_place[place] = tier
+        self.tiers[:] = [found for _, found in sorted(self._by_place.items())]
+        tier.delete(list(self._doubted))
+        log.info("tier opened. tier=%s", tier.name)
+        opened(tier, reads)
+
+    def delete(self, keys: Iterable[BlockKey]) -> None:
+        """Have every tier forget these blocks, sooner or later; also those that are opening."""
+        keys = list(keys)
+        for tier in self.tiers:
+            tier.delete(keys)
+        if self.opening:
+            self._doubted.update(dict.fromkeys(keys))
+            while len(self._doubted) > UNWANTED_MAX:
+                self._doubted.popitem(last=False)
+
+    async def close(self) -> None:
+        """Close what is open, and what still opens as soon as it is; what they keep stays."""
+        self._is_over = True
+        closing = [
+            asyncio.ensure_future(on_own_thread(partial(_close_tier, tier), f"close-{tier.name}"))
+            for tier in self.tiers
+        ]
+        self.tiers = []
+        self.is_hanging = bool(self.opening)
+        if closing:
+            done, pending = await asyncio.wait(closing, timeout=CLOSE_S)
+            self.is_hanging |= bool(pending) or not all(task.result() for task in done)
+
+
+def _open_and_prove(
+    settings: AnyTierSettings, view: PoolView, clock: Clock
+) -> tuple[LowerTier, Reads]:
+    """Open, prove and time one tier; on a thread of its own, before anyone else uses it.
+
+    Raises:
+        InputError: It can't be used as the settings say.
+        UnavailableError: Nor now.
+        CorruptDataError: It gives back other bytes than it was given; it is closed.
+    """
+    tier = open_tier(settings, value_bytes(view), clock)
+    try:
+        register_pool(tier, view.region)
+        return tier, prove_tier(tier.queue.tier, value_bytes(view))
+    except UnavailableError as error:
+        # It may come; its breaker finds out.
+        log.warning("a tier does not answer yet. tier=%s reason=%s", tier.name, str(error))
+        return tier, ()
+    except CorruptDataError:
+        _close_tier(tier)
+        raise
+
+
+def _close_tier(tier: LowerTier) -> bool:
+    """End a tier's calls and the tier; on a thread of its own. False if calls hang."""
+    hanging = tier.queue.close(CLOSE_S * CALLS_SHARE)
+    if hanging:
+        # Its memory is still written to; it ends with the process.
+        log.warning("calls of a tier hang. tier=%s calls=%d", tier.name, len(hanging))
+    else:
+        tier.queue.tier.close()
+    return not hanging
+
+
+def raise_defect(task: "asyncio.Task[None]") -> None:
+    """When a task has ended: have a defect in it go to the loop's handler."""
+    if not task.cancelled():
+        task.result()
