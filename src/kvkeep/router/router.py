@@ -1,17 +1,34 @@
 """What the relay asks about each request: where to, and whether once more."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvkeep.router.health.book import FAILURES, HealthBook, Outcome
 from kvkeep.router.limits.bucket import RetryBudget
-from kvkeep.router.policies.base import NO_ENDPOINT, Choice, Needs, Policy
+from kvkeep.router.policies.base import NO_ENDPOINT, Choice, Learns, Needs, Policy
 from kvkeep.router.request import RequestView
-from kvkeep.router.snapshot import Endpoint, Fleet, Role
+from kvkeep.router.snapshot import Endpoint, Fleet, Role, Traffic
+from kvkeep.router.usage import Usage
 
 TTFT_WEIGHT = 0.1
 """Of the newest time to a first byte in its moving average."""
 ATTEMPTS_MAX = 3
 """Endpoints that one request is sent to at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a request ended at an endpoint."""
+
+    outcome: Outcome
+    was_answered: bool = False
+    """Whether ``first_byte`` was told."""
+    request_bytes: int = 0
+    """Of the body, as far as it was sent."""
+    response_bytes: int = 0
+    """As far as they came."""
+    usage: Usage | None = None
+    """What the response says of its tokens."""
 
 
 class UnknownModelError(Exception):
@@ -29,6 +46,10 @@ class Router:
     ) -> None:
         self.fleet, self.policy = fleet, policy
         self._book, self._retries = book, retries
+        self._learner = policy if isinstance(policy, Learns) else None
+        self.total = Traffic()
+        """Of all endpoints, those that left among them."""
+        self.num_retries = 0
         self._models: frozenset[str] = frozenset()
         self._is_open_to_any = True
         self._is_mixed = False
@@ -88,23 +109,60 @@ class Router:
 
     def take_retry(self, now_s: float) -> bool:
         """Take one retry from the budget."""
-        return self._retries.take(now_s)
+        is_allowed = self._retries.take(now_s)
+        self.num_retries += is_allowed
+        return is_allowed
 
-    def began(self, endpoint: Endpoint, now_s: float) -> int:
-        """A request goes to an endpoint; returns a ticket for ``ended``."""
+    def began(self, view: RequestView, choice: Choice, now_s: float) -> int:
+        """A request goes to the endpoint of a choice; returns a ticket for ``ended``."""
+        endpoint = choice.endpoint
+        assert endpoint is not None
         endpoint.num_in_flight += 1
+        endpoint.queued_tokens += view.num_tokens or 0
+        if self._learner is not None:
+            self._learner.sent(view, choice, now_s)
         return self._book.began(endpoint, now_s)
 
-    def first_byte(self, endpoint: Endpoint, ttft_s: float) -> None:
-        """The endpoint answers."""
+    def first_byte(self, view: RequestView, choice: Choice, now_s: float, wait_s: float) -> None:
+        """The endpoint answers, ``wait_s`` after it was asked."""
+        endpoint = choice.endpoint
+        assert endpoint is not None
+        endpoint.queued_tokens -= view.num_tokens or 0
         before_s = endpoint.ttft_s
-        endpoint.ttft_s = before_s + TTFT_WEIGHT * (ttft_s - before_s) if before_s else ttft_s
+        endpoint.ttft_s = before_s + TTFT_WEIGHT * (wait_s - before_s) if before_s else wait_s
+        if self._learner is not None:
+            self._learner.first_byte(view, choice, now_s, wait_s)
 
-    def ended(self, endpoint: Endpoint, ticket: int, outcome: Outcome, now_s: float) -> None:
+    def ended(
+        self, view: RequestView, choice: Choice, ticket: int, ending: Ending, now_s: float
+    ) -> None:
         """The endpoint has nothing to do with the request any more."""
+        endpoint, usage = choice.endpoint, ending.usage
+        assert endpoint is not None
         endpoint.num_in_flight -= 1
-        if outcome in FAILURES:
-            endpoint.num_failed += 1
-        elif outcome is Outcome.FINISHED:
-            endpoint.num_done += 1
-        self._book.ended(endpoint, ticket, outcome, now_s)
+        if not ending.was_answered:
+            endpoint.queued_tokens -= view.num_tokens or 0
+        _count(endpoint.traffic, ending)
+        _count(self.total, ending)
+        if self._learner is not None:
+            cached_tokens = None if usage is None else usage.cached_tokens
+            num_tokens = None if usage is None else usage.prompt_tokens
+            self._learner.ended(view, choice, cached_tokens, num_tokens)
+        self._book.ended(endpoint, ticket, ending.outcome, now_s)
+
+
+def _count(traffic: Traffic, ending: Ending) -> None:
+    outcome, usage = ending.outcome, ending.usage
+    traffic.request_bytes += ending.request_bytes
+    traffic.response_bytes += ending.response_bytes
+    if outcome is Outcome.CLIENT_LEFT:
+        traffic.num_left += 1
+    elif outcome in FAILURES:
+        traffic.num_failed += 1
+    else:
+        traffic.num_done += 1
+        traffic.num_untold += usage is None
+    if usage is not None:
+        traffic.prompt_tokens += usage.prompt_tokens
+        traffic.completion_tokens += usage.completion_tokens
+        traffic.cached_tokens += usage.cached_tokens or 0

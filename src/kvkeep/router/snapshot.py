@@ -1,7 +1,7 @@
 """What the router knows of each endpoint: one mutable object each, owned by the event loop."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -23,6 +23,28 @@ class EndpointState(Enum):
     DRAINING = "draining"
 
 
+@dataclass(slots=True)
+class Traffic:
+    """What went through; only grows."""
+
+    num_done: int = 0
+    """Requests that were answered."""
+    num_failed: int = 0
+    """Requests that the endpoint failed, refused connections among them."""
+    num_left: int = 0
+    """Requests whose client left before the response was over."""
+    num_untold: int = 0
+    """Requests that were answered without a word about tokens."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the engine did not compute."""
+    request_bytes: int = 0
+    """Of bodies sent to the endpoint."""
+    response_bytes: int = 0
+    """Of whole responses, heads included."""
+
+
 @dataclass(slots=True, eq=False)
 class Endpoint:
     """One engine's address, its state and its counters."""
@@ -38,12 +60,11 @@ class Endpoint:
     """Requests relayed to it whose responses have not ended."""
     queued_tokens: int = 0
     """Prompt tokens of those whose first byte has not come yet; 0 where no policy counts tokens."""
-    num_done: int = 0
-    num_failed: int = 0
     ttft_s: float = 0.0
     """Moving average of the time to the first byte; 0 before the first."""
     weight: float = 1.0
     joined_at_s: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class Fleet:

@@ -18,12 +18,14 @@ from kvkeep.router.relay.framing import CHUNKED, LAST_CHUNK, FramingError, chunk
 from kvkeep.router.relay.reader import Request
 from kvkeep.router.relay.upstream import EndpointPool, UpstreamConnection
 from kvkeep.router.request import RequestView
-from kvkeep.router.router import UnknownModelError
+from kvkeep.router.router import Ending, UnknownModelError
 from kvkeep.router.snapshot import Endpoint
+from kvkeep.router.usage import Usage, find_usage
 
 if TYPE_CHECKING:
     from kvkeep.router.relay.server import ClientConnection
 
+OK = 200
 BUSY = 503
 ENGINE_FAULTS = frozenset({500, 502, 504})
 """Statuses that say something of the engine's health; 503 says that it is busy."""
@@ -67,19 +69,25 @@ class Exchange:
 
     __slots__ = (
         "_answer",
+        "_before",
+        "_choice",
         "_client",
         "_connection",
         "_endpoint",
         "_had_stale",
         "_is_sent",
+        "_last",
         "_line",
         "_pool",
+        "_received_bytes",
         "_relay",
         "_request",
+        "_sent_bytes",
         "_sent_s",
         "_ticket",
         "_tried",
         "_view",
+        "_was_answered",
         "is_heard",
         "silent_since_s",
         "state",
@@ -93,6 +101,12 @@ class Exchange:
         self._connection: UpstreamConnection | None = None
         self._pool: EndpointPool | None = None
         self._endpoint: Endpoint | None = None
+        self._choice: Choice | None = None
+        self._was_answered = False
+        """Whether the endpoint of the choice has begun to answer."""
+        self._sent_bytes = self._received_bytes = 0
+        self._before = self._last = b""
+        """The last two pieces of the response: near its end it says what it took."""
         self._line = b""
         """The header that says how it was routed."""
         self._ticket = 0
@@ -122,8 +136,10 @@ class Exchange:
         if endpoint is None:
             self._refuse(choice)
             return
-        self._endpoint, self._sent_s = endpoint, now_s
-        self._ticket = relay.router.began(endpoint, now_s)
+        self._endpoint, self._choice, self._sent_s = endpoint, choice, now_s
+        self._was_answered = False
+        self._sent_bytes = self._received_bytes = 0
+        self._ticket = relay.router.began(self._view, choice, now_s)
         self._pool = relay.pool_of(endpoint)
         connection = self._pool.take()
         if connection is None:
@@ -165,6 +181,7 @@ class Exchange:
         self._answer = Answer(is_for_head=head.method == b"HEAD", is_for_old=head.is_old)
         self._move(ExchangeState.SENT)
         body = request.body
+        self._sent_bytes = len(body)
         out = head.forwarded
         if head.length == CHUNKED:
             if request.is_whole:
@@ -181,6 +198,7 @@ class Exchange:
         if self._connection is None or self.state is ExchangeState.OVER:
             return
         self._is_sent = is_over
+        self._sent_bytes += len(payload)
         if self._request.head.length == CHUNKED:
             payload = chunk(payload) + (LAST_CHUNK if is_over else b"")
         if payload:
@@ -202,6 +220,8 @@ class Exchange:
     def upstream_data(self, data: bytes) -> None:
         """The engine sent bytes."""
         self.is_heard = True
+        self._received_bytes += len(data)
+        self._before, self._last = self._last, data
         answer = self._answer
         assert answer is not None
         try:
@@ -230,10 +250,11 @@ class Exchange:
             self._ended(Outcome.FINISHED)
             self._try_elsewhere(BUSY, "the engine is busy")
             return b""
-        endpoint = self._endpoint
-        assert endpoint is not None
-        relay = self._relay
-        relay.router.first_byte(endpoint, relay.clock.now_s() - self._sent_s)
+        relay, choice = self._relay, self._choice
+        assert choice is not None
+        now_s = relay.clock.now_s()
+        self._was_answered = True
+        relay.router.first_byte(self._view, choice, now_s, now_s - self._sent_s)
         fields = self._line
         if not self._keeps_client(answer):
             fields += b"Connection: close\r\n"
@@ -274,7 +295,8 @@ class Exchange:
             connection.abort()
         keeps = self._keeps_client(answer)
         self._move(ExchangeState.OVER)
-        self._ended(Outcome.ERROR if head.status in ENGINE_FAULTS else Outcome.FINISHED)
+        usage = find_usage(self._before, self._last) if head.status == OK else None
+        self._ended(Outcome.ERROR if head.status in ENGINE_FAULTS else Outcome.FINISHED, usage)
         self._client.exchange_ended(keeps)
 
     # --- Failures --------------------------------------------------------------------------------
@@ -350,11 +372,11 @@ class Exchange:
         self._move(ExchangeState.OVER)
         self._client.refuse(status, message, retry_after_s=retry_after_s, fields=self._line)
 
-    def _ended(self, outcome: Outcome) -> None:
-        endpoint = self._endpoint
-        assert endpoint is not None
-        relay = self._relay
-        relay.router.ended(endpoint, self._ticket, outcome, relay.clock.now_s())
+    def _ended(self, outcome: Outcome, usage: Usage | None = None) -> None:
+        relay, choice = self._relay, self._choice
+        assert choice is not None
+        ending = Ending(outcome, self._was_answered, self._sent_bytes, self._received_bytes, usage)
+        relay.router.ended(self._view, choice, self._ticket, ending, relay.clock.now_s())
 
     def _leave_upstream(self) -> None:
         connection, self._connection = self._connection, None
