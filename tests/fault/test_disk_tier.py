@@ -8,7 +8,6 @@ that fails on request can be made everywhere.
 import contextlib
 import errno
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from kvkeep.testing.virtual_time import VirtualTime
 from kvkeep.tiers.disk.entries import ENTRY_BYTES, PAGE_BYTES
 from kvkeep.tiers.disk.tier import DiskTier
 from tests.fault.disk_tiers import OPTIONS, SLOT_BYTES, VALUE_BYTES, found, new_tier
+from tests.fault.small_disks import fill, small_ext4, small_tmpfs
 
 RETRY_S = OPTIONS.grow_retry_s
 
@@ -277,43 +277,13 @@ def test_a_failed_delete_says_so(tier: DiskTier, monkeypatch: pytest.MonkeyPatch
 # --- A disk that is full, or read-only ------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def mounted(place: Path, *arguments: str) -> Iterator[Path]:
-    """A file system of its own for the time of a test."""
-    place.mkdir()
-    subprocess.run(["mount", *arguments, str(place)], check=True, capture_output=True, text=True)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.fixture(params=["tmpfs", "ext4"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """Some 16 MiB that are really full at some point; the ext4 turns read-only on its errors."""
     place = tmp_path / "disk"
-    if request.param == "tmpfs":
-        with mounted(place, "-t", "tmpfs", "-o", "size=16m", "none"):
-            yield place
-        return
-    image = tmp_path / "image"
-    image.touch()
-    os.truncate(image, 24 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
-    with mounted(place, "-t", "ext4", "-o", "loop,errors=remount-ro", str(image)):
+    is_tmpfs = request.param == "tmpfs"
+    with small_tmpfs(place) if is_tmpfs else small_ext4(place, tmp_path / "image"):
         yield place
-
-
-def fill(path: Path) -> None:
-    """Write until nothing fits any more."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    try:
-        for num_bytes in (1 << 20, 4096):
-            with contextlib.suppress(OSError):
-                while True:
-                    os.write(fd, bytes(num_bytes))
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.root

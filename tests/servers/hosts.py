@@ -5,6 +5,7 @@ The switch lies in the third namespace, so that no packet can reach a network of
 
 import contextlib
 import ctypes
+import json
 import os
 import subprocess
 import threading
@@ -17,8 +18,13 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr.strip()}"
+    _run("ip", *words)
+
+
+def _run(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr.strip()}"
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Host:
     """Of RFC 5737's first block for documentation, which no real network has."""
     switch: str
     """Namespace at the other end of its cable; its own for the host that holds the switch."""
+    port: str = ""
+    """Its place in the switch; none for the host that holds it."""
 
     @property
     def within(self) -> tuple[str, ...]:
@@ -43,6 +51,20 @@ class Host:
     def join(self) -> None:
         """Put it back."""
         _ip("-n", self.name, "link", "set", "cable", "up")
+
+    def slow(self, bytes_per_s: float) -> None:
+        """Let no more than this arrive at the host, in bytes a second, until ``hurry``."""
+        rate = ("rate", f"{max(1, round(8 * bytes_per_s))}bit", "burst", "32kb", "latency", "2s")
+        _run("tc", "-n", self.switch, "qdisc", "replace", "dev", self.port, "root", "tbf", *rate)
+
+    def hurry(self) -> None:
+        """Undo ``slow``."""
+        _run("tc", "-n", self.switch, "qdisc", "delete", "dev", self.port, "root")
+
+    def received_bytes(self) -> int:
+        """What arrived at the host so far."""
+        text = _run("ip", "-n", self.name, "-statistics", "-json", "link", "show", "cable")
+        return int(json.loads(text)[0]["stats64"]["rx"]["bytes"])
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -69,7 +91,11 @@ def _enter(namespace: int) -> None:
 def three_hosts() -> Iterator[tuple[Host, Host, Host]]:
     """Two hosts and one for a store, which is the last; all gone afterwards."""
     names = [f"kvkeep-{os.getpid()}-{suffix}" for suffix in ("a", "b", "store")]
-    hosts = [Host(name, f"192.0.2.{n}", names[2]) for n, name in enumerate(names, 1)]
+    ports = ["port0", "port1", ""]
+    hosts = [
+        Host(name, f"192.0.2.{number}", names[2], port)
+        for number, (name, port) in enumerate(zip(names, ports, strict=True), 1)
+    ]
     try:
         for host in hosts:
             _ip("netns", "add", host.name)
@@ -78,18 +104,18 @@ def three_hosts() -> Iterator[tuple[Host, Host, Host]]:
         _ip("-n", switch.name, "link", "add", "switch", "type", "bridge")
         _ip("-n", switch.name, "address", "add", f"{switch.address}/24", "dev", "switch")
         _ip("-n", switch.name, "link", "set", "switch", "up")
-        for number, host in enumerate(hosts[:2]):
-            _connect(host, f"port{number}")
+        for host in hosts[:2]:
+            _connect(host)
         yield hosts[0], hosts[1], hosts[2]
     finally:
         for host in hosts:
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
 
 
-def _connect(host: Host, port: str) -> None:
+def _connect(host: Host) -> None:
     """Lay a cable from a host to the switch."""
     cable = ("type", "veth", "peer", "name", "cable", "netns", host.name)
-    _ip("-n", host.switch, "link", "add", port, *cable)
-    _ip("-n", host.switch, "link", "set", port, "master", "switch", "up")
+    _ip("-n", host.switch, "link", "add", host.port, *cable)
+    _ip("-n", host.switch, "link", "set", host.port, "master", "switch", "up")
     _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "cable")
     host.join()

