@@ -44,14 +44,15 @@ class HeldMover(HostMover):
             self.reached.set()
             assert self.proceed.wait(60)
 
-    def store(self, pool: Any, block_ids: Sequence[int], slots: Sequence[int], after: Any) -> None:
+    def store(self, pool: Any, block_ids: Sequence[int], slots: Sequence[int], after: Any) -> Any:
         """See BlockMover."""
         self.slots = list(slots)
         self._stop_at("before")
         if self.error is not None:
             raise self.error
-        super().store(pool, block_ids, slots, after)
+        is_stored = super().store(pool, block_ids, slots, after)
         self._stop_at("after")
+        return is_stored
 
 
 class HeldRank:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kvkeep.model.layout import KvLayout, derive_namespace
 from kvkeep.model.tenant import TenantSecret
 from kvkeep.protocol import messages as m
 from kvkeep.tiers.wrappers.key_ring import read_key_file
+from kvkeep.transfer.int8_form import Int8Form
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,30 @@ def derive_layout(vllm_config: Any, kv_cache_config: Any) -> KvLayout:
     )
 
 
+def make_form(layout: KvLayout, settings: ConnectorSettings) -> Int8Form | None:
+    """The form in which this engine's pages are stored; None: as they are.
+
+    Args:
+        layout: Of the blocks as the engine keeps them.
+        settings: Of the connector.
+
+    Raises:
+        InputError: Pages of this type have no such form. The engine does not start: it would store
+            twice the bytes that were asked for, under another name.
+    """
+    if settings.kv_form == "exact":
+        return None
+    return Int8Form(layout.dtype, layout.page_bytes)
+
+
+def stored_layout(layout: KvLayout, form: Int8Form | None) -> KvLayout:
+    """How blocks lie in the pool: as the engine keeps them, or in their form."""
+    if form is None:
+        return layout
+    page_format = f"{layout.page_format} {form.name}"
+    return replace(layout, page_bytes=form.stored_bytes, page_format=page_format)
+
+
 def load_secret(settings: ConnectorSettings) -> TenantSecret | None:
     """The tenant's secret, if it has one.
 
@@ -130,7 +155,9 @@ def _identity(
     """Everything but the layout that decides a block's bytes, by name (decision 0017)."""
     model = vllm_config.model_config
     config = _config_text(model)
-    return {
+    # Left out where blocks are exact, so that those stored before there were forms are found.
+    form = {} if settings.kv_form == "exact" else {"kv_form": Int8Form.name}
+    return form | {
         "weights": settings.model_identity or _weights_identity(vllm_config),
         "draft": _draft_identity(vllm_config, settings),
         "config": config,
@@ -156,6 +183,7 @@ def describe(
         else:
             words[name] = value
     words["tenant"] = settings.tenant
+    words.setdefault("kv_form", settings.kv_form)
     parts = [m.IdentityPart(name[: m.NAME_MAX], _cut(words[name])) for name in words]
     return parts[: m.IDENTITY_PARTS_MAX]
 

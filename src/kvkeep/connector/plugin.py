@@ -21,13 +21,16 @@ from kvkeep.connector.identity import (
     derive_layout,
     describe,
     load_secret,
+    make_form,
     start_identity,
+    stored_layout,
 )
 from kvkeep.connector.metadata import StepMetadata, StepReport
 from kvkeep.connector.prefill_rate import CPU_TOKENS_S, PrefillRate
 from kvkeep.connector.scheduler_side import SchedulerSide
 from kvkeep.connector.settings import load_settings
 from kvkeep.connector.worker.attachment import Attachment
+from kvkeep.connector.worker.form_mover import FormMover
 from kvkeep.connector.worker.movers import BlockMover, HostMover
 from kvkeep.connector.worker.side import IdleWorkerSide, WorkerSide, touch_pages
 from kvkeep.connector.worker.views import view_engine_memory
@@ -75,7 +78,9 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         self._namespace: Namespace | None = None
         self._num_exceptions = 0
         try:
-            self._layout = derive_layout(vllm_config, kv_cache_config)
+            self._engine_layout = derive_layout(vllm_config, kv_cache_config)
+            self._form = make_form(self._engine_layout, self._settings)
+            self._layout = stored_layout(self._engine_layout, self._form)
             self._namespace = derive(vllm_config, self._layout, self._settings, self._secret)
         except Unsupported as reason:
             log.error("kvkeep is switched off for this engine: %s", reason)  # noqa: TRY400
@@ -240,6 +245,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
 
         Raises:
             RefusedError: The daemon's pool has another layout; the engine does not start.
+            InputError: Blocks in this memory can't be stored in the form that is asked for.
         """
         namespace = self._namespace
         if namespace is None:
@@ -250,13 +256,14 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             memory = view_engine_memory(
                 kv_caches,
                 self._cache_config.num_blocks,
-                self._layout,
+                self._engine_layout,
                 tp_rank=parallel.rank % tp_size,
                 tp_size=tp_size,
             )
         except Unsupported as reason:
             log.error("kvkeep is switched off for this engine: %s", reason)  # noqa: TRY400
             return
+        mover = self._make_mover(memory)
         touch_pages(memory)
         engine_id = str(self._config.kv_transfer_config.engine_id)
         attachment = Attachment(self._settings.socket, self._layout, engine_id)
@@ -267,7 +274,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         worker = WorkerSide(
             namespace=namespace,
             memory=memory,
-            mover=self._make_mover(memory),
+            mover=mover,
             attachment=attachment,
             clock=self._clock,
             lease_s=self._settings.lease_s,
@@ -281,7 +288,14 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
 
     def _make_mover(self, memory: Any) -> BlockMover:
         if memory.device.type == "cpu":
+            if self._form is not None:
+                return FormMover(memory, self._form)
             return HostMover(memory, self._settings.copy_threads)
+        if self._form is not None:
+            raise InputError(
+                f"kv_form {self._settings.kv_form} needs an engine whose KV lies in host memory, "
+                f"and this one's lies on {memory.device.type}: leave kv_form out"
+            )
         from kvkeep.connector.worker.cuda_mover import CudaMover
 
         return CudaMover(memory)

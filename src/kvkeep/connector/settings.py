@@ -1,7 +1,7 @@
 """What ``kv_connector_extra_config`` may hold."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -21,6 +21,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     on any host: it keys the block hashes, so that nobody without it can guess them."""
     model_identity: str = ""
     """Overrides the digest of the weights: whoever sets it vouches that equal means equal."""
+    kv_form: Literal["exact", "int8"] = "exact"
+    """How blocks are stored: ``exact``, to the bit, or ``int8``, in half the bytes, with values off
+    by up to a 127th of the largest among 64. Part of the namespace; engines on CPUs only."""
     cartridges: bool = False
     """This engine serves prepended cartridges: failed loads must fail the request."""
     store: bool = True

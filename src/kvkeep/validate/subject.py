@@ -1,10 +1,12 @@
 """Opens a stack under test by its addresses and finds out what it can do."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.transfer.int8_form import Int8Form
 from kvkeep.validate.capability import Capabilities, probe
 from kvkeep.validate.load import Endpoint
 
@@ -69,7 +71,7 @@ async def open_subject(
             address = addresses.daemon.rstrip("/").removesuffix("/metrics").removesuffix("/status")
             daemon = Endpoint(address, name="daemon", timeout_s=timeout_s)
             await stack.enter_async_context(daemon)
-            await _require_daemon(daemon)
+            await _require_daemon(daemon, exact=exact)
         other = small = small_capabilities = None
         if addresses.other is not None:
             other, other_capabilities = await connect(addresses.other, "other engine")
@@ -102,7 +104,7 @@ def _require_small(endpoint: Endpoint, capabilities: Capabilities) -> None:
         )
 
 
-async def _require_daemon(daemon: Endpoint) -> None:
+async def _require_daemon(daemon: Endpoint, *, exact: bool) -> None:
     try:
         status = await daemon.get_json("/status")
     except UnavailableError as error:
@@ -111,3 +113,14 @@ async def _require_daemon(daemon: Endpoint) -> None:
         ) from error
     if not isinstance(status, dict) or not isinstance(status.get("counters"), dict):
         raise InputError(f"{daemon.url}/status has no counters: is it a kvkeep daemon?")
+    if exact and Int8Form.name in _page_format(status):
+        raise InputError(
+            f"The exact mode needs blocks that are stored to the bit, and {daemon.url} has them in "
+            "the form int8: leave kv_form out of the engine's settings, or check without --exact."
+        )
+
+
+def _page_format(status: Mapping[str, Any]) -> str:
+    """Of the blocks in a daemon's pool; empty before its first engine."""
+    layout = (status.get("pool") or {}).get("layout") or {}
+    return str(layout.get("page_format", ""))

@@ -256,13 +256,31 @@ def test_tensors_that_are_not_head_major_switch_a_rank_off(
     assert isinstance(connector._worker, IdleWorkerSide)
 
 
-@pytest.mark.parametrize("changes", [{"policy": "fail"}, {"extra": {"socket": "s", "no": 1}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policy": "fail"},
+        {"extra": {"socket": "s", "no": 1}},
+        {"extra": {"socket": "s", "kv_form": "int8"}, "cache_dtype": "fp8_e4m3"},
+    ],
+)
 def test_a_wrong_configuration_stops_the_engine(tmp_path: Path, changes: dict[str, Any]) -> None:
     """What the user wrote wrong is an error at start, not a warning in a log."""
     config = make_config(make_weights(tmp_path / "model"), **changes)
 
     with pytest.raises(InputError):
         KvkeepConnector(config, base.KVConnectorRole.WORKER, make_cache_config())
+
+
+def test_a_form_that_a_memory_does_not_have_stops_the_engine(tmp_path: Path) -> None:
+    """Blocks of a GPU are stored to the bit or not at all; the sentence names the setting."""
+    extra = {"socket": "s", "kv_form": "int8"}
+    config = make_config(make_weights(tmp_path / "model"), extra=extra)
+    connector = KvkeepConnector(config, base.KVConnectorRole.WORKER, make_cache_config())
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+
+    with pytest.raises(InputError, match=r"kv_form int8 .* lies on cuda: leave kv_form out"):
+        connector._make_mover(on_gpu)
 
 
 def test_the_head_major_layout_is_asked_for(config: Any) -> None:

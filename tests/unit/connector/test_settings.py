@@ -14,6 +14,7 @@ def test_only_the_socket_must_be_given() -> None:
 
     assert found == ConnectorSettings(socket="/run/d.sock")
     assert (found.store, found.load, found.cartridges, found.tenant) == (True, True, False, "")
+    assert found.kv_form == "exact"
 
 
 def test_numbers_may_come_as_text() -> None:
@@ -34,6 +35,7 @@ def test_numbers_may_come_as_text() -> None:
         ({"socket": "s", "copy_threads": -1}, "copy_threads"),
         ({"socket": "s", "store_jobs_max": 0}, "store_jobs_max"),
         ({"socket": "s", "store": "perhaps"}, "store"),
+        ({"socket": "s", "kv_form": "int4"}, "kv_form"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )

@@ -1,5 +1,6 @@
 """Subjects: what cannot be checked is refused before anything is asked of it."""
 
+import json
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ from kvkeep.model.errors import InputError
 from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.testing.fake_transport import fake_transport
+from kvkeep.transfer.int8_form import Int8Form
 from kvkeep.validate.subject import Addresses, open_subject
 
 
@@ -66,6 +68,38 @@ async def test_a_stack_that_cannot_be_checked_is_refused(
     with pytest.raises(InputError, match=said):
         async with open_subject(addresses, timeout_s=5):
             pytest.fail("opened")
+
+
+@pytest.mark.parametrize(
+    ("page_format", "exact", "is_opened"),
+    [
+        ("cpu-hnd-vec", True, True),
+        (f"cpu-hnd-vec {Int8Form.name}", False, True),
+        (f"cpu-hnd-vec {Int8Form.name}", True, False),
+        (None, True, True),
+    ],
+)
+async def test_blocks_in_eight_bits_are_not_judged_as_exact(
+    hosts: dict[str, FakeEngine], page_format: str | None, exact: bool, is_opened: bool
+) -> None:
+    """The exact mode names the form that rules it out; else any form is judged by its answers."""
+
+    class Daemon(FakeEngine):
+        def _status(self) -> Any:
+            reply = super()._status()
+            layout = None if page_format is None else {"page_format": page_format}
+            status = {**json.loads(reply.body), "pool": {"layout": layout}}
+            reply.pieces = [(0.0, json.dumps(status).encode())]
+            return reply
+
+    hosts["a"] = Daemon(store=FakeStore())
+    opened = open_subject(Addresses("http://a", "http://a"), timeout_s=5, exact=exact)
+
+    if is_opened:
+        async with opened:
+            return
+    with pytest.raises(InputError, match="form int8"):
+        await opened.__aenter__()
 
 
 async def test_an_engine_that_cannot_be_exact_is_refused(hosts: dict[str, FakeEngine]) -> None:

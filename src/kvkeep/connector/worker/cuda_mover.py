@@ -42,6 +42,8 @@ class _Staging:
 class CudaMover:
     """See BlockMover. Stores run on one thread, loads on the main thread."""
 
+    form = None
+
     def __init__(self, memory: EngineMemory) -> None:
         self._memory = memory
         page_bytes = memory.tensors[0][0, 0].numel() * memory.tensors[0].element_size()
@@ -64,11 +66,12 @@ class CudaMover:
 
     def store(
         self, pool: PoolView, block_ids: Sequence[int], slots: Sequence[int], after: Any
-    ) -> None:
+    ) -> npt.NDArray[np.bool_]:
         """See BlockMover."""
         for start in range(0, len(slots), STAGING_BLOCKS):
             batch = slice(start, start + STAGING_BLOCKS)
             self._store_batch(pool, block_ids[batch], slots[batch], after)
+        return np.ones(len(slots), dtype=np.bool_)
 
     def _store_batch(
         self, pool: PoolView, block_ids: Sequence[int], slots: Sequence[int], after: Any

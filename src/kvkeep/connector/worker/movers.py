@@ -1,8 +1,8 @@
 """Moves whole blocks between one rank's engine memory and the pool.
 
-``HostMover`` serves engines whose KV lies in host memory (the CPU build of vLLM); ``CudaMover`` is
-in cuda_mover.py. Blocks are named by engine block ids and pool slots; leases and keys are the
-caller's affair.
+``HostMover`` serves engines whose KV lies in host memory (the CPU build of vLLM), ``FormMover`` the
+same where the pool keeps it in another form, ``CudaMover`` GPUs. Blocks are named by engine block
+ids and pool slots; leases and keys are the caller's affair.
 """
 
 import os
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.tiers.shared_memory import PoolView
 from kvkeep.transfer.host_copy import addresses, open_copier
+from kvkeep.transfer.int8_form import Int8Form
 
 COPY_THREADS_MAX = 4
 """More threads than this don't copy faster on one memory controller."""
@@ -25,13 +26,18 @@ Digests = npt.NDArray[np.uint8]
 class BlockMover(Protocol):
     """Copies this rank's heads of blocks; every call blocks until its copies are done."""
 
+    @property
+    def form(self) -> Int8Form | None:
+        """What pages become on their way to the pool; None: they stay as they are, to the bit."""
+        ...
+
     def snapshot(self) -> Any:
         """Mark the point in the engine's work up to which blocks are computed; main thread."""
         ...
 
     def store(
         self, pool: PoolView, block_ids: Sequence[int], slots: Sequence[int], after: Any
-    ) -> None:
+    ) -> npt.NDArray[np.bool_]:
         """Copy engine blocks to slots under a write lease, and write their digests.
 
         Args:
@@ -39,6 +45,10 @@ class BlockMover(Protocol):
             block_ids: ``[num_blocks]``; not changed by the engine meanwhile.
             slots: ``[num_blocks]``.
             after: What ``snapshot`` returned in the step that computed them.
+
+        Returns:
+            bool ``[num_blocks]``: whether the slot now holds the block. What lies in the others
+            must not be committed.
         """
         ...
 
@@ -77,6 +87,8 @@ def write_digests(
 class HostMover:
     """Blocks in host memory: one pass per page, copy and digest together."""
 
+    form = None
+
     def __init__(self, memory: EngineMemory, copy_threads: int) -> None:
         """Make a mover.
 
@@ -114,13 +126,14 @@ class HostMover:
 
     def store(
         self, pool: PoolView, block_ids: Sequence[int], slots: Sequence[int], after: Any
-    ) -> None:
+    ) -> npt.NDArray[np.bool_]:
         """See BlockMover."""
         source, target = self._engine_pages(block_ids), self._pool_pages(pool, slots)
         digests = np.empty((len(source), 16), dtype=np.uint8)
         self._storer.store(source, target, pool.geometry.layout.page_bytes, digests)
         shape = (len(slots), pool.geometry.layout.num_layers, self._memory.num_heads, 16)
         write_digests(pool, slots, self._memory, digests.reshape(shape))
+        return np.ones(len(slots), dtype=np.bool_)
 
     def load(
         self, pool: PoolView, slots: Sequence[int], block_ids: Sequence[int], digests: Digests

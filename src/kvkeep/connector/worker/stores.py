@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kvkeep.client.connection import Connection
 from kvkeep.connector.metadata import StoreJob
 from kvkeep.connector.worker.attachment import Attachment, MappedPool
@@ -56,6 +58,8 @@ class StoreThread:
         self._memory = memory
         self._clock = clock
         self._lease_s = lease_s
+        self.num_declined = 0
+        """Blocks that have no form in which they could be stored."""
         # Bounded by the scheduler side, which counts the jobs in flight (store_jobs_max).
         self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
         self._finished: deque[int] = deque()
@@ -136,21 +140,33 @@ class StoreThread:
             if slot != NO_SLOT
         ]
         begun_s = self._clock.now_s()
+        is_stored = np.zeros(len(granted), dtype=np.bool_)
         with self._attachment.copying(connection) as may_begin:
             # A copy that begins late could still run when the lease is over; a fence would catch
             # it, but the slots would be out of use until this process says that it is quiet.
             is_timely = begun_s - asked_s < lease_s / 2
             is_copied = may_begin and is_timely and pool.view.is_whole()
             if is_copied:
-                self._mover.store(
+                is_stored = self._mover.store(
                     pool.view, [b for b, _ in granted], [s for _, s in granted], queued.after
                 )
+                self._count_declined(len(granted) - int(np.count_nonzero(is_stored)))
         store_us = int((self._clock.now_s() - begun_s) * 1e6)
-        is_stored = bytes([is_copied]) * len(granted)
         committed = connection.call(
-            m.Commit(connection.next_request_id(), reserved.lease_id, is_stored, store_us),
+            m.Commit(
+                connection.next_request_id(), reserved.lease_id, is_stored.tobytes(), store_us
+            ),
             m.Committed,
             CALL_TIMEOUT_S,
         )
         if committed.is_fenced:
             log.warning("kvkeep: a store came too late and was refused. blocks=%d", len(granted))
+
+    def _count_declined(self, num_blocks: int) -> None:
+        if num_blocks:
+            self.num_declined += num_blocks
+            log.warning(
+                "kvkeep: blocks with values that are not finite are not stored. blocks=%d total=%d",
+                num_blocks,
+                self.num_declined,
+            )

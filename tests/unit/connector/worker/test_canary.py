@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvkeep.connector.identity import stored_layout
 from kvkeep.connector.worker import movers
 from kvkeep.connector.worker.canary import NULL_BLOCK_ID, run_canary
+from kvkeep.connector.worker.form_mover import FormMover
 from kvkeep.connector.worker.movers import HostMover
 from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.model.errors import CorruptDataError
+from kvkeep.transfer.int8_form import Int8Form
 from tests.unit.connector.worker.memories import (
     Pool,
     fill,
@@ -134,3 +137,69 @@ def test_a_load_that_brings_nothing_is_found(pool: Pool, monkeypatch: pytest.Mon
 
     with pytest.raises(CorruptDataError, match="came back changed"):
         run(make_memory(make_tensors(2), make_layout()), pool)
+
+
+# ---- a pool that keeps another form
+
+
+@pytest.fixture
+def int8_pool(tmp_path: Path) -> Iterator[Pool]:
+    """A pool for blocks of two heads in 8 bits."""
+    found = Pool(tmp_path, stored_layout(make_layout(), int8_form()))
+    yield found
+    found.close()
+
+
+def int8_form() -> Int8Form:
+    """The form of a page."""
+    return Int8Form(make_layout().dtype, make_layout().page_bytes)
+
+
+@pytest.mark.parametrize("tp_rank", [None, 0, 1])
+def test_a_right_path_through_a_form_passes(int8_pool: Pool, tp_rank: int | None) -> None:
+    """What comes back within a step of the form passes; the engine's memory is as before."""
+    num_heads, tp_size = (2, 1) if tp_rank is None else (1, 2)
+    tensors = make_tensors(num_heads)
+    fill(tensors, 3)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    memory = make_memory(tensors, make_layout(), tp_rank=tp_rank or 0, tp_size=tp_size)
+    run_canary(memory, FormMover(memory, int8_form()), int8_pool.view, SLOT)
+
+    assert all(is_equal(before[name], tensors[name]) for name in tensors)
+
+
+def swap_layers(mover: FormMover) -> None:
+    """Two layers in each other's place."""
+    pages = mover._engine_pages
+    pages[0], pages[1] = pages[1], pages[0]
+
+
+def swap_heads(mover: FormMover) -> None:
+    """Heads exchanged on the way there and back."""
+    mover._engine_pages = [pages[:, ::-1] for pages in mover._engine_pages]
+
+
+def shift_blocks(mover: FormMover) -> None:
+    """Every layer begins a block late."""
+    mover._engine_pages = [pages[1:] for pages in mover._engine_pages]
+
+
+def mistake_type(mover: FormMover) -> None:
+    """Pages taken for another type of the same size."""
+    mover.form = Int8Form("float16", make_layout().page_bytes)
+
+
+FORM_SLIPS = [swap_layers, swap_heads, shift_blocks, mistake_type]
+
+
+@pytest.mark.parametrize("slip", FORM_SLIPS, ids=lambda slip: slip.__name__)
+def test_a_slip_on_the_way_through_a_form_is_found(
+    int8_pool: Pool, slip: Callable[[FormMover], None]
+) -> None:
+    """Few steps hide no wrong place and no wrong type."""
+    memory = make_memory(make_tensors(2), make_layout())
+    mover = FormMover(memory, int8_form())
+    slip(mover)
+
+    with pytest.raises(CorruptDataError, match="canary"):
+        run_canary(memory, mover, int8_pool.view, SLOT)
