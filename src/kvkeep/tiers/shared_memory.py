@@ -86,18 +86,24 @@ class Geometry:
 
     @staticmethod
     def fit(layout: KvLayout, pool_bytes: int) -> "Geometry":
-        """As many slots as ``pool_bytes`` holds, at most ``SLOTS_MAX``.
+        """As many slots as ``pool_bytes`` holds.
 
         Raises:
-            InputError: Not even one fits.
+            InputError: Not even two fit, or more than ``SLOTS_MAX`` do.
         """
         stride = -(-(HEADER_BYTES + DIGEST_BYTES * layout.num_pages) // 64) * 64
         room = pool_bytes - FILE_HEADER_BYTES - _ALIGN
-        num_slots = min(room // (layout.block_bytes + stride), SLOTS_MAX)
+        num_slots = room // (layout.block_bytes + stride)
         if num_slots < 2:
             raise InputError(
                 f"the pool of {pool_bytes} bytes holds no two blocks of {layout.block_bytes} "
                 "bytes: raise pool_bytes"
+            )
+        if num_slots > SLOTS_MAX:
+            raise InputError(
+                f"blocks of {layout.block_bytes} bytes make {num_slots} slots of the pool of "
+                f"{pool_bytes} bytes, and {SLOTS_MAX} is the limit: lower pool_bytes to "
+                f"{SLOTS_MAX * (layout.block_bytes + stride)}, or have the engine use larger blocks"
             )
         end = FILE_HEADER_BYTES + num_slots * stride
         return Geometry(layout, num_slots, stride, -(-end // _ALIGN) * _ALIGN)

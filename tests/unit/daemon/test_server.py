@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+import kvkeep.tiers.shared_memory as shared_memory
 from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.server import QUESTIONS_MAX, WRITE_BUFFER_BYTES_MAX, Server, SessionProtocol
@@ -196,6 +197,21 @@ async def test_a_reserve_before_any_layout_is_refused(server: Server) -> None:
         (refused,) = client.say(m.Reserve(1, NAMESPACE, 0, HASHES, first, number, 30.0))
         assert isinstance(refused, m.Refused)
         client.session.connection_lost(None)
+
+
+async def test_blocks_too_small_for_the_pool_are_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot for each would keep the daemon busy for seconds; the next engine is served."""
+    monkeypatch.setattr(shared_memory, "SLOTS_MAX", 1000)
+    tiny = Client(server)
+    greeting = m.Hello(VERSION, "worker", "one", m.Layout(1, 1, 1, 16, "int8", "test"))
+    (answer,) = tiny.say(greeting)
+    tiny.session.connection_lost(None)
+
+    assert isinstance(answer, m.Refused)
+    assert "lower pool_bytes to" in answer.reason
+    assert Client(server).greet().num_slots > 0
 
 
 async def test_a_greeting_ends_its_own_engines_earlier_writes(server: Server) -> None:

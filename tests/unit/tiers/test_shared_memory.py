@@ -70,7 +70,10 @@ class TestGeometry:
         """The ledger keeps some hundred bytes on each slot, so their number has a limit."""
         tiny = KvLayout(1, 1, 1, 1, "int8", "test")
 
-        assert Geometry.fit(tiny, 1 << 40).num_slots == SLOTS_MAX
+        with pytest.raises(InputError, match=rf"{SLOTS_MAX} is the limit: lower pool_bytes") as e:
+            Geometry.fit(tiny, 1 << 40)
+        said = int(str(e.value).partition("lower pool_bytes to ")[2].partition(",")[0])
+        assert SLOTS_MAX * 0.9 < Geometry.fit(tiny, said).num_slots <= SLOTS_MAX
 
 
 class TestPoolView:
