@@ -20,7 +20,7 @@ from kvkeep.core.blocks import BlockLedger, BlockState, Move, Slot
 from kvkeep.core.eviction.base import EvictionPolicy
 from kvkeep.core.leases import LeaseTable, ReadLease, WriteLease
 from kvkeep.core.quotas import Account
-from kvkeep.model.ids import UNKNOWN_PID, BlockKey, LeaseId
+from kvkeep.model.ids import CANARY_NAMESPACE, UNKNOWN_PID, BlockKey, LeaseId
 
 LEASES_MAX = 1 << 16
 """Read leases at once, and as many for writing; an engine has one of each per request in flight."""
@@ -348,7 +348,13 @@ class NodeState:
         return self._doom(bad)
 
     def _clear_asked(self, event: on.ClearAsked, _now_s: float) -> list[do.Effect]:
-        ready, writing = self.ledger.ready_slots(), self.ledger.writing_slots()
+        ready = self.ledger.ready_slots()
+        # A canary's slot is its worker's until the session ends; nobody can ask for what is there.
+        writing = [
+            slot
+            for slot in self.ledger.writing_slots()
+            if slot.key is None or slot.key.namespace != CANARY_NAMESPACE
+        ]
         num_lent = sum(1 for slot in ready if slot.num_pins)
         effects = self._doom(ready)
         for slot in writing:

@@ -258,6 +258,19 @@ async def test_a_cleared_pool_lends_nothing(server: Server) -> None:
     assert answer.lease_id == 0
 
 
+async def test_a_clear_leaves_a_workers_canary_alone(server: Server) -> None:
+    """Its slot is neither kept from the pool for good nor counted; the session's end frees it."""
+    worker = Client(server)
+    worker.greet()
+    before = server.metrics.gauges()["slots_writing"]
+    (cleared,) = worker.say(m.Clear(5))
+
+    assert isinstance(cleared, m.Cleared)
+    assert (cleared.num_cleared, cleared.num_kept) == (0, 0)
+    gauges = server.metrics.gauges()
+    assert (gauges["slots_writing"], gauges["slots_fenced"]) == (before, 0) == (1, 0)
+
+
 async def test_the_canaries_namespace_is_nobodys(server: Server) -> None:
     """Who stores under it would be owed room that tenants count on."""
     worker = Client(server)

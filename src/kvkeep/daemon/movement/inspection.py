@@ -25,7 +25,7 @@ from kvkeep.daemon.recovery import SlotVerifier
 from kvkeep.daemon.shell import Shell
 from kvkeep.daemon.tier_settings import POOL
 from kvkeep.model.errors import InputError, UnavailableError
-from kvkeep.model.ids import CANARY_NAMESPACE, UNKNOWN_PID, BlockKey, Holder, Namespace
+from kvkeep.model.ids import UNKNOWN_PID, BlockKey, Holder, Namespace
 from kvkeep.tiers.base import Lists
 from kvkeep.tiers.shared_memory import PoolView
 
@@ -244,17 +244,10 @@ class Inspection:
         }
 
     def _clear_pool(self) -> Part:
-        node = self._shell.node
-        writing = [] if node is None else node.ledger.writing_slots()
-        # Nobody misses a worker's canary.
-        num_canaries = sum(
-            slot.key is not None and slot.key.namespace == CANARY_NAMESPACE for slot in writing
-        )
         reply = self._shell.handle(on.ClearAsked(0))
         cleared, kept = (
             (reply.num_cleared, reply.num_kept) if isinstance(reply, do.ReplyCleared) else (0, 0)
         )
-        kept = max(0, kept - num_canaries)
         return {
             "tier": POOL,
             "num_cleared": cleared,
