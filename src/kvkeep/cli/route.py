@@ -18,6 +18,9 @@ from kvkeep.router.settings import PolicyName, load_settings
 @click.option("--policy", type=click.Choice(get_args(PolicyName)), help="How an engine is chosen.")
 @click.option("--host", help="Address to listen on; by default this host only.")
 @click.option("--port", type=int, help="Port to listen on; 0 takes a free one.")
+@click.option("--admin-host", help="Address of metrics and workers; others than loopback: a key.")
+@click.option("--admin-port", type=int, help="Port of metrics and workers; 0 takes a free one.")
+@click.option("--admin-key-file", help="File that holds the key for that port.")
 @click.option("--engines-file", help="YAML file that names engines and may change.")
 @click.option(
     "--log-level",

@@ -16,7 +16,7 @@ ATTEMPTS_MAX = 3
 """Endpoints that one request is sent to at most."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ending:
     """How a request ended at an endpoint."""
 
@@ -74,7 +74,7 @@ class Router:
         Raises:
             UnknownModelError: Endpoints are ready, and none of the fleet has the model.
         """
-        if not tried:
+        if not tried and not explain:
             self._retries.requested()
         ready = self._candidates(view, tried)
         if not ready:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,21 +13,27 @@ from pathlib import Path
 from random import Random
 
 import uvloop
+from aiohttp import web
 
 from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import InputError
+from kvkeep.router.admin import find_key, make_application
 from kvkeep.router.health.book import HealthBook
 from kvkeep.router.health.prober import Prober
 from kvkeep.router.limits.bucket import RetryBudget
 from kvkeep.router.limits.gate import Gate
 from kvkeep.router.limits.keys import KeyRing
 from kvkeep.router.membership.roster import STATIC, Roster
+from kvkeep.router.membership.sources import Sources
+from kvkeep.router.metrics import RouterMetrics
 from kvkeep.router.policies.base import Policy
 from kvkeep.router.relay.relay import LOOK_S, Relay
 from kvkeep.router.relay.server import ClientConnection
 from kvkeep.router.router import Router
 from kvkeep.router.settings import RouterSettings
 from kvkeep.router.snapshot import Fleet
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 """Connections that wait to be accepted: a whole fleet of clients may come back at once."""
@@ -40,8 +47,12 @@ def run(settings: RouterSettings) -> None:
     """
     if not __debug__:
         raise InputError("kvkeep needs its assertions: start Python without -O")
-    with _bind(settings.host, settings.port) as sock:
-        uvloop.run(_serve(settings, sock))
+    admin_key = find_key(settings.admin_host, settings.admin_key_file)
+    with (
+        _bind(settings.host, settings.port) as sock,
+        _bind(settings.admin_host, settings.admin_port) as admin,
+    ):
+        uvloop.run(_serve(settings, sock, admin, admin_key))
 
 
 def make_policy(name: str) -> Policy:
@@ -94,6 +105,7 @@ class Parts:
         )
         self.prober = Prober(self.book, settings.health, clock)
         self.roster.declare(STATIC, settings.engines, clock.now_s())
+        self.sources = Sources(self.roster, clock, settings.engines_file, settings.etcd)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -113,7 +125,9 @@ def _bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def _serve(settings: RouterSettings, sock: socket.socket) -> None:
+async def _serve(
+    settings: RouterSettings, sock: socket.socket, admin: socket.socket, admin_key: bytes | None
+) -> None:
     """Serve until told to stop."""
     parts = Parts(settings, SystemClock())
     loop = asyncio.get_running_loop()
@@ -121,22 +135,30 @@ async def _serve(settings: RouterSettings, sock: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.put_nowait, number)
     relay = parts.relay
-    probing = loop.create_task(parts.prober.run())
+    running = [loop.create_task(each) for each in (parts.prober.run(), *parts.sources.runs())]
+    for task in running:
+        task.add_done_callback(_complain)
+    pages = make_application(parts, RouterMetrics(parts), admin_key)
+    runner = web.AppRunner(pages, access_log=None)
+    await runner.setup()
+    await web.SockSite(runner, admin).start()
     listener = await loop.create_server(lambda: ClientConnection(relay), sock=sock, backlog=BACKLOG)
     end_looks = begin_looks(loop, parts)
     # What exists by now stays: the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
     try:
-        _announce(settings, listener)
+        _announce(settings, listener, admin)
         await told.get()
         relay.drain()
         await _drained(relay, told, settings.relay.drain_s)
     finally:
         end_looks()
         listener.close()
-        probing.cancel()
-        await asyncio.gather(probing, return_exceptions=True)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await runner.cleanup()
         await relay.close()
 
 
@@ -170,12 +192,22 @@ def begin_looks(loop: asyncio.AbstractEventLoop, parts: Parts) -> Callable[[], N
     return end
 
 
-def _announce(settings: RouterSettings, listener: asyncio.Server) -> None:
-    host, port = listener.sockets[0].getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+def _complain(task: "asyncio.Task[None]") -> None:
+    """What runs beside the relay runs until it is cancelled; the relay goes on without it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a part of the router ended: start it again", exc_info=error)
+
+
+def _url_of(address: tuple[str, int]) -> str:
+    host, port = address[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(settings: RouterSettings, listener: asyncio.Server, admin: socket.socket) -> None:
     ready = {
         "event": "ready",
-        "url": f"http://{shown}:{port}",
+        "url": _url_of(listener.sockets[0].getsockname()),
+        "admin_url": _url_of(admin.getsockname()),
         "policy": settings.policy,
         "pid": os.getpid(),
     }

@@ -13,13 +13,14 @@ from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
 from kvkeep.router.health.book import HealthSettings
 from kvkeep.router.limits.gate import LimitSettings
+from kvkeep.router.membership.etcd import EtcdSettings
 from kvkeep.router.membership.member import Member, check_distinct
 from kvkeep.router.relay.settings import RelaySettings
 
 ENVIRONMENT_PREFIX = "KVKEEP_ROUTER_"
 FILE_BYTES_MAX = 1 << 20
 """Of a settings file; a mistaken path must not fill the memory."""
-SECTIONS = ("engines", "relay", "health", "limits")
+SECTIONS = ("engines", "etcd", "relay", "health", "limits")
 """Fields that the environment can't hold: they are more than one value."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -46,8 +47,14 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Address to listen on; 0.0.0.0 lets other hosts in: set ``limits.keys_file`` then."""
     port: Port = 8080
     """Port of the OpenAI-compatible address; 0 takes a free one."""
+    admin_host: str = "127.0.0.1"
+    """Address of the admin port; any other than loopback needs ``admin_key_file``."""
     admin_port: Port = 0
-    """Port on 127.0.0.1 for metrics, workers and explanations; 0 takes a free one."""
+    """Port for metrics, workers and explanations; 0 takes a free one."""
+    admin_key_file: str = ""
+    """File (mode 0600) that holds the key for the admin port; empty: none is asked for."""
+    etcd: EtcdSettings | None = None
+    """Where engines announce themselves in etcd; none: nowhere."""
     engine_drain_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 60.0
     """How long requests may still run on an engine that leaves the fleet, in seconds."""
     relay: RelaySettings = RelaySettings()
@@ -55,8 +62,9 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     limits: LimitSettings = LimitSettings()
 
     def __post_init__(self) -> None:
-        if not self.host or "\0" in self.host + self.engines_file:
-            raise ValueError("host and engines_file must be names without a zero byte")
+        names = (self.host, self.engines_file, self.admin_host, self.admin_key_file)
+        if not self.host or not self.admin_host or "\0" in "".join(names):
+            raise ValueError("hosts and files must be names without a zero byte")
 
 
 def load_settings(
@@ -93,7 +101,7 @@ def load_settings(
     except msgspec.ValidationError as error:
         raise InputError(f"the router's settings are wrong: {error}") from error
     check_distinct(settings.engines, "the router's settings")
-    if not (settings.engines or settings.engines_file):
+    if not (settings.engines or settings.engines_file or settings.etcd):
         raise InputError("no engine is named: give URLs such as http://127.0.0.1:8000")
     return settings
 

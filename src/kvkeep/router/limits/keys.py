@@ -88,7 +88,7 @@ class KeyRing:
         Raises:
             InputError: It can't be read, is open to others, or says something else.
         """
-        text = _read_private(path)
+        text = _read_private(path, "API key file")
         try:
             values = msgspec.yaml.decode(text)
             check_plain(values, str(path))
@@ -118,6 +118,21 @@ class KeyRing:
         return hashlib.blake2b(digest, key=self._secret, digest_size=16).digest()
 
 
+def read_secret(path: Path, what: str) -> bytes:
+    """The one key that a file holds, on a line of its own.
+
+    Raises:
+        InputError: It can't be read, is open to others, or is too short to be a secret.
+    """
+    secret = _read_private(path, what).strip()
+    if len(secret) < KEY_CHARS_MIN or len(secret.split()) != 1 or not secret.isascii():
+        raise InputError(
+            f"the {what} {path} must hold one key of {KEY_CHARS_MIN} characters or more, ASCII "
+            "without spaces: make one with openssl rand -hex 24"
+        )
+    return secret
+
+
 def _check(key: ApiKey) -> None:
     if bool(key.key) == bool(key.key_sha256):
         raise InputError(f"the API key {key.name!r} needs one of key and key_sha256")
@@ -134,26 +149,24 @@ def _without_values(error: Exception) -> str:
     return found[0] if found else type(error).__name__
 
 
-def _read_private(path: Path) -> bytes:
+def _read_private(path: Path, what: str) -> bytes:
     """A whole file that nobody else may touch."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise InputError(
-            f"the API key file {path} can't be opened ({error.strerror}): name another"
+            f"the {what} {path} can't be opened ({error.strerror}): name another"
         ) from error
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"the API key file {path} is not a file: name another")
+            raise InputError(f"the {what} {path} is not a file: name another")
         if found.st_uid not in (0, os.getuid()) or stat.S_IMODE(found.st_mode) & 0o177:
-            raise InputError(
-                f"the API key file {path} is open to others: own it and run chmod 600 on it"
-            )
+            raise InputError(f"the {what} {path} is open to others: own it and run chmod 600 on it")
         with os.fdopen(fd, "rb", closefd=False) as file:
             text = file.read(FILE_BYTES_MAX + 1)
     finally:
         os.close(fd)
     if len(text) > FILE_BYTES_MAX:
-        raise InputError(f"the API key file {path} has more than {FILE_BYTES_MAX} bytes")
+        raise InputError(f"the {what} {path} has more than {FILE_BYTES_MAX} bytes")
     return text

@@ -1,0 +1,204 @@
+"""What the router counts: tables of names and help texts, shown as JSON and to Prometheus.
+
+Nothing is counted here: the parts keep plain integers, and are asked when somebody asks.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+import kvkeep
+from kvkeep.router.limits.gate import REFUSALS
+from kvkeep.router.snapshot import Endpoint, EndpointState, Traffic
+
+if TYPE_CHECKING:
+    from kvkeep.router.run import Parts
+
+TRAFFIC = {
+    "num_done": ("requests_done", "requests that an engine answered, whatever it said"),
+    "num_failed": ("requests_failed", "requests that an engine failed or that did not reach it"),
+    "num_left": ("requests_left", "requests whose client left before the response was over"),
+    "num_untold": ("requests_untold", "requests answered without a word about tokens (usage)"),
+    "prompt_tokens": ("prompt_tokens", "prompt tokens, as engines reported them"),
+    "completion_tokens": ("completion_tokens", "tokens that engines made, as they reported them"),
+    "cached_tokens": ("cached_tokens", "prompt tokens that engines reported as not computed"),
+    "request_bytes": ("request_bytes", "bytes of request bodies sent to engines"),
+    "response_bytes": ("response_bytes", "bytes of responses that came from engines"),
+}
+"""Field of `Traffic` to name and help text; in total, and of each endpoint."""
+
+COUNTERS = {
+    "retries": "requests sent to a second engine, under the retry budget",
+    "malformed": "connections that sent what is not HTTP, or not as it is accepted here",
+    "etcd_outages": "times at which etcd stopped answering",
+    "etcd_entries_bad": "entries of etcd that were no engine",
+    "engines_file_errors": "times at which the file of engines turned bad",
+}
+"""Name to help text; all are monotone integers. Prometheus adds ``kvkeep_router_``, ``_total``."""
+
+GAUGES = {
+    "requests_running": "requests that were let in and have not ended",
+    "requests_waiting": "requests that wait for their turn",
+    "clients": "connections of clients",
+    "upstream_connections": "connections to engines",
+    "endpoints": "engines of the fleet, in whatever state",
+    "endpoints_ready": "engines that requests may go to",
+    "is_draining": "1 while the router takes no further request",
+    "is_engines_file_good": "0 while the last good list of engines is used instead of the file's",
+    "is_etcd_connected": "0 while the last known fleet is used instead of etcd's",
+    "uptime_s": "seconds since the router started",
+}
+"""Name to help text."""
+
+ENDPOINT_GAUGES = {
+    "in_flight": "requests at an engine",
+    "queued_tokens": "prompt tokens whose response has not begun, where a policy counts them",
+    "ttft_s": "moving average of the seconds to the first byte",
+    "is_ready": "1 while requests may go to an engine",
+    "trips": "times at which an engine was left alone, since it joined",
+}
+"""Name to help text; one value for each endpoint."""
+
+_CHOSEN = (EndpointState.READY, EndpointState.SUSPECT)
+
+
+class RouterMetrics(Collector):
+    """Reads what the parts of a router counted."""
+
+    def __init__(self, parts: "Parts") -> None:
+        self._parts = parts
+        self._begun_s = parts.clock.now_s()
+
+    def counters(self) -> dict[str, int]:
+        """Every counter of the table."""
+        parts, sources = self._parts, self._parts.sources
+        etcd, file = sources.etcd, sources.file
+        return {
+            "retries": parts.router.num_retries,
+            "malformed": parts.relay.num_malformed,
+            "etcd_outages": 0 if etcd is None else etcd.num_outages,
+            "etcd_entries_bad": 0 if etcd is None else etcd.view.num_bad,
+            "engines_file_errors": 0 if file is None else file.num_errors,
+        }
+
+    def gauges(self) -> dict[str, float]:
+        """What stands now."""
+        parts, sources = self._parts, self._parts.sources
+        return {
+            "requests_running": parts.gate.num_running,
+            "requests_waiting": parts.gate.num_waiting,
+            "clients": len(parts.relay.clients),
+            "upstream_connections": parts.relay.num_upstream,
+            "endpoints": len(parts.fleet),
+            "endpoints_ready": self.num_ready,
+            "is_draining": float(parts.relay.is_draining),
+            "is_engines_file_good": float(sources.file is None or sources.file.is_good),
+            "is_etcd_connected": float(sources.etcd is None or sources.etcd.is_connected),
+            "uptime_s": parts.clock.now_s() - self._begun_s,
+        }
+
+    @property
+    def num_ready(self) -> int:
+        """Endpoints that requests may go to."""
+        return sum(endpoint.state in _CHOSEN for endpoint in self._parts.fleet)
+
+    def workers(self) -> dict[str, Any]:
+        """Everything a person or a script asks first: what ``GET /workers`` answers."""
+        parts = self._parts
+        return {
+            "version": kvkeep.__version__,
+            "policy": parts.policy.name,
+            "gauges": self.gauges(),
+            "counters": self.counters(),
+            "refused": dict(parts.gate.num_refused),
+            "total": _traffic(parts.router.total),
+            "workers": [self.worker(endpoint) for endpoint in parts.fleet],
+        }
+
+    def worker(self, endpoint: Endpoint) -> dict[str, Any]:
+        """One endpoint."""
+        parts, name = self._parts, endpoint.name
+        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        return {
+            "name": name,
+            "url": f"http://{host}:{endpoint.port}",
+            "role": endpoint.role.value,
+            "state": endpoint.state.value,
+            "models": sorted(endpoint.models),
+            "weight": endpoint.weight,
+            "sources": parts.roster.sources_of(name),
+            "is_leaving": parts.roster.is_leaving(name),
+            "is_drained": parts.roster.is_drained(name),
+            "age_s": parts.clock.now_s() - endpoint.joined_at_s,
+            **self._endpoint_gauges(endpoint),
+            **_traffic(endpoint.traffic),
+        }
+
+    def _endpoint_gauges(self, endpoint: Endpoint) -> dict[str, float]:
+        return {
+            "in_flight": endpoint.num_in_flight,
+            "queued_tokens": endpoint.queued_tokens,
+            "ttft_s": endpoint.ttft_s,
+            "is_ready": int(endpoint.state in _CHOSEN),
+            "trips": self._parts.book.num_trips(endpoint.name),
+        }
+
+    def collect(self) -> Iterator[Metric]:
+        """Prometheus asks."""
+        parts = self._parts
+        total = _traffic(parts.router.total)
+        for name, text in TRAFFIC.values():
+            yield CounterMetricFamily(f"kvkeep_router_{name}", text, value=total[name])
+        counters = self.counters()
+        for name, text in COUNTERS.items():
+            yield CounterMetricFamily(f"kvkeep_router_{name}", text, value=counters[name])
+        refused = CounterMetricFamily(
+            "kvkeep_router_refused", "requests refused by the router itself", labels=["code"]
+        )
+        for code in REFUSALS:
+            refused.add_metric([code], parts.gate.num_refused[code])
+        yield refused
+        gauges = self.gauges()
+        for name, text in GAUGES.items():
+            yield GaugeMetricFamily(f"kvkeep_router_{name}", text, value=gauges[name])
+        yield from self._collect_endpoints(list(parts.fleet))
+
+    def _collect_endpoints(self, endpoints: list[Endpoint]) -> Iterator[Metric]:
+        labels = ["endpoint"]
+        for field, (name, text) in TRAFFIC.items():
+            counter = CounterMetricFamily(f"kvkeep_router_endpoint_{name}", text, labels=labels)
+            for endpoint in endpoints:
+                counter.add_metric([endpoint.name], getattr(endpoint.traffic, field))
+            yield counter
+        found = {endpoint.name: self._endpoint_gauges(endpoint) for endpoint in endpoints}
+        for name, text in ENDPOINT_GAUGES.items():
+            gauge = GaugeMetricFamily(f"kvkeep_router_endpoint_{name}", text, labels=labels)
+            for endpoint_name, values in found.items():
+                gauge.add_metric([endpoint_name], values[name])
+            yield gauge
+
+
+def metrics_table() -> str:
+    """Every counter and gauge as Prometheus shows it, for docs/operations.md."""
+    lines = ["| metric | kind | meaning |", "|---|---|---|"]
+    for name, text in TRAFFIC.values():
+        lines.append(f"| `kvkeep_router_{name}_total` | counter | {text} |")
+    for name, text in COUNTERS.items():
+        lines.append(f"| `kvkeep_router_{name}_total` | counter | {text} |")
+    for code, text in REFUSALS.items():
+        lines.append(f'| `kvkeep_router_refused_total{{code="{code}"}}` | counter | {text} |')
+    for name, text in GAUGES.items():
+        lines.append(f"| `kvkeep_router_{name}` | gauge | {text} |")
+    for name, _ in TRAFFIC.values():
+        lines.append(
+            f"| `kvkeep_router_endpoint_{name}_total{{endpoint}}` | counter | the same, of one |"
+        )
+    for name, text in ENDPOINT_GAUGES.items():
+        lines.append(f"| `kvkeep_router_endpoint_{name}{{endpoint}}` | gauge | {text} |")
+    return "\n".join(lines)
+
+
+def _traffic(traffic: Traffic) -> dict[str, int]:
+    return {name: getattr(traffic, field) for field, (name, _) in TRAFFIC.items()}
