@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvkeep.core.admission import SIGHTS_MAX, AdmissionPolicy, AdmissionSettings
 from kvkeep.daemon.movement.lower_tier import LowerTier
@@ -12,10 +12,10 @@ from kvkeep.daemon.tier_settings import (
     DiskTierSettings,
     MooncakeTierSettings,
     ObjectStoreTierSettings,
+    TierSettings,
     ValkeyTierSettings,
 )
 from kvkeep.model.clock import Clock
-from kvkeep.model.errors import InputError
 from kvkeep.tiers.base import BATCH_MAX, Registers, Tier
 from kvkeep.tiers.disk.tier import DiskTier
 from kvkeep.tiers.io_queue import QueueLimits, TierQueue
@@ -25,7 +25,9 @@ from kvkeep.tiers.wrappers.metered import MeteredTier
 from kvkeep.tiers.wrappers.verified import VerifiedTier
 
 if TYPE_CHECKING:
-    from kvkeep.tiers.mooncake.tier import MooncakeTier
+    from _typeshed import DataclassInstance
+
+    Own = TypeVar("Own", bound=DataclassInstance)
 
 NUM_SIGHTS_MIN = 1 << 12
 
@@ -116,55 +118,29 @@ def open_medium(settings: AnyTierSettings, value_bytes_max: int) -> Tier:
         case ValkeyTierSettings():
             from kvkeep.tiers.valkey import ValkeySettings, ValkeyTier
 
-            return ValkeyTier(
-                ValkeySettings(
-                    url=settings.url,
-                    ca_file=settings.ca_file,
-                    prefix=settings.prefix,
-                    timeout_s=settings.timeout_s,
-                ),
-                name,
-            )
+            return ValkeyTier(own_settings(ValkeySettings, settings), name)
         case ObjectStoreTierSettings():
             from kvkeep.tiers.object_store import ObjectStoreSettings, ObjectStoreTier
 
-            return ObjectStoreTier(
-                ObjectStoreSettings(
-                    url=settings.url,
-                    endpoint=settings.endpoint,
-                    region=settings.region,
-                    allow_http=settings.allow_http,
-                    prefix=settings.prefix,
-                    timeout_s=settings.timeout_s,
-                ),
-                name,
-            )
+            return ObjectStoreTier(own_settings(ObjectStoreSettings, settings), name)
         case MooncakeTierSettings():
-            mooncake = _open_mooncake(settings, value_bytes_max)
+            from kvkeep.tiers.mooncake.settings import MooncakeSettings
+            from kvkeep.tiers.mooncake.tier import MooncakeTier
+
+            own = own_settings(MooncakeSettings, settings, value_bytes_max=value_bytes_max)
+            mooncake = MooncakeTier(own)
             mooncake.name = name
             return mooncake
 
 
-def _open_mooncake(settings: MooncakeTierSettings, value_bytes_max: int) -> "MooncakeTier":
-    from kvkeep.tiers.mooncake.settings import MooncakeSettings
-    from kvkeep.tiers.mooncake.tier import MooncakeTier
+def own_settings(kind: "type[Own]", settings: AnyTierSettings, **more: Any) -> "Own":
+    """A tier's own settings, from what the daemon was told of this kind under the same names.
 
-    if settings.protocol not in ("tcp", "rdma"):
-        raise InputError(f"Mooncake's protocol {settings.protocol!r}: choose tcp or rdma")
-    return MooncakeTier(
-        MooncakeSettings(
-            master=settings.master,
-            metadata=settings.metadata,
-            local_hostname=settings.local_hostname,
-            protocol="rdma" if settings.protocol == "rdma" else "tcp",
-            rdma_devices=settings.rdma_devices,
-            segment_bytes=settings.segment_bytes,
-            replica_num=settings.replica_num,
-            prefix=settings.prefix,
-            timeout_s=settings.timeout_s,
-            value_bytes_max=value_bytes_max,
-        )
-    )
+    What every kind can be told is about the queue and the wrappers before it, whatever its name.
+    """
+    told = set(settings.__struct_fields__) - set(TierSettings.__struct_fields__)
+    names = [field for field in kind.__dataclass_fields__ if field in told]
+    return kind(**{name: getattr(settings, name) for name in names}, **more)
 
 
 def register_pool(tier: LowerTier, region: memoryview) -> None:

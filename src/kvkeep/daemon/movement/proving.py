@@ -7,11 +7,9 @@ import time
 from collections.abc import Sequence
 
 from kvkeep.model.errors import CorruptDataError, UnavailableError
-from kvkeep.model.ids import HASH_BYTES, BlockHash, BlockKey, Namespace
+from kvkeep.model.ids import CANARY_NAMESPACE, HASH_BYTES, BlockHash, BlockKey
 from kvkeep.tiers.base import Tier
 
-CANARY_NAMESPACE = Namespace(bytes(HASH_BYTES))
-"""No digest of a layout is all zeros, so nobody can ask for a canary's block."""
 BATCH = 8
 """Values of the larger of the two batches: two sizes tell latency and bandwidth apart."""
 

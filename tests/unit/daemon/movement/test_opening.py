@@ -4,15 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.daemon.movement.opening import open_tier
+from kvkeep.daemon.movement.opening import open_tier, own_settings
 from kvkeep.daemon.tier_settings import (
     DiskTierSettings,
     MooncakeTierSettings,
+    ObjectStoreTierSettings,
     ValkeyTierSettings,
 )
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError
 from kvkeep.tiers.base import Gauges, Probes
+from kvkeep.tiers.mooncake.settings import MooncakeSettings
+from kvkeep.tiers.object_store import ObjectStoreSettings
+from kvkeep.tiers.valkey import ValkeySettings
 from kvkeep.tiers.wrappers.metered import MeteredTier
 from tests.unit.daemon.movement.grounds import WAIT_S, keys
 
@@ -53,6 +57,20 @@ def test_a_tier_goes_by_its_name(tmp_path: Path, name: str, expected: str) -> No
     assert (tier.name, tier.queue.tier.name) == (expected, expected)
     tier.queue.close(WAIT_S)
     tier.queue.tier.close()
+
+
+def test_a_tiers_own_settings_are_what_was_told() -> None:
+    """Under the same names; what every kind can be told is not for the medium."""
+    valkey = ValkeyTierSettings(url="valkey://h:1", prefix="p/", timeout_s=7, ca_file="c")
+    own = own_settings(ValkeySettings, valkey)
+    assert (own.url, own.prefix, own.timeout_s, own.ca_file) == ("valkey://h:1", "p/", 7, "c")
+    store = ObjectStoreTierSettings(url="s3://b", region="r", allow_http=True, num_threads=33)
+    other = own_settings(ObjectStoreSettings, store)
+    assert (other.url, other.region, other.allow_http) == ("s3://b", "r", True)
+    assert other.num_threads == ObjectStoreSettings(url="s3://b").num_threads
+    mooncake = MooncakeTierSettings(master="h:1", segment_bytes=5, replica_num=2)
+    third = own_settings(MooncakeSettings, mooncake, value_bytes_max=99)
+    assert (third.segment_bytes, third.replica_num, third.value_bytes_max) == (5, 2, 99)
 
 
 def test_a_queue_holds_a_few_values_whatever_is_said(tmp_path: Path) -> None:
