@@ -265,6 +265,9 @@ class PrefixIndex:
         if holder is not None:
             self._empty(holder)
             del self._by_slot[holder.slot]
+        if not self._blocks:
+            # A dict that was emptied entry by entry keeps its size.
+            self._blocks, self._sets = {}, {}
 
     # ---- book-keeping
 

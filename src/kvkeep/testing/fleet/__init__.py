@@ -1,0 +1,1 @@
+"""A fleet of simulated engines behind a routing policy, in virtual time and from one seed."""
