@@ -1,8 +1,9 @@
 """How one block of KV lies in memory, and the namespace that follows from it.
 
 A block holds, for every layer and KV head of the model (all tensor-parallel ranks together), one
-head page: the bytes exactly as the engine keeps them. In a pool slot the pages lie layer by layer,
-so that one layer of neighboring heads is one run of bytes for any tensor-parallel size:
+head page: the bytes exactly as the engine keeps them, or the form of them that the page format
+names. In a pool slot the pages lie layer by layer, so that one layer of neighboring heads is one run
+of bytes for any tensor-parallel size:
 
     slot:  | layer 0: head 0, head 1, ... | layer 1: head 0, head 1, ... | ...
 """
@@ -37,9 +38,10 @@ class KvLayout:
     block_tokens: int
     """Tokens per block."""
     dtype: str
-    """Element type of the cache, as torch names it without the prefix: ``bfloat16``."""
+    """Element type of the engine's cache, as torch names it without the prefix: ``bfloat16``."""
     page_format: str
-    """Order of bytes inside a head page: attention backend family, layout and instruction set.
+    """Order of bytes inside a head page: attention backend family, layout and instruction set, and
+    the form of the pages unless they are stored as they are.
 
     The CPU build packs K transposed, and differently with AMX (vllm 0.32,
     v1/attention/backends/cpu_attn.py), so pages never cross formats.

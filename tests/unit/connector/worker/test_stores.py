@@ -1,0 +1,72 @@
+"""The store thread commits what its mover stored, and counts what it declined."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvkeep.connector.metadata import StoreJob
+from kvkeep.connector.worker.stores import StoreThread
+from kvkeep.model.clock import SystemClock
+from kvkeep.protocol import messages as m
+from kvkeep.protocol.codec import join_slots
+
+NUM_BLOCKS = 4
+
+
+class Daemon:
+    """Grants every block but the second, and remembers what is committed."""
+
+    lease_s = staticmethod(float)
+    next_request_id = staticmethod(lambda: 1)
+
+    def __init__(self) -> None:
+        self.commits: list[bytes] = []
+
+    def call(self, message: Any, _: Any, __: float) -> Any:
+        """See Connection."""
+        if isinstance(message, m.Reserve):
+            return m.Reserved(1, 7, join_slots([3, 0xFFFFFFFF, 5, 6]))
+        self.commits.append(message.is_stored)
+        return m.Committed(1, 0, is_fenced=False)
+
+
+class Mover:
+    """Declines the block in slot 5."""
+
+    def store(self, _: Any, __: Any, slots: list[int], ___: Any) -> Any:
+        """See BlockMover."""
+        return np.array([slot != 5 for slot in slots])
+
+
+def stored(mover: Any, *, may_begin: bool = True) -> tuple[list[bytes], int, list[int]]:
+    """Commits, blocks declined and jobs reported after one job of four blocks."""
+    daemon = Daemon()
+
+    @contextmanager
+    def copying(_: Any) -> Any:
+        yield may_begin
+
+    pool = SimpleNamespace(view=SimpleNamespace(is_whole=lambda: True), is_proven=True)
+    attachment: Any = SimpleNamespace(
+        link=SimpleNamespace(connection=daemon), pool=pool, copying=copying
+    )
+    memory: Any = SimpleNamespace(first_head=0, num_heads=1)
+    thread = StoreThread(attachment, mover, memory, SystemClock(), lease_s=30.0)
+    thread.submit(StoreJob(1, bytes(32 * NUM_BLOCKS), tuple(range(NUM_BLOCKS))), bytes(32), None)
+    thread.close()
+    return daemon.commits, thread.num_declined, thread.poll()
+
+
+def test_a_declined_block_is_not_committed(caplog: pytest.LogCaptureFixture) -> None:
+    """Its neighbors are; it is counted, and the log says why."""
+    assert stored(Mover()) == ([bytes([1, 0, 1])], 1, [1])
+    assert "not finite" in caplog.text
+
+
+def test_a_copy_that_may_not_begin_commits_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """What was not copied is not stored, and nobody declined it."""
+    assert stored(Mover(), may_begin=False) == ([bytes([0, 0, 0])], 0, [1])
+    assert caplog.text == ""
