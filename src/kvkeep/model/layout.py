@@ -2,8 +2,8 @@
 
 A block holds, for every layer and KV head of the model (all tensor-parallel ranks together), one
 head page: the bytes exactly as the engine keeps them, or the form of them that the page format
-names. In a pool slot the pages lie layer by layer, so that one layer of neighboring heads is one run
-of bytes for any tensor-parallel size:
+names. In a pool slot the pages lie layer by layer, so that one layer of neighboring heads is one
+run of bytes for any tensor-parallel size:
 
     slot:  | layer 0: head 0, head 1, ... | layer 1: head 0, head 1, ... | ...
 """
