@@ -1,6 +1,7 @@
 """A server in a process of its own: started, asked until ready, frozen, killed, stopped by pid."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -16,11 +17,22 @@ START_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 10.0
 
 
+PORTS = range(20_000, 32_000)
+"""Below those that the kernel gives to connections (``ip_local_port_range``): between the choice of
+a port and the start of its server no connection happens to take it."""
+SHARE = 200
+"""Ports of one process, so that test runs beside each other choose others."""
+_number = itertools.count()
+
+
 def free_port() -> int:
-    """A loopback port that nobody has now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """A loopback port that nobody has, and that this process was not given lately."""
+    first = PORTS[os.getpid() % (len(PORTS) // SHARE) * SHARE]
+    for _ in range(SHARE):
+        port = first + next(_number) % SHARE
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError(f"no port from {first} to {first + SHARE - 1} is free")
 
 
 class ServerProcess:
