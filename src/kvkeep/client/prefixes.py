@@ -228,12 +228,13 @@ class PrefixClient:
         num_loaded: int = 0,
         num_failed: int = 0,
         load_us: int = 0,
+        num_declined: int = 0,
     ) -> None:
         """Give leases back and report what was loaded; those of a lost session are over anyway."""
         connection = self._current()
         lease_ids = [lease.lease_id for lease in leases if lease.connection is connection]
         if connection is not None and (lease_ids or num_loaded or num_failed):
-            self._send(m.Release(lease_ids, num_loaded, num_failed, load_us))
+            self._send(m.Release(lease_ids, num_loaded, num_failed, load_us, num_declined))
 
     def report_corrupt(
         self, namespace: Namespace, group_idx: int, hashes: Sequence[BlockHash]

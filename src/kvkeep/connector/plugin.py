@@ -26,9 +26,9 @@ from kvkeep.connector.identity import (
     stored_layout,
 )
 from kvkeep.connector.metadata import StepMetadata, StepReport
-from kvkeep.connector.prefill_rate import CPU_TOKENS_S, PrefillRate
 from kvkeep.connector.scheduler_side import SchedulerSide
 from kvkeep.connector.settings import load_settings
+from kvkeep.connector.step_costs import CPU_TOKENS_S, StepCosts
 from kvkeep.connector.worker.attachment import Attachment
 from kvkeep.connector.worker.form_mover import FormMover
 from kvkeep.connector.worker.movers import BlockMover, HostMover
@@ -117,8 +117,12 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         if self._secret is not None:
             side.chain_key = self._secret.chain_key
         is_cpu = self._config.device_config.device_type == "cpu"
-        step_tokens_max = self._config.scheduler_config.max_num_batched_tokens
-        side.rate = PrefillRate(CPU_TOKENS_S if is_cpu else 0.0, step_tokens_max)
+        side.costs = StepCosts(
+            self._layout.block_tokens,
+            assumed_tokens_s=CPU_TOKENS_S if is_cpu else 0.0,
+            step_tokens_max=self._config.scheduler_config.max_num_batched_tokens,
+            is_pinned=self._settings.planner == "load",
+        )
         return side
 
     def _guard(

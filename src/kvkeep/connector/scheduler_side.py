@@ -19,8 +19,8 @@ from kvkeep.connector import compat
 from kvkeep.connector.identity import Unsupported
 from kvkeep.connector.lora import Adapters
 from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport, StoreJob
-from kvkeep.connector.prefill_rate import PrefillRate
 from kvkeep.connector.settings import ConnectorSettings
+from kvkeep.connector.step_costs import StepCosts
 from kvkeep.core.effects import NO_SLOT
 from kvkeep.model.clock import Clock
 from kvkeep.model.hashing import BlockHasher
@@ -115,7 +115,7 @@ class SchedulerSide:
         self._step = 0
         self._num_pinned = 0
         self._wait_left_s = settings.lookup_wait_ms / 1e3
-        self.rate = PrefillRate()
+        self.costs = StepCosts(block_tokens)
         """Of this engine; another may be set before the first request."""
         self.chain_key = b""
         """Keys the hashes of the tenant's blocks; set before the first request."""
@@ -150,7 +150,7 @@ class SchedulerSide:
         num_blocks = (request.num_tokens - 1) // self._block_tokens
         hashes = state.hasher.extend(request.all_token_ids)[:num_blocks]
         if hashes:
-            rate = int(self.rate.tokens_s)
+            rate = int(self.costs.tokens_s)
             state.question = self._prefixes.ask(
                 self._namespace, 0, hashes, rate, request.request_id
             )
@@ -185,7 +185,13 @@ class SchedulerSide:
             self._drop_lease(state)
             return 0
         state.num_local_blocks = num_computed_tokens // self._block_tokens
-        return max(0, len(lease.slots) * self._block_tokens - num_computed_tokens)
+        num_tokens = max(0, len(lease.slots) * self._block_tokens - num_computed_tokens)
+        if num_tokens and not self.costs.is_load_worth(num_tokens, self._clock.now_s()):
+            self._prefixes.release([lease], num_declined=num_tokens // self._block_tokens)
+            state.lease = None
+            state.num_stored = max(state.num_stored, len(lease.slots))
+            return 0
+        return num_tokens
 
     def _answer(self, question: Question) -> PrefixLease | Literal[Answer.NOTHING, Answer.PENDING]:
         """The answer so far; one step waits only so long for all of its requests."""
@@ -289,9 +295,9 @@ class SchedulerSide:
             if job is not None:
                 self._computing.append((metadata.step, job))
                 metadata.is_awaited = True
-        if not metadata.loads:
-            num_tokens = scheduler_output.total_num_scheduled_tokens
-            self.rate.begun(metadata.step, num_tokens, self._clock.now_s())
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        loads = [len(job.slots) for job in metadata.loads]
+        self.costs.begun(metadata.step, num_tokens, loads, self._clock.now_s())
         return True
 
     def _plan_store(self, state: _RequestState, num_tokens: int) -> StoreJob | None:
@@ -342,7 +348,7 @@ class SchedulerSide:
             bad_block_ids: Engine blocks that a load of any rank left without their content.
         """
         if report is not None:
-            self.rate.ended(report.step, self._clock.now_s())
+            self.costs.ended(report.step, self._clock.now_s())
             for job_id, num_ranks in report.finished_stores.items():
                 self._finish_store(job_id, num_ranks)
             for req_id, result in report.loads.items():

@@ -30,6 +30,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Whether blocks are stored."""
     load: bool = True
     """Whether blocks are loaded."""
+    planner: Literal["auto", "load"] = "auto"
+    """Whether blocks are loaded only where that was measured to be faster than computing them, or
+    always."""
     lease_s: Annotated[float, msgspec.Meta(gt=1, le=3600)] = 30.0
     """Asked for each lease, in seconds; far longer than any load takes."""
     lookup_wait_ms: Annotated[float, msgspec.Meta(ge=0, le=50)] = 2.0

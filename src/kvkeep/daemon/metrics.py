@@ -25,6 +25,7 @@ COUNTERS = {
     "bytes_loaded": "bytes of the blocks loaded",
     "store_us": "microseconds that workers spent copying to the pool",
     "load_us": "microseconds that workers spent copying from the pool and checking",
+    "blocks_declined": "blocks that were lent and not loaded: the engine computes them sooner",
     "load_failures": "blocks that were lent but did not arrive, and were recomputed",
     "blocks_promoted": "blocks read from a lower tier into the pool",
     "promotions_failed": "blocks that a lower tier was to deliver and did not",
@@ -90,8 +91,9 @@ class Metrics(Collector):
         geometry = self._shell.pool.geometry
         return 0 if geometry is None else geometry.layout.block_bytes
 
-    def loaded(self, num_loaded: int, num_failed: int, load_us: int) -> None:
-        """A worker's report of a load."""
+    def loaded(self, num_loaded: int, num_failed: int, load_us: int, num_declined: int = 0) -> None:
+        """An engine's report of a load, or of why there was none."""
+        self.count("blocks_declined", num_declined)
         self.count("blocks_loaded", num_loaded)
         self.count("host_to_device", num_loaded)
         self.count("bytes_loaded", num_loaded * self._block_bytes())

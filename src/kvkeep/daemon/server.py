@@ -341,7 +341,9 @@ class SessionProtocol(asyncio.Protocol):
     def _release(self, message: m.Release) -> None:
         leases = [LeaseId(lease_id) for lease_id in message.lease_ids]
         self._shell.handle(on.ReadFinished(self._holder, leases))
-        self._server.metrics.loaded(message.num_loaded, message.num_failed, message.load_us)
+        self._server.metrics.loaded(
+            message.num_loaded, message.num_failed, message.load_us, message.num_declined
+        )
         self._server.movement.loaded(message.num_loaded, message.load_us)
 
     def _report_corrupt(self, message: m.ReportCorrupt) -> None:

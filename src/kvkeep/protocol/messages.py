@@ -102,6 +102,8 @@ class Release(Message, frozen=True, tag=3):
     """Blocks that did not."""
     load_us: Count = 0
     """Microseconds spent copying and checking them."""
+    num_declined: Count = 0
+    """Blocks that were lent and not loaded: the engine computes their tokens sooner."""
 
 
 class Reserve(Message, frozen=True, tag=4):

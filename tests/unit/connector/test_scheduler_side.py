@@ -176,6 +176,22 @@ def test_a_claim_that_vllm_drops_gives_the_lease_back() -> None:
     assert engine.fake.leases == {}
 
 
+def test_a_load_that_is_not_worth_it_gives_the_lease_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed instead, counted, and not stored once more."""
+    engine = stocked()
+    monkeypatch.setattr(engine.side.costs, "is_load_worth", lambda num_tokens, _: num_tokens > 48)
+    request = engine.arrive(make_request())
+
+    assert engine.side.match(request, 16) == 0
+    assert engine.fake.leases == {}
+    assert engine.fake.released == [{"num_declined": 3}]
+    assert engine.side.match(request, 16) == 0
+    engine.admit(request, num_external=0)
+    engine.end(engine.step((request, 80)))
+    (job,) = engine.step().stores
+    assert list(job.block_ids) == engine.blocks(request)[4:5]
+
+
 def test_a_lease_ends_when_its_load_is_reported() -> None:
     """The lease holds from the claim to the report, which tells the daemon how it went."""
     engine = stocked()

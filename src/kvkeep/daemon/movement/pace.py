@@ -1,11 +1,12 @@
 """What is worth waiting for: measured speeds of tiers, and the plan made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvkeep.core.planner import (
     MeasuredRate,
     Place,
+    Plan,
     PlanMode,
     PlannerSettings,
     PrefillSpeed,
@@ -91,6 +92,36 @@ class Pace:
         """Whether no other promotion reads from this tier, so that the next one measures it."""
         return not self._queued.get(name)
 
+    def may_pay(
+        self, num_ready: int, num_hashes: int, tier: LowerTier, prefill_tokens_s: float
+    ) -> bool:
+        """Whether bringing blocks from this tier could be planned, if it had all of them.
+
+        What can't, is not looked for: on a fast engine that alone would cost a short prompt more
+        than it has to gain.
+        """
+        places: list[Run] = [(Place.POOL, num_ready), (tier.name, num_hashes - num_ready)]
+        sources = self._sources([(tier, 0)], self._clock.now_s())
+        chosen = self._weigh(places, num_hashes, sources, prefill_tokens_s)
+        if chosen.num_load > chosen.num_from_pool:
+            return True
+        self.last_reason = chosen.reason
+        return False
+
+    def _weigh(
+        self,
+        places: Sequence[Run],
+        num_hashes: int,
+        sources: Mapping[Place | str, Source],
+        prefill_tokens_s: float,
+    ) -> Plan:
+        layout = self._layout
+        shape = RequestShape(
+            num_hashes * layout.block_tokens, layout.block_tokens, layout.block_bytes
+        )
+        prefill = PrefillSpeed(prefill_tokens_s) if prefill_tokens_s else None
+        return plan(places, shape, sources, prefill, self._settings)
+
     def plan(
         self,
         num_ready: int,
@@ -99,14 +130,10 @@ class Pace:
         prefill_tokens_s: float,
     ) -> Pacing:
         """Decide how many of the blocks behind the readable ones to bring."""
-        layout, now_s = self._layout, self._clock.now_s()
         places: list[Run] = [(Place.POOL, num_ready)]
         places += [(tier.name, length) for tier, length in runs]
-        shape = RequestShape(
-            num_hashes * layout.block_tokens, layout.block_tokens, layout.block_bytes
-        )
-        prefill = PrefillSpeed(prefill_tokens_s) if prefill_tokens_s else None
-        chosen = plan(places, shape, self._sources(runs, now_s), prefill, self._settings)
+        sources = self._sources(runs, self._clock.now_s())
+        chosen = self._weigh(places, num_hashes, sources, prefill_tokens_s)
         num_blocks = max(0, chosen.num_load - chosen.num_from_pool)
         explored = str(chosen.explored) if isinstance(chosen.explored, str) else None
         if num_blocks and explored is not None:

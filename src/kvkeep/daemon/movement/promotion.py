@@ -88,7 +88,13 @@ class Promotion:
         if self._is_over or num_ready >= len(wanted.hashes):
             return False
         (key,) = wanted.keys(num_ready, num_ready + 1)
-        return key in self._arriving or any(tier.may_have(key) for tier in self._tiers)
+        if key in self._arriving:
+            return True
+        size = (num_ready, len(wanted.hashes))
+        return any(
+            tier.may_have(key) and self._pace.may_pay(*size, tier, wanted.prefill_tokens_s)
+            for tier in self._tiers
+        )
 
     def hold(self, wanted: Wanted, num_ready: int) -> LeaseId:
         """Keep the readable head of a prefix while its tail arrives; returns a lease."""

@@ -43,6 +43,22 @@ async def test_a_slow_tier_is_left_alone(grounds: Grounds) -> None:
     assert "none of 100 blocks is loaded" in pacing.reason
 
 
+@pytest.mark.parametrize(
+    ("bytes_per_s", "engine", "may_pay"),
+    [(1e4, FAST_ENGINE, False), (1e9, SLOW_ENGINE, True), (None, SLOW_ENGINE, True)],
+)
+async def test_what_can_not_pay_is_not_looked_for(
+    grounds: Grounds, bytes_per_s: float | None, engine: float, may_pay: bool
+) -> None:
+    """The question alone changes nothing: a tier that is unknown may still be measured."""
+    pace = paced(grounds, bytes_per_s)
+
+    for _ in range(2):
+        assert pace.may_pay(10, NUM_BLOCKS, grounds.tier, engine) is may_pay
+    assert pace.last_reason.startswith("none of") is not may_pay
+    assert pace.saved_us == 0
+
+
 async def test_an_unknown_tier_is_measured_by_one_at_a_time(grounds: Grounds) -> None:
     """A few blocks, and until they are there nobody else tries."""
     pace = paced(grounds, None)
