@@ -14,6 +14,9 @@ from kvkeep.tiers.valkey import ValkeySettings, ValkeyTier
 from tests.servers.valkey import ValkeyServer
 
 TIMEOUT_S = 1.0
+"""Of the tests in which it passes."""
+GENEROUS_S = 60.0
+"""Of the others, which must not end for want of time on a busy machine."""
 PATIENCE_S = 2 * TIMEOUT_S + 2.0
 """Two tries and a busy machine: still far from hung."""
 MID_BATCH_BYTES = 2 * VALUE_BYTES + VALUE_BYTES // 2
@@ -34,10 +37,22 @@ def relay(server: ValkeyServer) -> Iterator[FaultyRelay]:
         yield relay
 
 
+def opened(relay: FaultyRelay, timeout_s: float) -> ValkeyTier:
+    """A tier behind the relay."""
+    url = f"valkey://127.0.0.1:{relay.address[1]}"
+    return ValkeyTier(ValkeySettings(url=url, timeout_s=timeout_s, prefix=PREFIX))
+
+
 @pytest.fixture
 def tier(relay: FaultyRelay) -> Iterator[ValkeyTier]:
-    url = f"valkey://127.0.0.1:{relay.address[1]}"
-    tier = ValkeyTier(ValkeySettings(url=url, timeout_s=TIMEOUT_S, prefix=PREFIX))
+    tier = opened(relay, GENEROUS_S)
+    yield tier
+    tier.close()
+
+
+@pytest.fixture
+def hasty(relay: FaultyRelay) -> Iterator[ValkeyTier]:
+    tier = opened(relay, TIMEOUT_S)
     yield tier
     tier.close()
 
@@ -68,13 +83,13 @@ def assert_works(tier: ValkeyTier) -> None:
 
 @pytest.mark.parametrize("verb", ["write", "read"])
 def test_a_server_killed_in_mid_batch(
-    tier: ValkeyTier, relay: FaultyRelay, server: ValkeyServer, verb: str
+    hasty: ValkeyTier, relay: FaultyRelay, server: ValkeyServer, verb: str
 ) -> None:
     """The batch is an error; a server started again empty is all misses, and works."""
-    write(tier, range(8))
+    write(hasty, range(8))
     towards = Towards.SERVER if verb == "write" else Towards.CLIENT
     reached = relay.strike(NetworkFault.FROZEN, towards=towards, after_bytes=MID_BATCH_BYTES)
-    thread, errors = in_background(tier, verb)
+    thread, errors = in_background(hasty, verb)
     assert reached.wait(10)
     server.kill()
     thread.join(PATIENCE_S)
@@ -82,21 +97,21 @@ def test_a_server_killed_in_mid_batch(
     relay.heal()
 
     assert [type(error) for error in errors] == [UnavailableError]
-    assert read(tier, [block_key(number) for number in range(8)]) == [None] * 8
-    assert_works(tier)
+    assert read(hasty, [block_key(number) for number in range(8)]) == [None] * 8
+    assert_works(hasty)
 
 
 @pytest.mark.parametrize("verb", ["write", "read", "lookup", "keys", "delete"])
-def test_a_frozen_server(tier: ValkeyTier, server: ValkeyServer, verb: str) -> None:
+def test_a_frozen_server(hasty: ValkeyTier, server: ValkeyServer, verb: str) -> None:
     """Every call ends within its time limit, and works when the server goes on."""
     calls: dict[str, Callable[[], object]] = {
-        "write": lambda: write(tier, range(8)),
-        "read": lambda: read(tier, [block_key(1)]),
-        "lookup": lambda: tier.lookup([block_key(1)]),
-        "keys": lambda: list(tier.keys()),
-        "delete": lambda: tier.delete([block_key(1)]),
+        "write": lambda: write(hasty, range(8)),
+        "read": lambda: read(hasty, [block_key(1)]),
+        "lookup": lambda: hasty.lookup([block_key(1)]),
+        "keys": lambda: list(hasty.keys()),
+        "delete": lambda: hasty.delete([block_key(1)]),
     }
-    write(tier, [1])
+    write(hasty, [1])
     server.freeze()
     begun_s = time.perf_counter()
     try:
@@ -107,7 +122,7 @@ def test_a_frozen_server(tier: ValkeyTier, server: ValkeyServer, verb: str) -> N
         server.thaw()
 
     assert TIMEOUT_S * 0.9 <= took_s < PATIENCE_S
-    assert_works(tier)
+    assert_works(hasty)
 
 
 @pytest.mark.parametrize("after_bytes", [0, 3, 9, 40, 100_000, MID_BATCH_BYTES])
@@ -144,13 +159,13 @@ def test_a_slow_network_in_time(tier: ValkeyTier, relay: FaultyRelay) -> None:
     assert struck.is_set()
 
 
-def test_a_trickling_network(tier: ValkeyTier, relay: FaultyRelay) -> None:
+def test_a_trickling_network(hasty: ValkeyTier, relay: FaultyRelay) -> None:
     """Bytes that keep coming do not stretch the limit."""
-    write(tier, range(2))
+    write(hasty, range(2))
     relay.strike(NetworkFault.SLOW, bytes_per_s=VALUE_BYTES / (5 * TIMEOUT_S))
     begun_s = time.perf_counter()
     with pytest.raises(UnavailableError, match="did not finish within"):
-        read(tier, [block_key(0), block_key(1)])
+        read(hasty, [block_key(0), block_key(1)])
 
     assert time.perf_counter() - begun_s < PATIENCE_S
 
