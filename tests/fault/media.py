@@ -13,6 +13,7 @@ from kvkeep.protocol import messages as m
 from kvkeep.testing.tcp_proxy import FaultyRelay
 from tests.integration.daemons import (
     CALL_TIMEOUT_S,
+    COMMAND,
     NAMESPACE,
     Daemon,
     Worker,
@@ -31,6 +32,8 @@ TIMEOUT_S = 1.0
 """Of every tier for one call."""
 PATIENCE_S = 3.0
 """Beyond what was announced, on a busy machine; far from hung."""
+QUESTIONS = 4
+"""Asked of a broken medium: the first is answered late, the last not any more."""
 BACK_TIMEOUT_S = 30.0
 """A tier is tried again every two seconds; a store that lost a member takes longest."""
 
@@ -154,6 +157,14 @@ class Site:
             assert not is_there or np.array_equal(block, payload_of(block_hash))
         return sum(landed)
 
+    def ask_while_broken(self, hashes: Sequence[BlockHash], others: Sequence[BlockHash]) -> None:
+        """What the medium can't give is computed; the pool goes on serving what it has."""
+        self.clear_pool()
+        for _ in range(QUESTIONS):
+            self.serve(hashes)
+        self.worker.store(others)
+        assert self.serve(others) == len(others)
+
     def is_served_from_below(self, hashes: Sequence[BlockHash]) -> bool:
         """Whether the medium has all of a prefix; what is missing is stored again."""
         self.settle()
@@ -177,10 +188,10 @@ def write_config(folder: Path, tiers: Sequence[dict[str, object]]) -> Path:
 
 
 @contextlib.contextmanager
-def running_site(medium: Medium, folder: Path) -> Iterator[Site]:
+def running_site(medium: Medium, folder: Path, command: Sequence[str] = COMMAND) -> Iterator[Site]:
     """A daemon above this medium, whose tier is open."""
     config = write_config(folder, [medium.tier])
-    with running_daemon(config=config) as daemon, attached(daemon) as site:
+    with running_daemon(command, config=config) as daemon, attached(daemon) as site:
         yield site
 
 

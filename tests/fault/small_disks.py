@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.integration.daemons import wait_until
+
 IMAGE_BYTES = 24 << 20
 STORE_BYTES = 28 << 20
 """Of the memory that the image of a device lies in."""
@@ -19,7 +21,12 @@ def mounted(place: Path, *arguments: str) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        # A loop device lets go of the file behind it in its own time.
+        wait_until(lambda: _is_unmounted(place), f"{place} is unmounted")
+
+
+def _is_unmounted(place: Path) -> bool:
+    return subprocess.run(["umount", str(place)], capture_output=True, check=False).returncode == 0
 
 
 @contextlib.contextmanager

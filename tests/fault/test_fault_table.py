@@ -6,7 +6,7 @@ same tier, opened once, keeps and serves everything again when the fault is over
 
 The servers are real, and so is what breaks them wherever that can be done: ``SHIMS`` names the
 cells in which it can't, and docs/failure-modes.md shows the table. Faults under a whole daemon
-are in test_movement.py.
+are in test_movement.py and test_disk_daemon.py.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""Mooncake Store dies, freezes, fills up: values are lost or late, never wrong; nobody hangs."""
+"""Mooncake Store dies or freezes: values are lost or late, never wrong, and nobody hangs.
+
+That it is full, slow, or behind a cut cable is in test_fault_table.py.
+"""
 
 import contextlib
 import os
@@ -15,7 +18,7 @@ from kvkeep.model.errors import UnavailableError
 from kvkeep.testing.tier_contract import block_key, in_parts, read, value_bytes, write
 from kvkeep.tiers.mooncake.tier import MooncakeTier
 from tests.integration.daemons import wait_until
-from tests.servers.mooncake import MIB, MooncakeStore, mooncake_store, open_tier
+from tests.servers.mooncake import MooncakeStore, mooncake_store, open_tier
 
 TIMEOUT_S = 1.0
 SLACK_S = 1.0
@@ -78,16 +81,6 @@ def works_again(tier: MooncakeTier, number: int) -> Callable[[], bool]:
     return ask
 
 
-def test_values_of_a_killed_storage_are_misses(store: MooncakeStore, tier: MooncakeTier) -> None:
-    """What it held is gone and nothing wrong comes back; with another one, writes work again."""
-    write(tier, range(4))
-    store.storages[0].kill()
-    store.start_storage()
-
-    assert not is_right(tier, range(4))
-    wait_until(works_again(tier, 5), "a value is written and read", BACK_TIMEOUT_S)
-
-
 def test_a_second_copy_survives_a_killed_storage(store: MooncakeStore) -> None:
     """With two copies of each value every one is read although half the storage is dead."""
     store.start_storage()
@@ -142,20 +135,6 @@ def test_a_frozen_storage_hangs_nobody(store: MooncakeStore, tier: MooncakeTier)
     assert failing_s < TIMEOUT_S + SLACK_S
     wait_until(works_again(tier, 2), "a value is written and read", BACK_TIMEOUT_S)
     assert room == before
-
-
-def test_a_full_store_declines() -> None:
-    """What finds no room is declined, and what was kept is right or forgotten."""
-    with mooncake_store(1, segment_bytes=16 * MIB) as store, opened(store) as tier:
-        keys = [block_key(number) for number in range(32)]
-        values = [[memoryview(value_bytes(number, MIB))] for number in range(32)]
-        kept = tier.write(keys, values)
-        found = read(tier, keys, MIB)
-
-        assert 0 < kept.count(True) < 32
-        for number, got in enumerate(found):
-            assert got in (None, value_bytes(number, MIB))
-            assert got is None or kept[number]
 
 
 def test_a_killed_or_frozen_client_is_replaced(store: MooncakeStore, tier: MooncakeTier) -> None:

@@ -5,6 +5,7 @@ the time that the first one announced and the client's patience; ``Site.serve`` 
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,7 +38,6 @@ MID_BYTES = 10 * LAYOUT.block_bytes + LAYOUT.block_bytes // 2
 """In the middle of a value, in the middle of a prefix."""
 SLOW_BYTES_PER_S = 2 << 20
 """The prefix takes 0.2 s then, more than ten times what it takes otherwise."""
-QUESTIONS = 4
 SERVERS = ["valkey", "object_store", "mooncake"]
 
 
@@ -63,21 +63,12 @@ def site(medium: Medium, tmp_path: Path) -> Iterator[Site]:
         yield site
 
 
-def ask_while_broken(site: Site) -> None:
-    """What the medium can't give is computed; the pool goes on serving what it has."""
-    site.clear_pool()
-    for _ in range(QUESTIONS):
-        site.serve(HASHES)
-    site.worker.store(OTHERS)
-    assert site.serve(OTHERS) == len(OTHERS)
-
-
 @pytest.mark.parametrize("medium", SERVERS, indirect=True)
 def test_a_server_that_is_killed_and_comes_back_empty(medium: Medium, site: Site) -> None:
     """Misses while it is away; everything is kept and served again when it is back."""
     assert medium.server is not None
     medium.server.kill()
-    ask_while_broken(site)
+    site.ask_while_broken(HASHES, OTHERS)
     medium.restart()
 
     site.wait_for_service(HASHES)
@@ -89,7 +80,7 @@ def test_a_server_that_stands_still(medium: Medium, site: Site) -> None:
     assert medium.server is not None
     medium.server.freeze()
     try:
-        ask_while_broken(site)
+        site.ask_while_broken(HASHES, OTHERS)
     finally:
         medium.server.thaw()
 
@@ -116,7 +107,7 @@ def test_a_network_that_breaks_in_mid_value(
         fault, towards=towards, after_bytes=MID_BYTES, bytes_per_s=SLOW_BYTES_PER_S
     )
     site.serve(HASHES)
-    ask_while_broken(site)
+    site.ask_while_broken(HASHES, OTHERS)
     assert struck.wait(CALL_TIMEOUT_S)
     medium.relay.heal()
 
@@ -141,25 +132,30 @@ def overwrite(segment: Path, place: int, data: bytes) -> None:
         file.write(data)
 
 
-@pytest.mark.parametrize("damage", ["bit flip", "zeros", "swap"])
+@pytest.mark.parametrize("damage", ["bit flip", "zeros", "swap", "cut short"])
 @pytest.mark.parametrize("medium", ["disk"], indirect=True)
 def test_damaged_values_on_the_disk_are_computed_again(
     site: Site, tmp_path: Path, damage: str
 ) -> None:
     """The prefix ends before the first of them; stored again, it is served whole."""
     (segment,) = (tmp_path / "disk").glob("segment-*")
-    one, two = places_of(segment, HASHES[10:12])
-    first, second = (payload_of(block_hash).tobytes() for block_hash in HASHES[10:12])
+    places = places_of(segment, HASHES)
+    # Where the file is to end, its last value is the one that others outlive.
+    victim = places.index(max(places)) if damage == "cut short" else 10
+    one, two = places[victim], places[11]
+    first, second = (payload_of(HASHES[idx]).tobytes() for idx in (victim, 11))
     if damage == "bit flip":
         overwrite(segment, one + 77, bytes([first[77] ^ 4]))
     elif damage == "zeros":
         overwrite(segment, one + len(first) // 2, bytes(len(first) // 2))
+    elif damage == "cut short":
+        os.truncate(segment, one + len(first) // 2)
     else:
         overwrite(segment, one, second)
         overwrite(segment, two, first)
     site.settle()
     site.clear_pool()
-    assert site.serve(HASHES) == 10
+    assert site.serve(HASHES) == victim
 
     site.wait_for_service(HASHES)
 

@@ -131,15 +131,6 @@ def test_a_cut_write_is_whole_or_absent(tier: ObjectStoreTier, relay: FaultyRela
     assert None in found
 
 
-def test_a_slow_network_in_time(tier: ObjectStoreTier, relay: FaultyRelay) -> None:
-    """Slower, and within the limit, all bytes come."""
-    write(tier, range(2))
-    struck = relay.strike(NetworkFault.SLOW, bytes_per_s=2 * VALUE_BYTES / (TIMEOUT_S / 2))
-
-    assert read(tier, KEYS[:2]) == [value_bytes(0), value_bytes(1)]
-    assert struck.is_set()
-
-
 def test_a_trickling_network(tier: ObjectStoreTier, relay: FaultyRelay) -> None:
     """Bytes that keep coming do not stretch the limit."""
     write(tier, range(2))

@@ -150,15 +150,6 @@ def test_a_cut_write_is_whole_or_absent(tier: ValkeyTier, relay: FaultyRelay) ->
     assert found == [value_bytes(0), value_bytes(1), *[None] * 6]
 
 
-def test_a_slow_network_in_time(tier: ValkeyTier, relay: FaultyRelay) -> None:
-    """Ten times slower and within the limit, all bytes come."""
-    write(tier, range(2))
-    struck = relay.strike(NetworkFault.SLOW, bytes_per_s=2 * VALUE_BYTES / (TIMEOUT_S / 2))
-
-    assert read(tier, [block_key(0), block_key(1)]) == [value_bytes(0), value_bytes(1)]
-    assert struck.is_set()
-
-
 def test_a_trickling_network(hasty: ValkeyTier, relay: FaultyRelay) -> None:
     """Bytes that keep coming do not stretch the limit."""
     write(hasty, range(2))
