@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
-from tokenizers import Tokenizer
 
 from kvkeep.model.errors import InputError
 from kvkeep.router.prefix_hashes import (
@@ -122,6 +121,23 @@ def approximate_prefix(body: bytes | memoryview) -> Prefix | None:
     return Prefix(text_hashes(text), max(1, len(text) // BYTES_PER_TOKEN))
 
 
+class Encoded(Protocol):
+    """A tokenized text."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of its tokens."""
+        ...
+
+
+class Encodes(Protocol):
+    """The one method of ``tokenizers.Tokenizer`` that is used."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoded:
+        """Tokenize a text."""
+        ...
+
+
 class Renderer(Protocol):
     """Makes the text that an engine makes of a chat."""
 
@@ -143,7 +159,7 @@ class Tokenizing:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Encodes,
         block_tokens: int,
         renderer: Renderer | None = None,
         *,
@@ -224,20 +240,24 @@ class Tokenizing:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-def load_tokenizer(folder: Path) -> tuple[Tokenizer, Renderer | None]:
+def load_tokenizer(folder: Path) -> tuple[Encodes, Renderer | None]:
     """Load a model's tokenizer, and its chat template if it has one and jinja2 is installed.
 
     Raises:
-        InputError: There is no tokenizer.json in the folder, or it can't be read.
+        InputError: There is no tokenizer.json in the folder, it can't be read, or the package
+            that reads it is missing.
     """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise InputError("exact prefixes need the package tokenizers: install it") from error
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"there is no {path}: give the folder of the model that the engines serve")
-    try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer: Tokenizer = Tokenizer.from_str(text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}") from error
+    # The library raises bare exceptions for what it can't read, so the plain mistakes come first.
+    if not isinstance(_read_json(path).get("model"), dict):
+        raise InputError(f"{path} is no tokenizer: copy the model's files anew")
+    tokenizer: Encodes = Tokenizer.from_file(str(path))
     return tokenizer, _load_renderer(folder)
 
 
@@ -248,7 +268,7 @@ def _load_renderer(folder: Path) -> Renderer | None:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         return None
-    config = _read_config(folder / "tokenizer_config.json")
+    config = _read_json(folder / "tokenizer_config.json")
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if not isinstance(source, str):
@@ -279,9 +299,9 @@ def _refuse(message: str) -> str:
     raise ValueError(message)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = msgspec.json.decode(path.read_bytes())
+        value = msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return value if isinstance(value, dict) else {}
