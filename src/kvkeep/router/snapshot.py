@@ -12,6 +12,8 @@ class Role(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is a call of Python
+
 
 class EndpointState(Enum):
     """Whether an endpoint may be chosen; only READY and SUSPECT ones are."""

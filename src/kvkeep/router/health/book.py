@@ -36,6 +36,8 @@ class Outcome(Enum):
     BROKEN = "broken"
     """The response broke in the middle."""
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is a call of Python
+
 
 FAILURES = frozenset({Outcome.UNREACHABLE, Outcome.ERROR, Outcome.TIMEOUT, Outcome.BROKEN})
 

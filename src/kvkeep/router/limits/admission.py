@@ -27,6 +27,8 @@ class VisitState(Enum):
     REFUSED = "refused"
     GONE = "gone"
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is a call of Python
+
 
 class VisitMove(Enum):
     """What can happen to it."""
@@ -35,6 +37,8 @@ class VisitMove(Enum):
     QUEUED = "queued"
     REFUSED = "refused"
     LEFT = "left"
+
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is a call of Python
 
 
 TRANSITIONS: dict[VisitState, dict[VisitMove, VisitState]] = {

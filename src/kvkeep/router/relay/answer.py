@@ -17,12 +17,14 @@ from kvkeep.router.relay.framing import (
     ResponseHead,
     chunk,
     parse_response,
+    without_fields,
 )
 
 HELD_BYTES_MAX: Final = 64 << 10
 """Of an unfinished line of an event stream; a longer one goes on in parts."""
 _LINE_ENDS: Final = b"\r\n"
 _CONTINUE: Final = 100
+_CODING: Final = frozenset({b"transfer-encoding"})
 
 
 class Answer:
@@ -113,8 +115,10 @@ class Answer:
         """The head as the client gets it, with more fields of the relay."""
         head = self.head
         assert head is not None
-        if head.length < 0 and not self._is_for_old:
+        if head.length == UNTIL_CLOSE and not self._is_for_old:
             fields += b"Transfer-Encoding: chunked\r\n"
+        elif head.length == CHUNKED and self._is_for_old:
+            return without_fields(head.forwarded, _CODING) + fields + b"\r\n"
         return head.forwarded + fields + b"\r\n"
 
     def take(self, data: bytes) -> bytes:

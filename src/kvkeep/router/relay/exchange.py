@@ -8,7 +8,7 @@ sent to a second one: a request that kills engines would kill them all.
 """
 
 import asyncio
-from enum import IntEnum
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from kvkeep.router.health.book import Outcome
@@ -31,7 +31,7 @@ ENGINE_FAULTS = frozenset({500, 502, 504})
 """Statuses that say something of the engine's health; 503 says that it is busy."""
 
 
-class ExchangeState(IntEnum):
+class ExchangeState(Enum):
     """How far an exchange is."""
 
     NEW = 0
@@ -41,6 +41,8 @@ class ExchangeState(IntEnum):
     ANSWERING = 3
     """The client has the response's head."""
     OVER = 4
+
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is a call of Python
 
 
 TRANSITIONS: dict[ExchangeState, frozenset[ExchangeState]] = {
@@ -264,7 +266,12 @@ class Exchange:
             answer.is_over = True
             answer.is_exact = not rest
         elif rest:
-            out += answer.take(rest)
+            try:
+                out += answer.take(rest)
+            except FramingError:
+                # What tells the client of the error goes behind the head.
+                self._client.transport.write(out)
+                raise
         return out
 
     def _keeps_client(self, answer: Answer) -> bool:

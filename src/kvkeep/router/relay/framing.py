@@ -21,28 +21,44 @@ CHUNK_LINE_BYTES_MAX: Final = 1024
 TRAILER_BYTES_MAX: Final = 8 << 10
 UNTIL_CLOSE: Final = -1
 """As a length: the body ends with the connection."""
+DIGITS_MAX: Final = 19
+"""A length has fewer."""
 CHUNKED: Final = -2
 """As a length: the body is in chunks."""
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-_FIELDS = rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+)\r\n"
-_REQUEST = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]++) HTTP/([0-9])\.([0-9])\r\n" + _FIELDS)
+_FIELDS = rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
+_REQUEST = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]++) HTTP/([0-9]\.[0-9])\r\n" + _FIELDS)
 _RESPONSE = re.compile(
-    rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*+))?\r\n" + _FIELDS
+    rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n" + _FIELDS
 )
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#@\s]++)([/?].*+)?")
-_DIGITS = re.compile(rb"[0-9]{1,18}")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*+)?\r\n")
 _PLAIN_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 _TRAILER_LINE = re.compile(_TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n")
 
-_HOP_BY_HOP = (
-    *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer"),
-    *(b"upgrade", b"http2-settings"),
+_ENDS_WITH_HOP = (
+    rb"connection|keep-alive|proxy-connection|te|trailer|transfer-encoding|upgrade|http2-settings"
 )
-"""Fields that concern one connection; Transfer-Encoding is dealt with where the body is."""
+_NOTED_OF_REQUEST = re.compile(
+    rb"\r\n(content-length|host|expect|" + _ENDS_WITH_HOP + rb"):[ \t]*+([^\r]*+)"
+)
+_NOTED_OF_RESPONSE = re.compile(
+    rb"\r\n(content-length|content-type|" + _ENDS_WITH_HOP + rb"):[ \t]*+([^\r]*+)"
+)
+"""Over a head in lower case: the few fields that decide anything here."""
 _KEPT_ANYWAY = frozenset({b"content-length", b"transfer-encoding", b"host", b"content-type"})
 """What a Connection field can't take away: the message would mean something else without."""
+_NOT_HOP_BY_HOP = frozenset({b"content-length", b"transfer-encoding", b"host", b"expect"})
+"""Noted fields that are dealt with elsewhere."""
+
+_METHODS: Final = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
+"""CONNECT and TRACE are for intermediaries; others an engine's parser would refuse."""
+_SLASH: Final = ord("/")
+_WITHOUT_BODY: Final = (204, 304)
+
+Noted = list[tuple[bytes, bytes]]
+"""Names and values, in lower case, of the fields that decide anything."""
 
 
 class FramingError(Exception):
@@ -91,7 +107,7 @@ class ResponseHead:
     """Whether the connection can serve another request."""
     is_event_stream: bool
     forwarded: bytes
-    """What the client gets, without the empty line and without Transfer-Encoding."""
+    """What the client gets, without the empty line; with Transfer-Encoding if there was one."""
 
 
 def find_field(head: bytes, name: bytes) -> bytes | None:
@@ -101,24 +117,6 @@ def find_field(head: bytes, name: bytes) -> bytes | None:
         return None
     begin = at + len(name) + 3
     return head[begin : head.index(b"\r\n", begin)].strip(b" \t")
-
-
-def _values(lower: bytes, name: bytes) -> list[bytes]:
-    """All values of a field of a head in lower case."""
-    mark = b"\r\n" + name + b":"
-    values = []
-    at = lower.find(mark)
-    while at >= 0:
-        begin = at + len(mark)
-        end = lower.index(b"\r\n", begin)
-        values.append(lower[begin:end].strip(b" \t"))
-        at = lower.find(mark, end)
-    return values
-
-
-def _tokens(values: list[bytes]) -> list[bytes]:
-    """The members of a comma-separated field."""
-    return [part for value in values for part in map(bytes.strip, value.split(b",")) if part]
 
 
 def without_fields(head: bytes, names: frozenset[bytes]) -> bytes:
@@ -132,7 +130,7 @@ def parse_request(head: bytes) -> RequestHead:
     """Understand a request head.
 
     Args:
-        head: Up to and with the empty line, as ``find_head_end`` found it.
+        head: Up to and with the empty line.
 
     Raises:
         FramingError: It is refused; the status says why.
@@ -140,31 +138,67 @@ def parse_request(head: bytes) -> RequestHead:
     match = _REQUEST.fullmatch(head)
     if match is None:
         raise _refused_request(head)
-    method, target, major, minor = match.group(1, 2, 3, 4)
-    if major != b"1" or minor not in b"01":
-        raise FramingError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    if head.count(b"\r\n") > FIELDS_MAX + 2:
+    method, target, version = match.groups()
+    if method not in _METHODS:
+        raise FramingError(501, "the method is none that an engine knows")
+    length, num_hosts = -1, 0
+    is_plain = version == b"1.1" and target[0] == _SLASH
+    noted = _NOTED_OF_REQUEST.findall(head.lower())
+    for name, value in noted:
+        if name == b"content-length":
+            # What is there twice or is no number goes where it is refused.
+            is_plain = is_plain and length < 0 and value.isdigit() and len(value) < DIGITS_MAX
+            length = int(value) if is_plain else 0
+        elif name == b"host":
+            num_hosts += 1
+        elif name != b"connection" or value != b"keep-alive":
+            is_plain = False
+    if head.count(b"\n") > FIELDS_MAX + 2:
         raise FramingError(431, f"the request has more than {FIELDS_MAX} header fields")
-    is_old = minor == b"0"
-    lower = head.lower()
-    length = _request_length(lower, is_old)
-    forwarded, is_persistent = head[:-2], not is_old
-    named = _hop_by_hop(lower)
-    if named:
-        is_persistent = is_persistent and b"close" not in named
-        _refuse_upgrade(lower)
-        forwarded = without_fields(forwarded, named)
+    if is_plain and num_hosts == 1:
+        return RequestHead(method, target, max(length, 0), True, False, False, head, head[:-2])
+    return _parse_exceptional(head, method, target, version, noted)
+
+
+def _parse_exceptional(
+    head: bytes, method: bytes, target: bytes, version: bytes, noted: Noted
+) -> RequestHead:
+    """Understand a request that holds something for this connection only, or something wrong."""
+    if version not in (b"1.1", b"1.0"):
+        raise FramingError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    is_old = version == b"1.0"
+    values = _grouped(noted)
+    length = _request_length(values, is_old)
+    hops = _hop_by_hop(values)
+    if any(protocol != b"h2c" for protocol in _tokens(values.get(b"upgrade", []))):
+        # An offer of h2c may be left unanswered; the others would not go on as HTTP/1.1.
+        raise FramingError(501, "the router does not upgrade connections (WebSocket and others)")
+    dropped = hops
     is_waiting = False
-    if b"\r\nexpect:" in lower:
-        if _values(lower, b"expect") != [b"100-continue"]:
+    if b"expect" in values:
+        if values[b"expect"] != [b"100-continue"]:
             raise FramingError(417, "of Expect only 100-continue is understood")
-        is_waiting = not is_old
-        forwarded = without_fields(forwarded, frozenset({b"expect"}))
+        is_waiting, dropped = not is_old, dropped | {b"expect"}
     if length == CHUNKED:
-        forwarded = without_fields(forwarded, frozenset({b"transfer-encoding"}))
-    if is_old or target[:1] != b"/" or lower.count(b"\r\nhost:") != 1:
-        forwarded, target = _with_origin(forwarded, lower, method, target, is_old)
+        dropped |= {b"transfer-encoding"}
+    forwarded = without_fields(head[:-2], dropped) if dropped else head[:-2]
+    hosts = values.get(b"host", [])
+    forwarded, target = _with_origin(forwarded, hosts, method, target, is_old)
+    is_persistent = not is_old and b"close" not in hops
     return RequestHead(method, target, length, is_persistent, is_old, is_waiting, head, forwarded)
+
+
+def _grouped(noted: Noted) -> dict[bytes, list[bytes]]:
+    """All values of each field, without the space around them."""
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in noted:
+        values.setdefault(name, []).append(value.strip(b" \t"))
+    return values
+
+
+def _tokens(values: list[bytes]) -> list[bytes]:
+    """The members of a comma-separated field."""
+    return [part for value in values for part in map(bytes.strip, value.split(b",")) if part]
 
 
 def _refused_request(head: bytes) -> FramingError:
@@ -177,72 +211,54 @@ def _refused_request(head: bytes) -> FramingError:
     return FramingError(400, "a header field is malformed or holds a control character")
 
 
-def _request_length(lower: bytes, is_old: bool) -> int:
+def _request_length(values: dict[bytes, list[bytes]], is_old: bool) -> int:
     """The body's length; of all that is refused here, each has smuggled requests somewhere."""
-    at = lower.find(b"\r\ncontent-length:")
-    if b"\r\ntransfer-encoding:" in lower:
-        if at >= 0:
-            raise FramingError(400, "Content-Length and Transfer-Encoding can't both be given")
-        if is_old:
-            raise FramingError(400, "HTTP/1.0 has no Transfer-Encoding")
-        codings = _values(lower, b"transfer-encoding")
-        if codings != [b"chunked"]:
-            raise FramingError(501, "of Transfer-Encoding only chunked is understood")
-        return CHUNKED
-    if at < 0:
-        return 0
-    return _parse_length(lower, at)
+    codings = values.get(b"transfer-encoding")
+    if codings is None:
+        return _parse_length(values[b"content-length"]) if b"content-length" in values else 0
+    if b"content-length" in values:
+        raise FramingError(400, "Content-Length and Transfer-Encoding can't both be given")
+    if is_old:
+        raise FramingError(400, "HTTP/1.0 has no Transfer-Encoding")
+    if codings != [b"chunked"]:
+        raise FramingError(501, "of Transfer-Encoding only chunked is understood")
+    return CHUNKED
 
 
-def _parse_length(lower: bytes, at: int) -> int:
-    end = lower.index(b"\r\n", at + 2)
-    value = lower[at + 17 : end].strip(b" \t")
-    if _DIGITS.fullmatch(value) is None:
-        raise FramingError(400, "Content-Length is not one number")
-    if lower.find(b"\r\ncontent-length:", end) >= 0:
+def _parse_length(values: list[bytes]) -> int:
+    if len(values) > 1:
         raise FramingError(400, "Content-Length is given more than once")
-    return int(value)
+    if not values[0].isdigit() or len(values[0]) >= DIGITS_MAX:
+        raise FramingError(400, "Content-Length is not one number")
+    return int(values[0])
 
 
-def _hop_by_hop(lower: bytes) -> frozenset[bytes]:
+def _hop_by_hop(values: dict[bytes, list[bytes]]) -> frozenset[bytes]:
     """Names of the lines to leave out: those that concern one connection, and those it names."""
-    found = [name for name in _HOP_BY_HOP if b"\r\n" + name + b":" in lower]
-    if not found:
-        return frozenset()
-    named = _tokens(_values(lower, b"connection")) if b"connection" in found else []
-    return frozenset(found).union(named) - _KEPT_ANYWAY
-
-
-def _refuse_upgrade(lower: bytes) -> None:
-    """Refuse what would stop being HTTP/1.1; an offer of h2c may be left unanswered."""
-    protocols = _tokens(_values(lower, b"upgrade"))
-    if any(protocol != b"h2c" for protocol in protocols):
-        raise FramingError(501, "the router does not upgrade connections (WebSocket and others)")
+    named = _tokens(values.get(b"connection", []))
+    return (frozenset(values) - _NOT_HOP_BY_HOP).union(named) - _KEPT_ANYWAY
 
 
 def _with_origin(
-    forwarded: bytes, lower: bytes, method: bytes, target: bytes, is_old: bool
+    forwarded: bytes, hosts: list[bytes], method: bytes, target: bytes, is_old: bool
 ) -> tuple[bytes, bytes]:
     """Bring target, Host and version into the form that every engine understands."""
-    num_hosts = lower.count(b"\r\nhost:")
-    if num_hosts > 1 or (num_hosts == 0 and not is_old):
+    if len(hosts) > 1 or (not hosts and not is_old):
         raise FramingError(400, "a request needs exactly one Host")
-    host = _values(lower, b"host")[0] if num_hosts else b""
-    if target[:1] != b"/" and not (target == b"*" and method == b"OPTIONS"):
+    is_origin = target[0] == _SLASH or (target == b"*" and method == b"OPTIONS")
+    if is_origin and hosts and not is_old:
+        return forwarded, target
+    host = hosts[0] if hosts else b"localhost"
+    if not is_origin:
         match = _ABSOLUTE.fullmatch(target)
-        if match is None or method == b"CONNECT":
+        if match is None:
             raise FramingError(400, "the target must be a path such as /v1/chat/completions")
-        host, path = match.group(1, 2)
+        host, path = match.groups()
         target = path or b"/"
         if target[:1] == b"?":
             target = b"/" + target
-        forwarded = without_fields(forwarded, frozenset({b"host"}))
-        num_hosts = 0
-    _, _, fields = forwarded.partition(b"\r\n")
-    line = method + b" " + target + b" HTTP/1.1\r\n"
-    if num_hosts == 0:
-        line += b"Host: " + (host or b"localhost") + b"\r\n"
-    return line + fields, target
+    _, _, fields = without_fields(forwarded, frozenset({b"host"})).partition(b"\r\n")
+    return method + b" " + target + b" HTTP/1.1\r\nHost: " + host + b"\r\n" + fields, target
 
 
 def parse_response(head: bytes, *, is_for_head: bool) -> ResponseHead:
@@ -256,41 +272,52 @@ def parse_response(head: bytes, *, is_for_head: bool) -> ResponseHead:
         FramingError: An engine said something that is not HTTP, or that can't be relayed.
     """
     match = _RESPONSE.fullmatch(head)
-    if match is None or head.count(b"\r\n") > FIELDS_MAX + 2:
+    if match is None or head.count(b"\n") > FIELDS_MAX + 2:
         raise FramingError(502, "the engine's response is not HTTP")
-    is_old, status = match[1] == b"0", int(match[2])
+    minor, digits = match.groups()
+    status, length = int(digits), UNTIL_CLOSE
+    is_plain, is_event_stream = minor == b"1" and status >= 200, False
+    noted = _NOTED_OF_RESPONSE.findall(head.lower())
+    for name, value in noted:
+        if name == b"content-type":
+            is_event_stream = value.startswith(b"text/event-stream")
+        elif name == b"content-length":
+            is_number = value.isdigit() and len(value) < DIGITS_MAX
+            is_plain = is_plain and length == UNTIL_CLOSE and is_number
+            length = int(value) if is_number else 0
+        elif name == b"transfer-encoding" and value == b"chunked":
+            is_plain = is_plain and length == UNTIL_CLOSE
+            length = CHUNKED
+        else:
+            is_plain = False
+    if not is_plain or length == UNTIL_CLOSE or status in _WITHOUT_BODY or is_for_head:
+        return _parse_exceptional_response(head, status, noted, is_for_head, is_event_stream)
+    return ResponseHead(status, length, True, is_event_stream, head[:-2])
+
+
+def _parse_exceptional_response(
+    head: bytes, status: int, noted: Noted, is_for_head: bool, is_event_stream: bool
+) -> ResponseHead:
+    """Understand a response that ends in another way than most, or holds something wrong."""
     if status == 101:
         raise FramingError(502, "the engine changed the protocol unasked")
-    lower = head.lower()
-    is_chunked = b"\r\ntransfer-encoding:" in lower
-    length = _response_length(lower, is_chunked)
-    forwarded = head[:-2] if not is_old else b"HTTP/1.1" + head[8:-2]
-    is_persistent = not is_old and length != UNTIL_CLOSE
-    named = _hop_by_hop(lower)
-    if named:
-        is_persistent = is_persistent and b"close" not in named
-    if named or is_chunked:
-        forwarded = without_fields(forwarded, named | {b"transfer-encoding"})
-    if is_for_head or status < 200 or status in (204, 304):
-        is_persistent = is_persistent or (not is_old and b"close" not in named)
-        length = 0
-    at = lower.find(b"\r\ncontent-type:")
-    is_event_stream = at >= 0 and b"text/event-stream" in lower[at : lower.index(b"\r\n", at + 2)]
-    return ResponseHead(status, length, is_persistent, is_event_stream, forwarded)
-
-
-def _response_length(lower: bytes, is_chunked: bool) -> int:
-    at = lower.find(b"\r\ncontent-length:")
-    if is_chunked:
-        if at >= 0 or _values(lower, b"transfer-encoding") != [b"chunked"]:
-            raise FramingError(502, "the engine's response has no certain length")
-        return CHUNKED
-    if at < 0:
-        return UNTIL_CLOSE
+    values = _grouped(noted)
+    values.pop(b"content-type", None)
     try:
-        return _parse_length(lower, at)
+        length = UNTIL_CLOSE
+        if b"transfer-encoding" in values or b"content-length" in values:
+            length = _request_length(values, False)
     except FramingError as error:
         raise FramingError(502, "the engine's response has no certain length") from error
+    hops = _hop_by_hop(values)
+    is_old = head[:8] == b"HTTP/1.0"
+    has_body = not (is_for_head or status < 200 or status in _WITHOUT_BODY)
+    dropped = hops if length == CHUNKED and has_body else hops | {b"transfer-encoding"}
+    forwarded = without_fields(b"HTTP/1.1" + head[8:-2], dropped)
+    if not has_body:
+        length = 0
+    is_persistent = not is_old and length != UNTIL_CLOSE and b"close" not in hops
+    return ResponseHead(status, length, is_persistent, is_event_stream, forwarded)
 
 
 class ChunkScanner:
@@ -382,16 +409,6 @@ class ChunkScanner:
             self._missing = int(match[1], 16)
             if not self._missing:
                 self._trailer_bytes = 0
-
-
-def find_head_end(data: bytes | bytearray, start: int = 0) -> int:
-    """Where the body begins; -1 if the head is not whole.
-
-    A head that ends in bare line feeds never ends here, so it is refused sooner: see
-    ``has_bare_line_feed``.
-    """
-    at = data.find(b"\r\n\r\n", start)
-    return -1 if at < 0 else at + 4
 
 
 def chunk(payload: bytes) -> bytes:

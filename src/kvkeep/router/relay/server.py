@@ -348,7 +348,9 @@ class ClientConnection(asyncio.Protocol):
     def reset(self) -> None:
         """End the connection so that what was sent can't be mistaken for a whole response."""
         self._is_closing = True
-        self._request = self._served = None
+        served, self._request, self._served = self._served, None, None
+        if served is not None:
+            served.client_lost()
         self._leave()
         sock = self.transport.get_extra_info("socket")
         if sock is not None:
