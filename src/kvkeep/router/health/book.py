@@ -130,9 +130,11 @@ class HealthBook:
         """Endpoints to probe now; each is to be reported with ``probed``, exactly once."""
         found: list[Endpoint] = []
         for record in self._records.values():
-            if record.is_probed or record.next_probe_s > now_s:
+            is_open = record.breaker.state is BreakerState.OPEN
+            # An endpoint that requests found dead is not left alone for longer than its pause.
+            if record.is_probed or (record.next_probe_s > now_s and not is_open):
                 continue
-            if record.breaker.state is BreakerState.OPEN:
+            if is_open:
                 ticket = record.breaker.begin(now_s)
                 if ticket is None:
                     continue
@@ -152,7 +154,7 @@ class HealthBook:
         record = self._records.get(endpoint.name)
         if record is None or record.endpoint is not endpoint:
             return
-        record.is_probed, record.next_probe_s = False, now_s + self._settings.interval_s
+        record.is_probed = False
         if models is not None and models != endpoint.models:
             endpoint.models = models
             self._fleet.changed()
@@ -166,6 +168,9 @@ class HealthBook:
             self._show(record)
         else:
             self._report(record, record.probe_ticket, outcome, now_s)
+        settings, is_settled = self._settings, record.endpoint.state is EndpointState.READY
+        pause_s = settings.interval_s if is_settled else min(settings.interval_s, settings.pause_s)
+        record.next_probe_s = now_s + pause_s
 
     def _report(self, record: _Record, ticket: int, outcome: Outcome, now_s: float) -> None:
         breaker = record.breaker

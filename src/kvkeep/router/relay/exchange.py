@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 OK = 200
 BUSY = 503
+TAIL_BYTES = 2048
+"""Pieces are put together up to so much: an engine may send the end of a response in many."""
 ENGINE_FAULTS = frozenset({500, 502, 504})
 """Statuses that say something of the engine's health; 503 says that it is busy."""
 
@@ -223,7 +225,10 @@ class Exchange:
         """The engine sent bytes."""
         self.is_heard = True
         self._received_bytes += len(data)
-        self._before, self._last = self._last, data
+        if len(self._last) + len(data) <= TAIL_BYTES:
+            self._last += data
+        else:
+            self._before, self._last = self._last, data
         answer = self._answer
         assert answer is not None
         try:

@@ -11,10 +11,10 @@ SETTINGS = HealthSettings(interval_s=2.0, timeout_s=1.0, failures_max=3, pause_s
 class Scene:
     """One endpoint and its book."""
 
-    def __init__(self, *, is_ready: bool = True) -> None:
+    def __init__(self, *, is_ready: bool = True, settings: HealthSettings = SETTINGS) -> None:
         self.fleet = Fleet()
         self.endpoint = Endpoint("a", "127.0.0.1", 1)
-        self.book = HealthBook(self.fleet, SETTINGS)
+        self.book = HealthBook(self.fleet, settings)
         self.fleet.join(self.endpoint)
         self.book.join(self.endpoint, 0.0)
         if is_ready:
@@ -126,6 +126,16 @@ def test_a_probe_that_fails_begins_another_pause() -> None:
     assert not scene.probe(Outcome.FINISHED, 8.9)
     assert scene.state() is EndpointState.DOWN
     assert scene.probe(Outcome.FINISHED, 9.0)
+
+
+def test_an_endpoint_found_dead_between_probes_is_probed_after_its_pause() -> None:
+    """However seldom those that are well are probed."""
+    scene = Scene(settings=HealthSettings(interval_s=3600.0, pause_s=4.0))
+    scene.ask(Outcome.UNREACHABLE, 1.0)
+    assert scene.probe(Outcome.FINISHED, 5.0)
+    assert scene.probe(Outcome.FINISHED, 9.0)
+
+    assert scene.state() is EndpointState.READY
 
 
 def test_what_began_before_says_nothing_of_now() -> None:

@@ -1,0 +1,198 @@
+"""``kvkeep top``: what a router and daemons do now, and what they did since their start."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvkeep.cli.status import readable_bytes
+from kvkeep.model.clock import SystemClock
+from kvkeep.model.errors import InputError, UnavailableError
+
+TIMEOUT_S = 5.0
+"""For one answer: whoever is not frozen answers within milliseconds."""
+INTERVAL_S_MIN = 0.1
+MOVES = {
+    "requests_done": "requests",
+    "requests_failed": "failed",
+    "prompt_tokens": "prompt",
+    "cached_tokens": "cached",
+    "completion_tokens": "made",
+    "response_bytes": "bytes",
+}
+"""Counter of an endpoint, and its column."""
+Page = dict[str, Any]
+
+
+@click.command()
+@click.option("--router", "router_url", help="Admin address of a router: see what it prints.")
+@click.option("--daemon", "daemon_urls", multiple=True, help="Metrics address of a daemon.")
+@click.option("--admin-key-file", type=click.Path(path_type=Path), help="The router's admin key.")
+@click.option("--interval-s", default=1.0, show_default=True, help="Between two looks.")
+@click.option("--once", is_flag=True, help="Look once and end.")
+@click.option("--json", "as_json", is_flag=True, help="With --once: print one JSON line.")
+def top(
+    router_url: str | None,
+    daemon_urls: tuple[str, ...],
+    admin_key_file: Path | None,
+    interval_s: float,
+    once: bool,
+    as_json: bool,
+) -> None:
+    """Show requests, tokens, hits of each tier, bytes and what is in flight, as it changes.
+
+    For example: kvkeep top --router http://127.0.0.1:8081 --daemon http://127.0.0.1:9100
+    """
+    if router_url is None and not daemon_urls:
+        raise InputError("name what to look at: --router URL, --daemon URL, or both")
+    if as_json and not once:
+        raise InputError("--json shows one moment: add --once")
+    if not interval_s >= INTERVAL_S_MIN:
+        raise InputError(f"--interval-s {interval_s:g} is too short: at least {INTERVAL_S_MIN}")
+    with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
+        look = _looking(client, router_url, daemon_urls, _headers(admin_key_file))
+        if once:
+            found = look()
+            if as_json:
+                click.echo(json.dumps(found))
+            else:
+                Console().print(render(found, None, 0.0))
+        else:
+            with contextlib.suppress(KeyboardInterrupt):
+                _watch(look, interval_s)
+
+
+def _headers(key_file: Path | None) -> dict[str, str]:
+    if key_file is None:
+        return {}
+    try:
+        return {"Authorization": f"Bearer {key_file.read_text().strip()}"}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{key_file} can't be read: name the router's admin key file") from error
+
+
+def _looking(
+    client: httpx.Client,
+    router_url: str | None,
+    daemon_urls: tuple[str, ...],
+    headers: Mapping[str, str],
+) -> Callable[[], Page]:
+    def look() -> Page:
+        router = None
+        if router_url is not None:
+            router = _ask(client, f"{router_url.rstrip('/')}/workers", headers, "router", "workers")
+        daemons = {
+            url: _ask(client, f"{url.rstrip('/')}/status", {}, "daemon", "counters")
+            for url in daemon_urls
+        }
+        return {"router": router, "daemons": daemons, "hits": hits(router, daemons)}
+
+    return look
+
+
+def _ask(client: httpx.Client, url: str, headers: Mapping[str, str], what: str, field: str) -> Page:
+    try:
+        found = client.get(url, headers=dict(headers)).raise_for_status().json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise UnavailableError(f"no {what} answers at {url} ({error})") from error
+    if not isinstance(found, dict) or field not in found:
+        raise UnavailableError(f"{url} is no {what} of kvkeep: see what it prints at its start")
+    return found
+
+
+def hits(router: Page | None, daemons: Mapping[str, Page]) -> dict[str, int]:
+    """What was found in each place.
+
+    ``engine_tokens`` are prompt tokens that engines reported as not computed, wherever they came
+    from; ``pool_blocks`` were loaded by engines from the daemons' pools; and what stands under a
+    tier's name was read from it into a pool, in values, one or more for a block.
+    """
+    found = {
+        "engine_tokens": 0 if router is None else router["total"]["cached_tokens"],
+        "pool_blocks": sum(each["counters"].get("blocks_loaded", 0) for each in daemons.values()),
+    }
+    for daemon in daemons.values():
+        for tier in (daemon.get("movement") or {}).get("tiers", ()):
+            reads = tier.get("reads") or {}
+            found[tier["name"]] = found.get(tier["name"], 0) + reads.get("num_done", 0)
+    return found
+
+
+def _watch(look: Callable[[], Page], interval_s: float) -> None:
+    """Show until interrupted; who does not answer is shown as away, and looked at again."""
+    clock = SystemClock()
+    before: Page | None = None
+    before_s = clock.now_s()
+    with Live(Text("..."), refresh_per_second=4, screen=True) as live:
+        while True:
+            try:
+                found, now_s = look(), clock.now_s()
+                live.update(render(found, before, now_s - before_s))
+                before, before_s = found, now_s
+            except UnavailableError as error:
+                live.update(Text(str(error), style="red"))
+            time.sleep(interval_s)
+
+
+def render(found: Page, before: Page | None, passed_s: float) -> RenderableType:
+    """One screen: totals, or what changes each second where there is an earlier look."""
+    parts: list[RenderableType] = []
+    if found["router"] is not None:
+        earlier = None if before is None else before["router"]
+        parts += [_summary(found["router"]), _workers(found["router"], earlier, passed_s)]
+    for url, daemon in found["daemons"].items():
+        parts.append(_daemon(url, daemon))
+    parts.append(Text("hits  " + "  ".join(f"{name} {n:,}" for name, n in found["hits"].items())))
+    return Group(*parts)
+
+
+def _summary(router: Page) -> Text:
+    gauges, total = router["gauges"], router["total"]
+    refused = sum(router["refused"].values())
+    return Text(
+        f"router  {router['policy']}, {gauges['requests_running']:.0f} running, "
+        f"{gauges['requests_waiting']:.0f} waiting, {total['requests_done']:,} done, "
+        f"{total['requests_failed']:,} failed, {refused:,} refused, "
+        f"{router['counters']['retries']:,} retried, up {gauges['uptime_s']:.0f} s"
+    )
+
+
+def _workers(router: Page, before: Page | None, passed_s: float) -> Table:
+    table = Table(box=None, pad_edge=False)
+    per_s = "" if before is None or passed_s <= 0 else "/s"
+    for title in ("engine", "state", "in flight", "ttft"):
+        table.add_column(title, justify="left" if title in ("engine", "state") else "right")
+    for title in MOVES.values():
+        table.add_column(f"{title}{per_s}", justify="right")
+    earlier = {} if before is None else {each["name"]: each for each in before["workers"]}
+    for worker in router["workers"]:
+        was = earlier.get(worker["name"], {}) if per_s else {}
+        moves = [(worker[name] - was.get(name, 0)) / (passed_s if per_s else 1) for name in MOVES]
+        table.add_row(
+            worker["name"],
+            worker["state"],
+            str(worker["in_flight"]),
+            f"{worker['ttft_s'] * 1000:.0f} ms",
+            *(f"{value:,.0f}" for value in moves[:-1]),
+            readable_bytes(int(moves[-1])),
+        )
+    return table
+
+
+def _daemon(url: str, daemon: Page) -> Text:
+    counters, gauges = daemon["counters"], daemon["gauges"]
+    return Text(
+        f"daemon  {url}  {gauges['slots_ready']:,.0f} of {gauges['slots']:,.0f} blocks, "
+        f"{counters['blocks_loaded']:,} loaded ({readable_bytes(counters['bytes_loaded'])}), "
+        f"{counters['blocks_promoted']:,} from lower tiers, "
+        f"{counters['blocks_stored']:,} stored ({readable_bytes(counters['bytes_stored'])})"
+    )
