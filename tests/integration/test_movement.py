@@ -13,8 +13,10 @@ from kvkeep.client.prefixes import PrefixClient
 from kvkeep.daemon.movement.proving import BATCH as CANARIES
 from kvkeep.model.ids import BlockHash
 from kvkeep.protocol import messages as m
+from kvkeep.protocol.codec import join_hashes, split_slots
 from tests.integration.daemons import (
     CALL_TIMEOUT_S,
+    NAMESPACE,
     Daemon,
     Worker,
     acquire,
@@ -237,3 +239,27 @@ def test_a_tier_that_hangs_while_it_opens_keeps_nobody_waiting(
             assert daemon.stop() == 0
             daemon.start()
             assert daemon.stop() == 0
+
+
+def test_what_was_prefetched_is_lent_at_once(tmp_path: Path) -> None:
+    """An Acquire after a prefetch finds its blocks in the pool: its first answer is the lease."""
+    hashes = hashes_of(0, 40)
+    with daemon_with_disk(tmp_path, planner="load") as daemon, Worker(daemon) as worker:
+        store_sequence(daemon, worker, hashes)
+        with contextlib.closing(connect(daemon)) as tool, opened_prefixes(daemon) as client:
+            tool.call(m.Clear(tool.next_request_id()), m.Cleared, CALL_TIMEOUT_S)
+            assert client.prefetch(NAMESPACE, 0, hashes)
+            wait_until(lambda: daemon.counter("prefetches_brought") == 1, "blocks brought")
+            number = tool.next_request_id()
+            request = m.Acquire(number, NAMESPACE, 0, join_hashes(hashes), 30.0)
+            answer = tool.call(request, m.Acquired, CALL_TIMEOUT_S)
+
+            assert answer.wait_us == 0
+            assert len(split_slots(answer.slots)) == 40
+            tool.send(m.Release([answer.lease_id]))
+            assert acquire(client, hashes_of(900, 4)) is None
+            assert client.num_prefetching == 40
+        counters = daemon.status()["counters"]
+        assert counters["blocks_promoted"] == 40
+        assert (counters["prefetches_asked"], counters["prefetches_refused"]) == (1, 0)
+        assert counters["promotions_late"] == 0

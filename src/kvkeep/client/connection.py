@@ -31,7 +31,17 @@ UNSENT_BYTES_MAX = 2 * FRAME_BYTES_MAX
 """Kept of what the kernel did not take; a daemon that lets more pile up does not read."""
 _CREDENTIALS = struct.Struct("3i")
 
-Reply = TypeVar("Reply", m.Acquired, m.Reserved, m.Committed, m.Pong, m.Status, m.Cleared, m.Told)
+Reply = TypeVar(
+    "Reply",
+    m.Acquired,
+    m.Reserved,
+    m.Committed,
+    m.Pong,
+    m.Status,
+    m.Cleared,
+    m.Told,
+    m.Prefetching,
+)
 
 
 class Connection:

@@ -82,6 +82,8 @@ class PrefixClient:
         """By request id: until when the second answer comes, where the first announced one."""
         self._connection: Connection | None = None
         self.num_late = 0
+        self.num_prefetching = 0
+        """Blocks that daemons set out to bring for prefetches, as far as they have answered."""
 
     @property
     def is_connected(self) -> bool:
@@ -147,6 +149,36 @@ class PrefixClient:
         self._answers[request_id] = None
         return Question(request_id, self._clock.now_s(), connection, lease_s)
 
+    def prefetch(
+        self,
+        namespace: Namespace,
+        group_idx: int,
+        hashes: Sequence[BlockHash],
+        prefill_tokens_s: int = 0,
+    ) -> bool:
+        """Ask for blocks of a prefix to be brought to the pool before a request needs them.
+
+        It waits for nothing, and nothing is lent: whoever needs them asks as always.
+
+        Args:
+            namespace: Of all the blocks.
+            group_idx: Of all the blocks.
+            hashes: In the order of the sequence.
+            prefill_tokens_s: Tokens a second that the engine computes which will need them; 0 if
+                that is not known.
+
+        Returns:
+            Whether there was a daemon to ask.
+        """
+        connection = self._current()
+        if connection is None:
+            return False
+        joined = codec.join_hashes(hashes[: m.HASHES_MAX])
+        request_id = connection.next_request_id()
+        self._send(m.Prefetch(request_id, namespace, group_idx, joined, prefill_tokens_s))
+        # Answers are taken in also where nobody ever asks for a lease.
+        return self._current() is connection and self._receive(connection, 0.0)
+
     def answer(
         self, question: Question, wait_s: float
     ) -> PrefixLease | Literal[Answer.NOTHING, Answer.PENDING]:
@@ -199,6 +231,8 @@ class PrefixClient:
         for message in messages:
             if isinstance(message, m.Acquired):
                 self._take(message)
+            elif isinstance(message, m.Prefetching):
+                self.num_prefetching += message.num_accepted
         return True
 
     def _take(self, message: m.Acquired) -> None:

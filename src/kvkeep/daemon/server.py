@@ -186,6 +186,8 @@ class SessionProtocol(asyncio.Protocol):
                 self._clear_tiers(message)
             case m.Explain():
                 self._explain(message)
+            case m.Prefetch():
+                self._prefetch(message)
 
     def _deadline_s(self, lease_s: float) -> float:
         lease_s_max = self._server.settings.lease_s_max
@@ -337,6 +339,16 @@ class SessionProtocol(asyncio.Protocol):
         self._waits.discard(task)
         if not task.cancelled():
             task.result()  # a defect of the core ends the daemon, in the loop's handler
+
+    def _prefetch(self, message: m.Prefetch) -> None:
+        wanted = Wanted(
+            Namespace(message.namespace),
+            message.group_idx,
+            codec.split_hashes(message.hashes),
+            message.prefill_tokens_s,
+        )
+        num_accepted = self._server.movement.prefetch(wanted)
+        self._send(m.Prefetching(message.request_id, num_accepted))
 
     def _release(self, message: m.Release) -> None:
         leases = [LeaseId(lease_id) for lease_id in message.lease_ids]

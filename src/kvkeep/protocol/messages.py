@@ -194,6 +194,18 @@ class Explain(Message, frozen=True, tag=13):
     hashes: Hashes
 
 
+class Prefetch(Message, frozen=True, tag=14):
+    """Bring blocks of this prefix from lower tiers before a request asks. Answer: Prefetching."""
+
+    request_id: Id
+    namespace: Namespace
+    group_idx: GroupIdx
+    hashes: Hashes
+    """In the order of the sequence."""
+    prefill_tokens_s: Count = 0
+    """Tokens a second that the engine computes for which it is done; 0 if that is not known."""
+
+
 # ---- to the client
 
 
@@ -281,6 +293,15 @@ class Told(Message, frozen=True, tag=109):
     text: str
 
 
+class Prefetching(Message, frozen=True, tag=110):
+    """How much of a Prefetch is under way; nothing more is said of it, and nothing is lent."""
+
+    request_id: Id
+    num_accepted: Count
+    """Blocks that the daemon looks for in lower tiers. 0: all are readable, no tier may have the
+    first that is not, or too many prefetches run."""
+
+
 ToDaemon = (
     Hello
     | Acquire
@@ -295,5 +316,17 @@ ToDaemon = (
     | VerifyTier
     | ClearTiers
     | Explain
+    | Prefetch
 )
-ToClient = Welcome | Refused | Acquired | Reserved | Committed | Pong | Status | Cleared | Told
+ToClient = (
+    Welcome
+    | Refused
+    | Acquired
+    | Reserved
+    | Committed
+    | Pong
+    | Status
+    | Cleared
+    | Told
+    | Prefetching
+)

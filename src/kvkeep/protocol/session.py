@@ -27,6 +27,7 @@ _REQUESTS: tuple[type[m.Message], ...] = (
     m.VerifyTier,
     m.ClearTiers,
     m.Explain,
+    m.Prefetch,
 )
 
 TRANSITIONS: dict[SessionState, dict[type[m.Message], SessionState]] = {

@@ -9,5 +9,5 @@ SUPPORTED = frozenset({2})
 CHANGES = {
     1: "first version",
     2: "Welcome names the longest lease; an Acquire is answered again when blocks are on their "
-    "way; tiers can be listed, verified and cleared, and misses explained",
+    "way; tiers can be listed, verified and cleared, misses explained, and prefixes prefetched",
 }

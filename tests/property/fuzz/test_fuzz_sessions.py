@@ -41,6 +41,7 @@ MESSAGES = st.one_of(
     st.builds(m.Hello, st.just(VERSION) | IDS, st.sampled_from(["worker", "scheduler", "x"]),
               st.text(max_size=9), st.none() | st.just(WIRE_LAYOUT)),
     st.builds(m.Acquire, IDS, NAMESPACES, IDS, HASH_TEXTS, SECONDS, IDS),
+    st.builds(m.Prefetch, IDS, NAMESPACES, IDS, HASH_TEXTS, IDS),
     st.builds(m.Release, st.lists(IDS, max_size=5), IDS, IDS, IDS),
     st.builds(m.Reserve, IDS, NAMESPACES, IDS, HASH_TEXTS, IDS, IDS, SECONDS),
     st.builds(m.Commit, IDS, IDS, st.binary(max_size=9), IDS),

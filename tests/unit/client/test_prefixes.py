@@ -299,3 +299,25 @@ def test_an_announced_question_may_be_forgotten(stage: Stage) -> None:
 
     assert stage.daemon.sent[2:] == [m.Release([21])]
     assert stage.client._coming_s == {}
+
+
+def test_a_prefetch_waits_for_nothing(stage: Stage) -> None:
+    """What the daemon says to it is taken in when it comes, and changes no question."""
+    assert stage.client.prefetch(NAMESPACE, 0, HASHES, 500)
+    assert stage.daemon.sent == [m.Prefetch(1, NAMESPACE, 0, b"".join(HASHES), 500)]
+    stage.daemon.answers.append(m.Prefetching(1, 3))
+    question = stage.client.ask(NAMESPACE, 0, HASHES)
+    assert question is not None
+    stage.grant(question.request_id)
+
+    assert isinstance(stage.client.answer(question, 1.0), PrefixLease)
+    assert stage.client.num_prefetching == 3
+
+
+def test_a_prefetch_without_a_daemon_is_not_asked(stage: Stage) -> None:
+    """Neither where there is none nor where it is just gone."""
+    stage.daemon.is_broken = True
+
+    assert not stage.client.prefetch(NAMESPACE, 0, HASHES)
+    assert stage.link.connection is None
+    assert not stage.client.prefetch(NAMESPACE, 0, HASHES)

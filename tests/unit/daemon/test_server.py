@@ -271,6 +271,19 @@ async def test_a_clear_leaves_a_workers_canary_alone(server: Server) -> None:
     assert (gauges["slots_writing"], gauges["slots_fenced"]) == (before, 0) == (1, 0)
 
 
+async def test_a_prefetch_is_answered_with_what_is_looked_for(server: Server) -> None:
+    """Nothing where no tier is; it is no lookup, and needs a greeting as any question does."""
+    reader, stranger = Client(server), Client(server)
+    reader.greet("scheduler")
+    asked = m.Prefetch(3, NAMESPACE, 0, HASHES, 1000)
+    assert reader.say(asked) == [m.Prefetching(3, 0)]
+    counters = server.metrics.counters()
+    assert (counters["prefetches_asked"], counters["lookups"]) == (1, 0)
+
+    (refused,) = stranger.say(asked)
+    assert isinstance(refused, m.Refused)
+
+
 async def test_the_canaries_namespace_is_nobodys(server: Server) -> None:
     """Who stores under it would be owed room that tenants count on."""
     worker = Client(server)

@@ -5,6 +5,7 @@ when it gets another. Until one is open, and where one can't be, the daemon serv
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -29,6 +30,10 @@ DRAIN_S = 4.0
 what closing tiers may take, the daemon ends in that time, whatever hangs."""
 PROBE_S = 0.25
 """Announced to a client before it is known where its blocks are."""
+PREFETCHES_MAX = 4
+"""At once: tiers are there for requests that wait first of all."""
+PREFETCH_S = 30.0
+"""So long after it was asked a prefetch begins no further read."""
 USES_MAX = 1 << 16
 """Blocks read by engines of which admission has not heard yet; older ones are forgotten."""
 USES_AT_ONCE = 64
@@ -58,6 +63,7 @@ class Movement:
         self._closing: set[asyncio.Task[None]] = set()
         """What ends the movers and tiers of former layouts."""
         self._stocks: set[asyncio.Task[None]] = set()
+        self._prefetches: set[asyncio.Task[None]] = set()
         self.is_hanging = False
         """Something did not end in time when this was closed."""
         self._uses: deque[BlockKey] = deque(maxlen=USES_MAX)
@@ -114,7 +120,7 @@ class Movement:
         movers = [mover for mover in (self._cascade, self._promotion) if mover is not None]
         for mover in movers:
             mover.stop()
-        for task in self._stocks:
+        for task in self._stocks | self._prefetches:
             task.cancel()
         self._cascade = self._promotion = None
         return movers
@@ -224,6 +230,34 @@ class Movement:
     def may_come(self, wanted: Wanted, num_ready: int) -> bool:
         """Whether ``bring`` may make more of the prefix readable."""
         return self._promotion is not None and self._promotion.may_come(wanted, num_ready)
+
+    def prefetch(self, wanted: Wanted) -> int:
+        """Begin to bring a prefix into the pool for which nobody waits yet.
+
+        Returns:
+            Blocks that are looked for; 0 if there is nothing to do, or too much is under way.
+        """
+        self._count("prefetches_asked", 1)
+        promotion = self._promotion
+        num_ready = 0 if promotion is None else promotion.num_ready(wanted)
+        if promotion is None or not promotion.may_come(wanted, num_ready):
+            return 0
+        if len(self._prefetches) >= PREFETCHES_MAX:
+            self._count("prefetches_refused", 1)
+            return 0
+        self._begin(self._prefetch(promotion, wanted, num_ready), self._prefetches)
+        return len(wanted.hashes) - num_ready
+
+    async def _prefetch(self, promotion: Promotion, wanted: Wanted, num_ready: int) -> None:
+        held = promotion.hold(wanted, num_ready)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PREFETCH_S):
+                    await promotion.bring(wanted, lambda _wait_s: None)
+        finally:
+            promotion.let_go(held)
+        if promotion.num_ready(wanted) > num_ready:
+            self._count("prefetches_brought", 1)
 
     async def bring(
         self,

@@ -97,7 +97,7 @@ class Promotion:
         )
 
     def hold(self, wanted: Wanted, num_ready: int) -> LeaseId:
-        """Keep the readable head of a prefix while its tail arrives; returns a lease."""
+        """Keep the readable head of a prefix that no engine was lent; returns a lease."""
         if not num_ready:
             return NO_LEASE
         event = on.BlocksAsked(0, self._holder, wanted.keys(0, num_ready), float("inf"))
@@ -119,7 +119,7 @@ class Promotion:
         num_before = -1
         runs: list[tuple[LowerTier, int]] = []
         while not self._is_over:
-            num_ready = self._num_ready(wanted)
+            num_ready = self.num_ready(wanted)
             if num_ready >= len(wanted.hashes):
                 return
             (first,) = wanted.keys(num_ready, num_ready + 1)
@@ -128,7 +128,7 @@ class Promotion:
                     return  # what was tried brought nothing
                 num_before = num_ready
                 runs = await self._locate(wanted, num_ready)
-                if self._num_ready(wanted) != num_ready:
+                if self.num_ready(wanted) != num_ready:
                     continue
             # While this one looked, another may have begun to read the same.
             arrival = self._arriving.get(first) or self._fetch(wanted, num_ready, runs)
@@ -137,7 +137,8 @@ class Promotion:
             announce(arrival.until_s - asyncio.get_running_loop().time())
             await asyncio.shield(arrival.ended)
 
-    def _num_ready(self, wanted: Wanted) -> int:
+    def num_ready(self, wanted: Wanted) -> int:
+        """Leading blocks that are readable now."""
         node = self._shell.node
         if node is None:
             return 0

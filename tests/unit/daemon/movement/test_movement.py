@@ -13,7 +13,7 @@ import kvkeep.daemon.movement.tier_set as tier_set
 from kvkeep.core.admission import AdmitReason
 from kvkeep.core.blocks import BlockState
 from kvkeep.daemon.movement.lower_tier import LowerTier
-from kvkeep.daemon.movement.movement import Movement
+from kvkeep.daemon.movement.movement import PREFETCHES_MAX, Movement
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.tier_settings import AnyTierSettings, DiskTierSettings, ValkeyTierSettings
 from kvkeep.model.clock import Clock, SystemClock
@@ -144,6 +144,68 @@ async def test_who_leaves_holds_nothing(rig: Rig) -> None:
     assert len(rig.grounds.node.reads) == 0
     rig.grounds.medium.release()
     await asyncio.wait_for(_idle(rig), WAIT_S)
+    rig.grounds.assert_quiet()
+
+
+async def test_a_prefetch_brings_what_nobody_waits_for(rig: Rig) -> None:
+    """Behind what is there already, which stays meanwhile; then there is nothing to do."""
+    rig.grounds.keep(BLOCKS)
+    rig.grounds.store(BLOCKS[:4])
+    assert rig.movement.prefetch(WANTED) == COUNT - 4
+    await asyncio.wait_for(asyncio.gather(*rig.movement._prefetches), WAIT_S)
+
+    assert rig.grounds.num_right(BLOCKS) == COUNT
+    assert rig.movement.prefetch(WANTED) == 0
+    assert (rig.counts["prefetches_asked"], rig.counts["prefetches_brought"]) == (2, 1)
+    rig.grounds.assert_quiet()
+
+
+async def test_prefetches_have_a_limit(rig: Rig) -> None:
+    """Beyond it they are refused; a slow tier does not make them pile up."""
+    many = [wanted(1000 * number, 2) for number in range(PREFETCHES_MAX + 2)]
+    for each in many:
+        rig.grounds.keep(each.keys(0))
+    rig.grounds.medium.chances = {TierFault.HANG: 1.0}
+    accepted = [rig.movement.prefetch(each) for each in many]
+    rig.grounds.medium.release()
+    await asyncio.wait_for(asyncio.gather(*rig.movement._prefetches), WAIT_S)
+
+    assert accepted == [*[2] * PREFETCHES_MAX, 0, 0]
+    assert rig.counts["prefetches_refused"] == 2
+    rig.grounds.medium.chances = {}
+    assert rig.movement.prefetch(many[-1]) == 2
+    await asyncio.wait_for(asyncio.gather(*rig.movement._prefetches), WAIT_S)
+    rig.grounds.assert_quiet()
+
+
+async def test_a_prefetch_takes_no_block_that_is_lent(rig: Rig) -> None:
+    """Where everything is lent nothing comes, and nothing is left behind."""
+    rig.grounds.keep(BLOCKS)
+    everything = keys(5000, len(rig.grounds.node.ledger.slots))
+    rig.grounds.store(everything)
+    lease_id = rig.movement._promotion.hold(wanted(5000, len(everything)), len(everything))  # type: ignore[union-attr]
+    rig.movement.prefetch(WANTED)
+    await asyncio.wait_for(asyncio.gather(*rig.movement._prefetches), WAIT_S)
+
+    assert rig.grounds.num_right(everything) == len(everything)
+    assert rig.counts["prefetches_brought"] == 0
+    rig.movement._promotion.let_go(lease_id)  # type: ignore[union-attr]
+    rig.grounds.assert_quiet()
+
+
+async def test_the_end_does_not_wait_for_prefetches(rig: Rig) -> None:
+    """What they read comes to its end; what they hold is given back."""
+    rig.grounds.keep(BLOCKS)
+    rig.grounds.store(BLOCKS[:4])
+    rig.grounds.medium.chances = {TierFault.HANG: 1.0}
+    rig.movement.prefetch(WANTED)
+    await rig.grounds.hanging()
+    closing = asyncio.get_running_loop().create_task(rig.movement.close())
+    await asyncio.sleep(0)
+    rig.grounds.medium.release()
+    await asyncio.wait_for(closing, WAIT_S)
+
+    assert not rig.movement._prefetches
     rig.grounds.assert_quiet()
 
 
