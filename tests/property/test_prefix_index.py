@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvkeep.router.events.block_events import (
@@ -115,6 +115,9 @@ def test_events_are_followed_exactly(
     assert index.num_orphans == index.num_refused == 0
 
 
+@example(
+    sent=[(0, (0, 0, 0, 0)), (0, (0, 0, 0, 0, 0, 0))], blocks_max=2, said=[0] * 30
+)  # A prompt longer than the cap, of which less was held than believed.
 @given(
     sent=st.lists(st.tuples(st.integers(0, 2), prompts), max_size=30),
     blocks_max=st.integers(1, 8),

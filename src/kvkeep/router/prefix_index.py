@@ -85,6 +85,8 @@ class PrefixIndex:
         self.num_orphans = 0
         """Events whose parent block is not known, so that their place in a prefix is not either."""
         self.num_evicted = 0
+        self.num_in_tiers = 0
+        """Blocks that endpoints said to have in tiers."""
         self._blocks: dict[int, int] = {}
         # Few sets of endpoints occur; one object stands for each wherever it does.
         self._sets: dict[int, int] = {}
@@ -188,7 +190,8 @@ class PrefixIndex:
         size = len(holder.assumed)
         if reported + 1 < expected:
             # It evicted what it was believed to hold: it has less room, for this prompt at least.
-            holder.blocks_max = max(num_blocks, 1, int(size * CAPACITY_DECAY))
+            room = max(num_blocks, 1, int(size * CAPACITY_DECAY))
+            holder.blocks_max = min(self.blocks_max, room)
             self._trim(holder)
         elif size >= holder.blocks_max:
             grown = int(holder.blocks_max * CAPACITY_GROWTH) + 1
@@ -244,6 +247,8 @@ class PrefixIndex:
         known = medium.by_engine_hash.get(engine_hash)
         if known is not None and self._blocks.get(known, 0) & medium.bit:
             medium.copies[engine_hash] = medium.copies.get(engine_hash, 1) + 1
+        if known is None and medium is holder.tiers:
+            self.num_in_tiers += 1
         medium.by_engine_hash[engine_hash] = block
         if medium is holder.cache:
             holder.assumed.pop(block, None)
@@ -256,6 +261,8 @@ class PrefixIndex:
                 medium.copies[engine_hash] = num_copies - 1
             return
         block = medium.by_engine_hash.pop(engine_hash, None)
+        if block is not None and medium is holder.tiers:
+            self.num_in_tiers -= 1
         if block is not None and not (medium is holder.cache and block in holder.assumed):
             self._clear(block, medium.bit)
 
@@ -297,6 +304,7 @@ class PrefixIndex:
             self._blocks.pop(block, None)
 
     def _empty(self, holder: _Holder) -> None:
+        self.num_in_tiers -= len(holder.tiers.by_engine_hash)
         for medium in (holder.cache, holder.tiers):
             for block in medium.by_engine_hash.values():
                 self._clear(block, medium.bit)
@@ -325,6 +333,8 @@ class PrefixIndex:
     def check(self) -> None:
         """Raise AssertionError if the tables do not agree."""
         assert len(self._blocks) <= self.blocks_max
+        in_tiers = [len(holder.tiers.by_engine_hash) for holder in self._by_slot.values()]
+        assert self.num_in_tiers == sum(in_tiers)
         for slot, holder in self._by_slot.items():
             assert holder.slot == slot
             assert len(holder.assumed) <= holder.blocks_max <= self.blocks_max

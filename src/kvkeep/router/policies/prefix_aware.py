@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvkeep.router.policies.base import NO_ENDPOINT, Choice, Needs
 from kvkeep.router.policies.least_loaded import LeastLoaded
@@ -22,15 +23,14 @@ class PrefixSettings:
     hashing's: a hot prefix is worth a queue, of which the score already takes account."""
     tokens_per_request: float = 64.0
     """Prompt tokens that one request in flight is worth: its decoding slows prefill down."""
-    tie_share: float = 0.1
+    tie_share: float = 0.05
     """Endpoints within this share of the whole prompt's work are as good as each other; the ring
     then decides, so that prompts which share only a short beginning spread over the fleet."""
     load_share: float = 0.1
     """What loading a token from a tier costs, compared with computing it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     endpoint: Endpoint
     num_blocks: int
     num_loadable: int
@@ -105,7 +105,7 @@ class PrefixAware:
     ) -> list[_Candidate]:
         names = [endpoint.name for endpoint in ready]
         held = self.index.match(prefix, names)
-        loadable = self.index.match_tiers(prefix, names)
+        loadable = self.index.match_tiers(prefix, names) if self.index.num_in_tiers else held
         bound = LoadBound(ready, self._settings.load_factor)
         return [
             self._candidate(endpoint, num_blocks, num_loadable, num_tokens, bound)
