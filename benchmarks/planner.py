@@ -196,6 +196,8 @@ class Bench:
 
         def computed() -> float:
             self._plain.reset_prefix_cache()
+            if point.place != "pool":
+                self._clear_pool()  # the same pause for both: what idles is slow to wake
             return self._ask(self._plain, prompts)[0]
 
         for warm in (kept, computed):

@@ -126,6 +126,8 @@ class Bench:
 
         def computed() -> float:
             self._plain.reset()
+            if place == "disk":
+                self.clear_pool()  # the same pause for both: what idles is slow to wake
             return self.ask(self._plain, prompts)
 
         for warm in (kept, computed):

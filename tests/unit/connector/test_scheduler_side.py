@@ -176,6 +176,16 @@ def test_a_claim_that_vllm_drops_gives_the_lease_back() -> None:
     assert engine.fake.leases == {}
 
 
+def test_what_can_not_be_worth_a_load_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if the pool had all of it."""
+    engine = stocked()
+    monkeypatch.setattr(engine.side.costs, "is_load_worth", lambda num_tokens, _: num_tokens > 64)
+    request = engine.arrive(make_request())
+
+    assert engine.side.match(request, 0) == 0
+    assert engine.fake.asked == []
+
+
 def test_a_load_that_is_not_worth_it_gives_the_lease_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is computed instead, counted, and not stored once more."""
     engine = stocked()

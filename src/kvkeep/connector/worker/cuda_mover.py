@@ -24,19 +24,38 @@ COPY_THREADS = 8
 
 
 class _Staging:
-    """A pinned buffer of whole blocks of this rank: uint8 ``[blocks, layers, heads, page]``."""
+    """A pinned buffer of whole blocks of this rank, packed layer by layer.
+
+    So one layer of all blocks is one run of bytes, which the GPU scatters without copying it first.
+    """
 
     def __init__(self, memory: EngineMemory, page_bytes: int) -> None:
-        shape = (STAGING_BLOCKS, len(memory.tensors), memory.num_heads, page_bytes)
-        self.tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        stride = shape[1] * shape[2] * page_bytes
-        pages = np.arange(STAGING_BLOCKS * shape[1] * shape[2], dtype=np.uint64)
-        self._addresses = pages * np.uint64(page_bytes) + np.uint64(self.tensor.data_ptr())
-        self._pages_per_block = stride // page_bytes
+        self._shape = len(memory.tensors), memory.num_heads, page_bytes
+        num_bytes = STAGING_BLOCKS * int(np.prod(self._shape))
+        self._tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._is_free = torch.cuda.Event()
+
+    def rows(self, num_blocks: int) -> torch.Tensor:
+        """The first bytes as uint8 ``[layers, blocks, heads, page]``."""
+        num_layers, num_heads, page_bytes = self._shape
+        num_bytes = num_blocks * num_layers * num_heads * page_bytes
+        return self._tensor[:num_bytes].view(num_layers, num_blocks, num_heads, page_bytes)
 
     def pages(self, num_blocks: int) -> npt.NDArray[np.uint64]:
-        """Addresses of the pages of the first blocks."""
-        return self._addresses[: num_blocks * self._pages_per_block]
+        """Addresses of the pages of ``rows``, in the pool's order: by block, layer, head."""
+        num_layers, num_heads, page_bytes = self._shape
+        block, layer, head = np.ogrid[:num_blocks, :num_layers, :num_heads]
+        page = ((layer * num_blocks + block) * num_heads + head).reshape(-1).astype(np.uint64)
+        addresses: npt.NDArray[np.uint64] = page * np.uint64(page_bytes)
+        return addresses + np.uint64(self._tensor.data_ptr())
+
+    def used_until(self, stream: Any) -> None:
+        """What was queued on this stream so far reads the buffer."""
+        self._is_free.record(stream)
+
+    def wait(self) -> None:
+        """Wait until the buffer may be written to."""
+        self._is_free.synchronize()
 
 
 class CudaMover:
@@ -49,7 +68,8 @@ class CudaMover:
         page_bytes = memory.tensors[0][0, 0].numel() * memory.tensors[0].element_size()
         self._page_bytes = page_bytes
         self._store_staging = _Staging(memory, page_bytes)
-        self._load_staging = _Staging(memory, page_bytes)
+        # One is filled while the bus empties the other.
+        self._load_staging = [_Staging(memory, page_bytes) for _ in range(2)]
         self._store_stream = torch.cuda.Stream(device=memory.device)
         self._copier = open_copier(num_threads=COPY_THREADS)
 
@@ -80,11 +100,9 @@ class CudaMover:
         with torch.cuda.device(memory.device), torch.cuda.stream(self._store_stream):
             self._store_stream.wait_event(after)
             idx = torch.tensor(block_ids, dtype=torch.int64).to(memory.device, non_blocking=True)
-            gathered = torch.stack([t.index_select(0, idx) for t in memory.tensors], dim=1)
-            pages = gathered.view(torch.uint8).view(
-                num_blocks, *self._store_staging.tensor.shape[1:]
-            )
-            self._store_staging.tensor[:num_blocks].copy_(pages, non_blocking=True)
+            gathered = torch.stack([t.index_select(0, idx) for t in memory.tensors])
+            rows = self._store_staging.rows(num_blocks)
+            rows.copy_(gathered.view(torch.uint8).view(rows.shape), non_blocking=True)
             self._store_stream.synchronize()
         source = self._store_staging.pages(num_blocks)
         digests = np.empty((len(source), 16), dtype=np.uint8)
@@ -111,10 +129,10 @@ class CudaMover:
         self, pool: PoolView, slots: Sequence[int], block_ids: Sequence[int], digests: Digests
     ) -> npt.NDArray[np.bool_]:
         memory, num_blocks = self._memory, len(slots)
-        stream = torch.cuda.current_stream(memory.device)
-        # The scatter of the batch before reads the same staging buffer.
-        stream.synchronize()
-        target = self._load_staging.pages(num_blocks)
+        staging = self._load_staging[0]
+        self._load_staging.reverse()
+        staging.wait()
+        target = staging.pages(num_blocks)
         ok = np.empty(len(target), dtype=np.bool_)
         source = self._pool_pages(pool, slots)
         self._copier.load(source, target, self._page_bytes, digests.reshape(-1, 16), ok)
@@ -122,14 +140,12 @@ class CudaMover:
         good = np.flatnonzero(landed)
         if not len(good):
             return landed
-        rows = self._load_staging.tensor[:num_blocks]
-        on_device = rows.to(memory.device, non_blocking=True)
+        on_device = staging.rows(num_blocks).to(memory.device, non_blocking=True)
+        staging.used_until(torch.cuda.current_stream(memory.device))
         if len(good) < num_blocks:
-            on_device = on_device[torch.from_numpy(good).to(memory.device)]
+            on_device = on_device[:, torch.from_numpy(good).to(memory.device)]
         wanted = torch.tensor([block_ids[i] for i in good], dtype=torch.int64).to(memory.device)
         for layer, tensor in enumerate(memory.tensors):
             block_shape = (len(good), *tensor.shape[1:])
-            tensor.index_copy_(
-                0, wanted, on_device[:, layer].contiguous().view(tensor.dtype).view(block_shape)
-            )
+            tensor.index_copy_(0, wanted, on_device[layer].view(tensor.dtype).view(block_shape))
         return landed
