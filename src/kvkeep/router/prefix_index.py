@@ -245,7 +245,10 @@ class PrefixIndex:
 
     def _add(self, holder: _Holder, medium: _Medium, engine_hash: int, block: int) -> None:
         known = medium.by_engine_hash.get(engine_hash)
-        if known is not None and self._blocks.get(known, 0) & medium.bit:
+        if known is not None and known != block:
+            # An engine never gives one name to two blocks; if it does, the later one counts.
+            self._forget(holder, medium, known)
+        elif known is not None and self._blocks.get(known, 0) & medium.bit:
             medium.copies[engine_hash] = medium.copies.get(engine_hash, 1) + 1
         if known is None and medium is holder.tiers:
             self.num_in_tiers += 1
@@ -263,7 +266,11 @@ class PrefixIndex:
         block = medium.by_engine_hash.pop(engine_hash, None)
         if block is not None and medium is holder.tiers:
             self.num_in_tiers -= 1
-        if block is not None and not (medium is holder.cache and block in holder.assumed):
+        if block is not None:
+            self._forget(holder, medium, block)
+
+    def _forget(self, holder: _Holder, medium: _Medium, block: int) -> None:
+        if medium is not holder.cache or block not in holder.assumed:
             self._clear(block, medium.bit)
 
     def drop(self, endpoint: str) -> None:
