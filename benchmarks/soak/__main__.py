@@ -136,6 +136,7 @@ def final_figures(daemon: Daemon, ledger: Ledger, duration_s: float) -> list[Fig
         Figure("soak.slots_stuck", num_stuck, "slots", target=Target("value", "<=", CANARIES)),
         Figure("soak.wrong_blocks", max(wrong_before, ledger.counts["wrong"]), "", target=none),
         Figure("soak.unreadable_lent_blocks", ledger.counts["not_landed"], "", target=none),
+        Figure("soak.blocks_after_their_lease", ledger.counts["outlived"], ""),
         Figure("soak.corrupt_blocks", counters["blocks_corrupt"], "blocks", target=none),
         Figure("soak.proven_blocks", ledger.counts["right"], "blocks"),
         Figure("soak.stored_blocks", len(ledger.stored), "different blocks of the working set"),

@@ -24,9 +24,9 @@ def test_wrong_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         worker.store(hashes_of(0, 8))
         lease = acquire(client, hashes_of(0, 8))
         assert lease is not None
-        assert prove(worker, ledger, hashes_of(0, 8), lease.slots) == 8
+        assert prove(worker, ledger, hashes_of(0, 8), lease) == 8
         monkeypatch.setattr("benchmarks.soak.load.payload_of", lambda *_: bytes(8))
-        prove(worker, ledger, hashes_of(0, 8), lease.slots)
+        prove(worker, ledger, hashes_of(0, 8), lease)
         client.release([lease])
 
     assert (ledger.counts["right"], ledger.counts["wrong"]) == (8, 8)
