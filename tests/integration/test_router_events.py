@@ -11,9 +11,11 @@ import zmq
 import zmq.asyncio
 
 from kvkeep.model.clock import SystemClock
+from kvkeep.router.events.feeds import EngineEvents, EventFeeds, EventSettings
 from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
 from kvkeep.router.prefix_hashes import token_hashes, token_root
 from kvkeep.router.prefix_index import PrefixIndex
+from kvkeep.router.snapshot import Endpoint
 
 BLOCK_TOKENS = 4
 NAME = "engine"
@@ -32,7 +34,8 @@ class Publisher:
         self.buffer: list[tuple[int, bytes]] = []
         host = "tcp://127.0.0.1"
         ports = [each.bind_to_random_port(host) for each in (self._events, self._replay)]
-        self.address = ZmqAddress(f"{host}:{ports[0]}", f"{host}:{ports[1]}")
+        self.addresses = [f"{host}:{port}" for port in ports]
+        self.address = ZmqAddress(self.addresses[0], self.addresses[1])
 
     async def publish(self, *events: dict[str, Any], is_lost: bool = False) -> None:
         self.ts += 1.0
@@ -200,6 +203,33 @@ async def test_hostile_messages_are_refused_and_survived() -> None:
 
         assert source.counters.num_refused == 9
         index.check()
+
+
+async def test_a_fleet_is_heard_while_it_is_in() -> None:
+    """Who joins is listened to at its address, who leaves is not, a bad address harms no one."""
+    index, context = PrefixIndex(BLOCK_TOKENS), zmq.asyncio.Context()
+    publisher = Publisher(context)
+    port, replay = (each.rpartition(":")[2] for each in publisher.addresses)
+    settings = EventSettings(
+        EngineEvents(f"tcp://{{host}}:{port}", f"tcp://{{host}}:{replay}"),
+        {"silent": EngineEvents(), "wrong": EngineEvents("tcp://127.0.0.1:none")},
+    )
+    feeds = EventFeeds(settings, index)
+    serving = asyncio.create_task(publisher.serve())
+    for name in (NAME, "silent", "wrong"):
+        feeds.joined(Endpoint(name=name, host="127.0.0.1", port=1))
+    await publisher.publish(stored(FIRST, 11), is_lost=True)
+    while not held(index, FIRST):
+        await publisher.publish(stored(FIRST, 11))
+        await asyncio.sleep(0.01)
+
+    assert set(feeds.counters) == {NAME, "wrong"}
+    feeds.left(Endpoint(name=NAME, host="127.0.0.1", port=1))
+    assert NAME not in feeds.counters
+    await feeds.close()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    context.destroy(linger=0)
 
 
 @pytest.mark.slow
