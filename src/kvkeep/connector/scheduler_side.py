@@ -150,9 +150,8 @@ class SchedulerSide:
         num_blocks = (request.num_tokens - 1) // self._block_tokens
         hashes = state.hasher.extend(request.all_token_ids)[:num_blocks]
         # Even the question costs a short prompt of a fast engine more than it has to gain.
-        if hashes and self.costs.is_load_worth(
-            num_blocks * self._block_tokens, self._clock.now_s()
-        ):
+        num_tokens = num_blocks * self._block_tokens
+        if hashes and self.costs.is_load_worth(num_tokens, self._clock.now_s()):
             rate = int(self.costs.tokens_s)
             state.question = self._prefixes.ask(
                 self._namespace, 0, hashes, rate, request.request_id
