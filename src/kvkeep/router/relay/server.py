@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PIPELINED_BYTES_MAX: Final = 256 << 10
 """Of requests behind the one that is served; then the connection is not read for a while."""
-LINGER_BYTES_MAX: Final = 4 << 20
+LINGER_BYTES_MAX: Final = 64 << 20
 LINGER_S: Final = 2.0
 """How long, and for how much, a client that still sends is listened to after its last response: a
 connection closed with bytes unread is reset, and takes the response with it."""
@@ -69,6 +69,7 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_is_advancing",
+        "_is_body_wanted",
         "_is_closing",
         "_is_read",
         "_is_reading",
@@ -103,6 +104,8 @@ class ClientConnection(asyncio.Protocol):
         """Whether no further request is served."""
         self._is_read = True
         """Whether the request that is served has come to its end."""
+        self._is_body_wanted = True
+        """Whether the engine takes more of a body that is on its way."""
         self._is_reading = True
         self.is_stalled = False
         """Whether the client takes less than it is sent."""
@@ -173,6 +176,7 @@ class ClientConnection(asyncio.Protocol):
                 if request is None:
                     break
                 self._request, self._is_read = request, request.is_whole
+                self._is_body_wanted = True
                 self._admit(request)
         except FramingError as error:
             self._refuse_connection(error.status, error.message)
@@ -215,7 +219,7 @@ class ClientConnection(asyncio.Protocol):
 
     def pump(self) -> None:
         """Hand on what came of a body that was not whole when its request was routed."""
-        if self._served is None or not self._served.can_take_body:
+        if self._served is None or not self._served.can_take_body or not self._is_body_wanted:
             if self._reader.num_waiting_bytes > PIPELINED_BYTES_MAX:
                 self._read(False)
             return
@@ -242,9 +246,11 @@ class ClientConnection(asyncio.Protocol):
 
     def read_body(self, is_wanted: bool) -> None:
         """Whether the engine takes more of the body."""
+        self._is_body_wanted = is_wanted
         if is_wanted:
             self.pump()
-        self._read(is_wanted)
+        else:
+            self._read(False)
 
     def _read(self, is_wanted: bool) -> None:
         if is_wanted == self._is_reading or self.transport.is_closing():

@@ -384,12 +384,16 @@ def test_back_pressure_reaches_the_client() -> None:
     room = Room(relay={"gathered_bytes_max": 1024})
     client, wire = room.client()
     client.data_received(request(b"x" * 50_000)[:3000])
-    connection, _ = room.upstream()
+    connection, upstream = room.upstream()
     connection.pause_writing()
+    num_written = len(upstream.written)
+    client.data_received(b"x" * 1000)  # read before the loop knew
     assert not wire.is_reading_wanted
+    assert len(upstream.written) == num_written
     connection.resume_writing()
 
     assert wire.is_reading_wanted
+    assert len(upstream.written) == num_written + 1000
 
 
 def test_every_state_can_end() -> None:
