@@ -20,10 +20,10 @@ from kvkeep.model.plain import check_plain
 
 KEYS_MAX = 4096
 FILE_BYTES_MAX = 1 << 20
-PRESENTED_BYTES_MAX = 1024
-"""Of a key in a request; whoever sends more has none of ours."""
 KEY_CHARS_MIN = 16
 """Shorter ones can be guessed."""
+KEY_CHARS_MAX = 1024
+"""Whoever sends a longer one has none of ours."""
 _SCHEME = b"bearer "
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -109,10 +109,10 @@ class KeyRing:
         shown = authorization or b""
         is_bearer = shown[: len(_SCHEME)].lower() == _SCHEME
         secret = shown[len(_SCHEME) :].strip() if is_bearer else b""
-        digest = hashlib.sha256(secret[:PRESENTED_BYTES_MAX]).digest()
+        digest = hashlib.sha256(secret[:KEY_CHARS_MAX]).digest()
         expected, key = self._by_tag.get(self._tag(digest), (b"", None))
         is_equal = hmac.compare_digest(expected, digest)
-        return key if is_equal and len(secret) <= PRESENTED_BYTES_MAX else None
+        return key if is_equal and len(secret) <= KEY_CHARS_MAX else None
 
     def _tag(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, key=self._secret, digest_size=16).digest()
@@ -136,9 +136,12 @@ def read_secret(path: Path, what: str) -> bytes:
 def _check(key: ApiKey) -> None:
     if bool(key.key) == bool(key.key_sha256):
         raise InputError(f"the API key {key.name!r} needs one of key and key_sha256")
-    if key.key and (len(key.key) < KEY_CHARS_MIN or not key.key.isascii() or " " in key.key):
+    is_fit = KEY_CHARS_MIN <= len(key.key) <= KEY_CHARS_MAX
+    if key.key and not (
+        is_fit and key.key.isascii() and key.key.isprintable() and " " not in key.key
+    ):
         raise InputError(
-            f"the API key {key.name!r} must have {KEY_CHARS_MIN} characters or more, "
+            f"the API key {key.name!r} must have {KEY_CHARS_MIN} to {KEY_CHARS_MAX} characters, "
             "ASCII without spaces: make one with openssl rand -hex 24"
         )
 

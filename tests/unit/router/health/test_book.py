@@ -186,7 +186,10 @@ def test_one_that_left_is_not_heard() -> None:
     scene.fleet.join(heir)
     scene.book.join(heir, 3.0)
     scene.book.probed(due, Outcome.FINISHED, 3.0)
-    scene.book.ended(due, ticket, Outcome.FINISHED, 3.0)
-
     assert heir.state is EndpointState.JOINING
+    (again,) = scene.book.due(3.0)
+    scene.book.probed(again, Outcome.FINISHED, 3.0)
+    scene.book.ended(due, ticket, Outcome.UNREACHABLE, 3.0)
+
+    assert scene.fleet.ready(Role.SERVE, None) == (heir,)
     assert scene.book.began(Endpoint("b", "127.0.0.1", 3), 3.0) == -1

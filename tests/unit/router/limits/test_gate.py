@@ -137,6 +137,7 @@ def test_who_gives_up_waiting_is_told_nothing() -> None:
     gate.leave(first, 2.0)
 
     assert (told.decisions, gate.num_running, gate.num_waiting) == ([], 0, 0)
+    assert gate._waiting == {}
 
 
 def test_a_draining_router_serves_who_waits_and_takes_nobody_in() -> None:

@@ -39,6 +39,14 @@ def test_a_key_is_found_by_what_a_request_shows(shown: str, name: str | None) ->
     assert (found and found.name) == name
 
 
+def test_the_longest_key_is_no_beginning_of_a_longer_one() -> None:
+    """What is looked at has a limit, and what is beyond it counts all the same."""
+    ring = KeyRing([ApiKey(name="a", key="k" * 1024)])
+
+    assert ring.find(b"Bearer " + b"k" * 1024) is not None
+    assert ring.find(b"Bearer " + b"k" * 1025) is None
+
+
 def test_a_request_without_the_header_has_no_key() -> None:
     """Nothing shown is no key."""
     assert KeyRing([ApiKey(name="a", key=SECRET)]).find(None) is None
@@ -73,6 +81,8 @@ def test_a_file_that_others_may_touch_is_refused(tmp_path: Path, mode: int) -> N
         f"- {{name: a, key: {SECRET}, key_sha256: {'0' * 64}}}",
         "- {name: a}",
         "- {name: a, key: short}",
+        f"- {{name: a, key: {'k' * 1025}}}",
+        f'- {{name: a, key: "{SECRET}\\n"}}',
         f"- {{name: a, key: {SECRET}}}\n- {{name: a, key: {SECRET}b}}",
         f"- {{name: a, key: {SECRET}}}\n- {{name: b, key: {SECRET}}}",
         f"- {{name: 'a b', key: {SECRET}}}",

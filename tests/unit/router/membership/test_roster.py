@@ -190,6 +190,16 @@ def test_a_drained_endpoint_stays_in_the_fleet(scene: Fixture) -> None:
     assert scene.endpoint("a").state is EndpointState.JOINING
 
 
+def test_an_endpoint_that_leaves_is_not_put_back_by_hand(scene: Fixture) -> None:
+    """Its sources decide that."""
+    scene.roster.declare(FILE, [member("a")], 0.0)
+    scene.endpoint("a").num_in_flight = 1
+    scene.roster.declare(FILE, [], 1.0)
+    scene.roster.drain("a", is_draining=False)
+
+    assert scene.endpoint("a").state is EndpointState.DRAINING
+
+
 def test_nobody_drains_what_is_not_there(scene: Fixture) -> None:
     """The sentence says where to look."""
     with pytest.raises(InputError, match="GET /workers"):
