@@ -20,6 +20,8 @@ from kvkeep.model.plain import check_plain
 from kvkeep.model.sizes import parse_bytes
 
 ENVIRONMENT_PREFIX = "KVKEEP_"
+ROUTER_PREFIX = "KVKEEP_ROUTER_"
+"""The router's variables, which it checks itself: one environment may serve both."""
 _COMPLAINT = re.compile(r"^(.*) - at `\$\.(.+)`$")
 """How msgspec words what does not fit."""
 FILE_BYTES_MAX = 1 << 20
@@ -122,7 +124,7 @@ def load_settings(
         values.update(_read_file(file))
     fields = {field.name for field in msgspec.structs.fields(DaemonSettings)}
     for name, text in environment.items():
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(ROUTER_PREFIX):
             field = name.removeprefix(ENVIRONMENT_PREFIX).lower()
             if field not in fields:
                 raise InputError(

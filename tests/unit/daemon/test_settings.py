@@ -82,6 +82,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_variable_is_refused_and_others_are_not_ours() -> None:
     """A misspelt setting would go unnoticed; variables of other programs are left alone."""
+    assert load_settings(None, {"KVKEEP_ROUTER_PORT": "8080"}, {}) == load_settings(None, {}, {})
     with pytest.raises(InputError, match="KVKEEP_POOLBYTES is not a setting"):
         load_settings(None, {"KVKEEP_POOLBYTES": "1GiB"}, {})
 
