@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from kvkeep.model.errors import InputError, UnavailableError
 TIMEOUT_S = 5.0
 """For one answer: whoever is not frozen answers within milliseconds."""
 INTERVAL_S_MIN = 0.1
+WIDTH_IN_FILES = 160
+"""Columns where there is no terminal: a name that is cut can't be used."""
 MOVES = {
     "requests_done": "requests",
     "requests_failed": "failed",
@@ -58,6 +61,8 @@ def top(
         raise InputError("--json shows one moment: add --once")
     if not interval_s >= INTERVAL_S_MIN:
         raise InputError(f"--interval-s {interval_s:g} is too short: at least {INTERVAL_S_MIN}")
+    if not once and not sys.stdout.isatty():
+        raise InputError("this is no terminal: add --once")
     with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
         look = _looking(client, router_url, daemon_urls, _headers(admin_key_file))
         if once:
@@ -65,7 +70,9 @@ def top(
             if as_json:
                 click.echo(json.dumps(found))
             else:
-                Console().print(render(found, None, 0.0))
+                console = Console()
+                wide = console if console.is_terminal else Console(width=WIDTH_IN_FILES)
+                wide.print(render(found, None, 0.0))
         else:
             with contextlib.suppress(KeyboardInterrupt):
                 _watch(look, interval_s)
@@ -170,7 +177,8 @@ def _workers(router: Page, before: Page | None, passed_s: float) -> Table:
     table = Table(box=None, pad_edge=False)
     per_s = "" if before is None or passed_s <= 0 else "/s"
     for title in ("engine", "state", "in flight", "ttft"):
-        table.add_column(title, justify="left" if title in ("engine", "state") else "right")
+        is_text = title in ("engine", "state")
+        table.add_column(title, justify="left" if is_text else "right", overflow="fold")
     for title in MOVES.values():
         table.add_column(f"{title}{per_s}", justify="right")
     earlier = {} if before is None else {each["name"]: each for each in before["workers"]}

@@ -87,6 +87,7 @@ def test_hits_are_counted_by_place() -> None:
         (["--router", "http://127.0.0.1:1", "--interval-s", "0"], "too short"),
         (["--router", "http://127.0.0.1:1", "--admin-key-file", "/none/there"], "can't be read"),
         (["--router", "nonsense", "--once"], "no router answers"),
+        (["--router", "http://127.0.0.1:1"], "no terminal"),
     ],
 )
 def test_what_can_not_be_shown_is_said(arguments: list[str], said: str) -> None:
