@@ -61,10 +61,11 @@ def top(
         raise InputError("--json shows one moment: add --once")
     if not interval_s >= INTERVAL_S_MIN:
         raise InputError(f"--interval-s {interval_s:g} is too short: at least {INTERVAL_S_MIN}")
+    headers = _headers(admin_key_file)
     if not once and not sys.stdout.isatty():
         raise InputError("this is no terminal: add --once")
     with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
-        look = _looking(client, router_url, daemon_urls, _headers(admin_key_file))
+        look = _looking(client, router_url, daemon_urls, headers)
         if once:
             found = look()
             if as_json:
