@@ -3,7 +3,10 @@
 import asyncio
 import base64
 import contextlib
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -15,7 +18,9 @@ from kvkeep.router.membership.etcd import EtcdSettings, EtcdSource
 from kvkeep.router.membership.etcd_client import EtcdClient
 from kvkeep.router.membership.member import Member
 from kvkeep.router.membership.registration import Registration
+from kvkeep.testing.fake_engine import FakeEngine, serve
 from tests.servers.etcd import EtcdServer
+from tests.servers.processes import free_port
 
 PREFIX = "/test/engines/"
 PATIENCE_S = 30.0
@@ -128,6 +133,39 @@ async def test_an_entry_is_renewed_and_comes_back(server: EtcdServer) -> None:
         await post(server, "lease/revoke", {"ID": leases[0]["ID"]})
         await fleet.until_names()
         await fleet.until_names("a")
+
+
+async def test_an_engine_is_announced_while_it_is_well(server: EtcdServer) -> None:
+    """The command beside it renews the lease, lets it run out when the engine dies, and tidies."""
+    settings = settings_of(server)
+    fleet = Fleet(settings)
+    port = free_port()
+    command = [sys.executable, "-m", "kvkeep", "announce", f"http://127.0.0.1:{port}"]
+    options = ["--etcd", server.url, "--prefix", PREFIX, "--name", "e", "--ttl-s", "2"]
+    async with running(fleet.source.run()):
+        announcing = await asyncio.create_subprocess_exec(
+            *command, *options, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        try:
+            runner, _ = await serve(FakeEngine(), port=port)
+            await fleet.until_names("e")
+            assert announcing.stdout is not None
+            line = json.loads(await announcing.stdout.readline())
+            assert line == {"event": "announced", "key": f"{PREFIX}e"}
+            await runner.cleanup()
+            await fleet.until_names()
+            runner, _ = await serve(FakeEngine(), port=port)
+            await fleet.until_names("e")
+            announcing.terminate()
+            await fleet.until_names()
+            await runner.cleanup()
+            code = await asyncio.wait_for(announcing.wait(), PATIENCE_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                announcing.kill()
+            await announcing.wait()
+
+    assert code == 0
 
 
 async def test_a_compaction_loses_nothing(server: EtcdServer) -> None:

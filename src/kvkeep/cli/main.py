@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "status": "kvkeep.cli.status:status",
     "daemon": "kvkeep.cli.daemon:daemon",
     "route": "kvkeep.cli.route:route",
+    "announce": "kvkeep.cli.announce:announce",
     "top": "kvkeep.cli.top:top",
     "doctor": "kvkeep.cli.doctor:doctor",
     "cache": "kvkeep.cli.cache:cache",

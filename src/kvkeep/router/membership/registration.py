@@ -1,8 +1,9 @@
-"""Announces one engine in etcd for as long as this process says so."""
+"""Announces one engine in etcd for as long as this process says so, and the engine is well."""
 
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 import msgspec
@@ -15,14 +16,37 @@ from kvkeep.router.membership.member import Member
 log = logging.getLogger(__name__)
 
 
+async def _always() -> bool:
+    return True
+
+
 class Registration:
     """An entry under a lease: it goes when this ends, or when nobody renews it any more."""
 
-    def __init__(self, settings: EtcdSettings, member: Member, ttl_s: int) -> None:
-        """Announce nothing yet; ``ttl_s`` is how long the entry outlives its process."""
+    def __init__(
+        self,
+        settings: EtcdSettings,
+        member: Member,
+        ttl_s: int,
+        is_well: Callable[[], Awaitable[bool]] = _always,
+    ) -> None:
+        """Announce nothing yet.
+
+        Args:
+            settings: Where.
+            member: The engine; its name is the entry's.
+            ttl_s: How long the entry outlives its process, or its engine's health.
+            is_well: Asked before each renewal; answers within a third of ``ttl_s``.
+        """
         self._settings, self._member, self._ttl_s = settings, member, ttl_s
+        self._is_well = is_well
         self.announced = asyncio.Event()
         """Set once the entry is there."""
+
+    @property
+    def key(self) -> str:
+        """Of the entry."""
+        return self._settings.prefix + self._member.title
 
     async def run(self) -> None:
         """Announce and renew until cancelled; then the entry is taken back."""
@@ -36,7 +60,7 @@ class Registration:
                 except UnavailableError as error:
                     num_failures += 1
                     log.warning("the engine is not announced. reason=%s", error)
-                    await asyncio.sleep(self._pause_s)
+                await asyncio.sleep(self._pause_s)
 
     @property
     def _pause_s(self) -> float:
@@ -44,17 +68,20 @@ class Registration:
         return self._ttl_s / 3
 
     async def _hold(self, client: EtcdClient) -> None:
-        """Announce under a new lease, until that is lost."""
+        """Announce under a new lease, until that is lost; nothing if the engine is not well."""
+        if not await self._is_well():
+            return
         lease_id = await client.grant(self._ttl_s)
         try:
-            key = self._settings.prefix + self._member.title
-            await client.put(key, msgspec.json.encode(self._member), lease_id)
+            await client.put(self.key, msgspec.json.encode(self._member), lease_id)
             self.announced.set()
             is_held = True
             while is_held:
                 await asyncio.sleep(self._pause_s)
-                is_held = await client.keep_alive(lease_id)
+                # Not renewed, the lease of an engine that died runs out.
+                is_held = not await self._is_well() or await client.keep_alive(lease_id)
         except asyncio.CancelledError:
             with contextlib.suppress(UnavailableError):
                 await client.revoke(lease_id)
             raise
+        log.info("the engine's lease is over. key=%s", self.key)
