@@ -1,5 +1,7 @@
 """How many prompt tokens a second each endpoint computes, as its first bytes tell."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 RATE_UNKNOWN = 8_000.0
@@ -9,10 +11,16 @@ between endpoints decide, so it matters little."""
 TOKENS_MIN = 256
 """A prompt with fewer tokens to compute says more about the network than about the engine."""
 
-DECAY = 0.95
-"""What a past measurement weighs after each new one: about twenty count."""
+FADE_S = 60.0
+"""After which a measurement counts for a third: an endpoint that looked slow gets another chance,
+for one that is not chosen is not measured either."""
 
-RATE_RANGE = (50.0, 1e6)
+PRIOR_TOKENS = 16_384.0
+"""Tokens at the fleet's mean rate that are added to what was measured of an endpoint."""
+
+SLOWER_MAX = 2.0
+"""How far from the fleet's mean a rate may be thought to be. A response that is not streamed has
+its first byte at its end, so what is measured may be mostly decoding."""
 
 
 @dataclass(slots=True)
@@ -20,6 +28,10 @@ class _Measured:
     num_tokens: float = 0.0
     busy_s: float = 0.0
     last_first_byte_s: float = 0.0
+
+    def fade(self, now_s: float) -> float:
+        """Return what is left of the measurements; 1 right after one."""
+        return math.exp(min(0.0, self.last_first_byte_s - now_s) / FADE_S)
 
 
 class PrefillRates:
@@ -33,18 +45,23 @@ class PrefillRates:
     def __init__(self) -> None:
         self._measured: dict[str, _Measured] = {}
 
-    def of(self, endpoint: str) -> float:
-        """Return tokens a second; the mean of the others for an endpoint not measured yet."""
+    def of(self, endpoints: Sequence[str], now_s: float) -> list[float]:
+        """Return tokens a second of each, near the mean where little was measured lately."""
+        tokens = busy_s = 0.0
+        for measured in self._measured.values():
+            tokens += measured.num_tokens
+            busy_s += measured.busy_s
+        mean = tokens / max(busy_s, 1e-9) if tokens else RATE_UNKNOWN
+        return [self._near(endpoint, mean, now_s) for endpoint in endpoints]
+
+    def _near(self, endpoint: str, mean: float, now_s: float) -> float:
         measured = self._measured.get(endpoint)
-        if measured is None or not measured.num_tokens:
-            num_tokens = sum(each.num_tokens for each in self._measured.values())
-            busy_s = sum(each.busy_s for each in self._measured.values())
-        else:
-            num_tokens, busy_s = measured.num_tokens, measured.busy_s
-        if not num_tokens:
-            return RATE_UNKNOWN
-        low, high = RATE_RANGE
-        return min(high, max(low, num_tokens / max(busy_s, 1e-9)))
+        if measured is None:
+            return mean
+        left = measured.fade(now_s)
+        tokens = left * measured.num_tokens + PRIOR_TOKENS
+        rate = tokens / (left * measured.busy_s + PRIOR_TOKENS / mean)
+        return min(SLOWER_MAX * mean, max(mean / SLOWER_MAX, rate))
 
     def first_byte(self, endpoint: str, num_tokens: int, now_s: float, wait_s: float) -> None:
         """A response began.
@@ -57,10 +74,13 @@ class PrefillRates:
         """
         measured = self._measured.setdefault(endpoint, _Measured())
         busy_s = max(0.0, min(wait_s, now_s - measured.last_first_byte_s))
+        left = measured.fade(now_s)
+        measured.num_tokens *= left
+        measured.busy_s *= left
         measured.last_first_byte_s = now_s
         if num_tokens >= TOKENS_MIN:
-            measured.num_tokens = DECAY * measured.num_tokens + num_tokens
-            measured.busy_s = DECAY * measured.busy_s + busy_s
+            measured.num_tokens += num_tokens
+            measured.busy_s += busy_s
 
     def left(self, endpoint: str) -> None:
         """Forget the endpoint."""

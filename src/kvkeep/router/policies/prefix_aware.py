@@ -8,6 +8,7 @@ from kvkeep.router.policies.base import NO_ENDPOINT, Choice, Needs
 from kvkeep.router.policies.least_loaded import LeastLoaded
 from kvkeep.router.policies.load import LoadBound, weight_of
 from kvkeep.router.policies.prefill_rates import PrefillRates
+from kvkeep.router.policies.recent_work import RecentWork
 from kvkeep.router.policies.ring import Rings
 from kvkeep.router.prefix_index import PrefixIndex
 from kvkeep.router.request import RequestView
@@ -26,6 +27,9 @@ class PrefixSettings:
     tie_share: float = 0.05
     """Endpoints within this share of the whole prompt's work are as good as each other; the ring
     then decides, so that prompts which share only a short beginning spread over the fleet."""
+    balance_share: float = 0.05
+    """What a token given lately, beyond the mean of all endpoints, counts for as if still queued.
+    Enough to send the next conversation elsewhere, too little to move one that is under way."""
     load_share: float = 0.1
     """What loading a token from a tier costs, compared with computing it."""
 
@@ -36,7 +40,9 @@ class _Candidate(NamedTuple):
     num_loadable: int
     num_uncached: int
     score_s: float
-    has_room: bool
+    work: float
+    """The tokens behind the score."""
+    has_room: bool = True
 
 
 class PrefixAware:
@@ -69,6 +75,7 @@ class PrefixAware:
         self._settings = settings or PrefixSettings()
         self._is_approximate = is_approximate
         self._rates = PrefillRates()
+        self._recent = RecentWork()
         self._rings = Rings()
         self._prefixless = LeastLoaded()
 
@@ -95,31 +102,38 @@ class PrefixAware:
             )
         prefix = request.prefix
         num_tokens = request.num_tokens or len(prefix) * self.index.block_tokens
-        candidates = self._weigh(prefix, num_tokens, ready)
+        candidates = self._weigh(prefix, num_tokens, ready, now_s)
         chosen, reason = self._decide(prefix, num_tokens, ready, candidates)
         considered = tuple(map(_described, candidates)) if explain else ()
         return Choice(chosen.endpoint, reason, considered, chosen.num_uncached, chosen.num_blocks)
 
     def _weigh(
-        self, prefix: Sequence[int], num_tokens: int, ready: Sequence[Endpoint]
+        self, prefix: Sequence[int], num_tokens: int, ready: Sequence[Endpoint], now_s: float
     ) -> list[_Candidate]:
         names = [endpoint.name for endpoint in ready]
         held = self.index.match(prefix, names)
         loadable = self.index.match_tiers(prefix, names) if self.index.num_in_tiers else held
+        excess = self._recent.excess(names, now_s)
+        rates = self._rates.of(names, now_s)
         bound = LoadBound(ready, self._settings.load_factor)
         return [
-            self._candidate(endpoint, num_blocks, num_loadable, num_tokens, bound)
-            for endpoint, num_blocks, num_loadable in zip(ready, held, loadable, strict=True)
+            self._candidate(endpoint, blocks, num_tokens, surplus, rate)._replace(
+                has_room=bound.has_room(endpoint)
+            )
+            for endpoint, blocks, surplus, rate in zip(
+                ready, zip(held, loadable, strict=True), excess, rates, strict=True
+            )
         ]
 
     def _candidate(
         self,
         endpoint: Endpoint,
-        num_blocks: int,
-        num_loadable: int,
+        blocks: tuple[int, int],
         num_tokens: int,
-        bound: LoadBound,
+        excess: float,
+        rate: float,
     ) -> _Candidate:
+        num_blocks, num_loadable = blocks
         settings, block_tokens = self._settings, self.index.block_tokens
         # An engine computes the last token even of a prompt that it holds whole.
         cached = min(num_blocks * block_tokens, num_tokens - 1)
@@ -127,10 +141,9 @@ class PrefixAware:
         num_uncached = num_tokens - reachable
         work = num_uncached + settings.load_share * (reachable - cached) + endpoint.queued_tokens
         work += settings.tokens_per_request * endpoint.num_in_flight
-        rate = self._rates.of(endpoint.name) * weight_of(endpoint)
-        return _Candidate(
-            endpoint, num_blocks, num_loadable, num_uncached, work / rate, bound.has_room(endpoint)
-        )
+        work += settings.balance_share * excess
+        score_s = work / (rate * weight_of(endpoint))
+        return _Candidate(endpoint, num_blocks, num_loadable, num_uncached, score_s, work)
 
     def _decide(
         self,
@@ -144,8 +157,8 @@ class PrefixAware:
         if not able:
             return best, f"holds {best.num_blocks} of {len(prefix)} blocks"
         chosen = min(able, key=_score)
-        rate = self._rates.of(chosen.endpoint.name) * weight_of(chosen.endpoint)
-        highest_s = chosen.score_s + self._settings.tie_share * num_tokens / rate
+        per_token_s = chosen.score_s / chosen.work
+        highest_s = chosen.score_s + self._settings.tie_share * num_tokens * per_token_s
         ties = {each.endpoint.name: each for each in able if each.score_s <= highest_s}
         if len(ties) > 1:
             # Where what is known ends, prompts differ: that block says which of them this is.
@@ -170,6 +183,7 @@ class PrefixAware:
         """The endpoint will hold the prompt."""
         if choice.endpoint is not None and request.prefix:
             self.index.assume(choice.endpoint.name, request.prefix)
+            self._recent.give(choice.endpoint.name, choice.num_uncached, now_s)
 
     def first_byte(self, request: RequestView, choice: Choice, now_s: float, wait_s: float) -> None:
         """The prompt is computed."""
@@ -206,6 +220,7 @@ class PrefixAware:
         self._rings.forget()
         self._prefixless.left(endpoint)
         self._rates.left(endpoint.name)
+        self._recent.left(endpoint.name)
         self.index.drop(endpoint.name)
 
 

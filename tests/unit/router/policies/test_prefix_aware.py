@@ -91,6 +91,26 @@ def test_prompts_with_a_short_common_beginning_spread(
     assert chosen == set(fleet)
 
 
+def test_an_idle_fleet_shares_the_conversations_of_one_system_prompt(
+    policy: PrefixAware, fleet: tuple[Endpoint, ...]
+) -> None:
+    """One request at a time leaves no queue, and still the first holder does not get them all."""
+    system = asked(0, 50).prefix or ()
+    chosen: list[Endpoint | None] = []
+    for number in range(1, 101):
+        request = asked(number)
+        request.prefix = [*system, *(request.prefix or ())[50:]]
+        now_s = number / 4
+        choice = policy.choose(request, fleet, now_s)
+        policy.sent(request, choice, now_s)
+        chosen.append(choice.endpoint)
+        # The next turn of the same conversation stays.
+        assert policy.choose(request, fleet, now_s).endpoint is choice.endpoint
+
+    assert max(chosen.count(endpoint) for endpoint in fleet) <= 60
+    assert set(chosen) == set(fleet)
+
+
 def test_what_tiers_hold_counts_for_most(policy: PrefixAware, fleet: tuple[Endpoint, ...]) -> None:
     """A prefix in tiers draws requests; one in the cache draws them more."""
     tokens = list(range(NUM_BLOCKS * BLOCK_TOKENS))
@@ -113,12 +133,12 @@ def test_a_faster_endpoint_is_preferred(policy: PrefixAware, fleet: tuple[Endpoi
     now_s = 0.0
     for number in range(20):
         for endpoint in fleet[:2]:
-            now_s += 100.0
+            now_s += 2.0
             choice = policy.choose(asked(number), (endpoint,), now_s)
             policy.sent(asked(number), choice, now_s)
             wait_s = 0.1 if endpoint is fleet[0] else 1.0
             policy.first_byte(asked(number), choice, now_s + wait_s, wait_s)
-    chosen = {policy.choose(asked(number), fleet[:2], 0.0).endpoint for number in range(50, 80)}
+    chosen = {policy.choose(asked(number), fleet[:2], now_s).endpoint for number in range(50, 80)}
 
     assert chosen == {fleet[0]}
 
