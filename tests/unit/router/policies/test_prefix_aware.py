@@ -108,7 +108,6 @@ def test_an_idle_fleet_shares_the_conversations_of_one_system_prompt(
         assert policy.choose(request, fleet, now_s).endpoint is choice.endpoint
 
     assert max(chosen.count(endpoint) for endpoint in fleet) <= 60
-    assert set(chosen) == set(fleet)
 
 
 def test_what_tiers_hold_counts_for_most(policy: PrefixAware, fleet: tuple[Endpoint, ...]) -> None:
