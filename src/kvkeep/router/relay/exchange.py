@@ -80,6 +80,7 @@ class Exchange:
         "_endpoint",
         "_had_stale",
         "_is_sent",
+        "_keeps",
         "_last",
         "_line",
         "_pool",
@@ -117,6 +118,8 @@ class Exchange:
         self._sent_s = 0.0
         self._tried: list[Endpoint] = []
         self._had_stale = False
+        self._keeps = False
+        """Whether the client's connection stays, as its response's head says."""
         self._is_sent = request.is_whole
         """Whether the engine has, or will have, the whole request."""
         self.state = ExchangeState.NEW
@@ -154,7 +157,6 @@ class Exchange:
     def _move(self, state: ExchangeState) -> None:
         assert state in TRANSITIONS[self.state], f"{self.state.name} -> {state.name}"
         self.state = state
-        self.silent_since_s = self._relay.now_s
 
     def _connect(self, pool: EndpointPool) -> None:
         self._move(ExchangeState.CONNECTING)
@@ -184,6 +186,7 @@ class Exchange:
         self._connection, connection.listener = connection, self
         self._answer = Answer(is_for_head=head.method == b"HEAD", is_for_old=head.is_old)
         self._move(ExchangeState.SENT)
+        self.silent_since_s = self._relay.now_s
         body = request.body
         self._sent_bytes = len(body)
         out = head.forwarded
@@ -263,7 +266,8 @@ class Exchange:
         self._was_answered = True
         relay.router.first_byte(self._view, choice, now_s, now_s - self._sent_s)
         fields = self._line
-        if not self._keeps_client(answer):
+        self._keeps = self._keeps_client()
+        if not self._keeps:
             fields += b"Connection: close\r\n"
         out = interim + answer.head_bytes(fields)
         self._move(ExchangeState.ANSWERING)
@@ -279,19 +283,14 @@ class Exchange:
                 raise
         return out
 
-    def _keeps_client(self, answer: Answer) -> bool:
+    def _keeps_client(self) -> bool:
         """Whether the client's connection can serve another request after this one."""
-        is_open_end = answer.head is not None and answer.head.length < 0 and self._is_old
+        asked = self._request.head
         return (
-            self._request.head.is_persistent
+            asked.is_persistent  # and so no HTTP/1.0, whose chunks would end with the connection
             and self._is_sent
-            and not is_open_end
             and not self._relay.is_draining
         )
-
-    @property
-    def _is_old(self) -> bool:
-        return self._request.head.is_old
 
     def _finish(self, answer: Answer) -> None:
         head, connection, pool = answer.head, self._connection, self._pool
@@ -305,11 +304,10 @@ class Exchange:
             pool.give_back(connection, self._relay.now_s)
         else:
             connection.abort()
-        keeps = self._keeps_client(answer)
         self._move(ExchangeState.OVER)
         usage = find_usage(self._before, self._last) if head.status == OK else None
         self._ended(Outcome.ERROR if head.status in ENGINE_FAULTS else Outcome.FINISHED, usage)
-        self._client.exchange_ended(keeps)
+        self._client.exchange_ended(self._keeps)
 
     # --- Failures --------------------------------------------------------------------------------
 
