@@ -19,7 +19,7 @@ _COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*([0-9]{1,12})\b
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*([0-9]{1,12})\b')
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen would cost a call for each field, for each request
 class Usage:
     """Tokens of one request, as its engine counted them."""
 

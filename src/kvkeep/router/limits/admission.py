@@ -135,7 +135,9 @@ class AdmissionQueue:
         Returns:
             Visits of others that were waiting and are refused for it.
         """
-        holder = self._holders.setdefault(visit.holder, _Holder())
+        holder = self._holders.get(visit.holder)
+        if holder is None:
+            holder = self._holders[visit.holder] = _Holder()
         if self._has_room and not self._waiting:
             self._let_in(visit, holder, now_s)
             return ()
@@ -172,7 +174,7 @@ class AdmissionQueue:
             self.num_running -= 1
         visit.move(VisitMove.LEFT, now_s)
         self._forget_idle(visit.holder, holder)
-        return self._fill(now_s)
+        return self._fill(now_s) if self._waiting else ()
 
     def expire(self, now_s: float) -> Sequence[Visit]:
         """Refuse whoever waited too long.
