@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.router.policies.base import Choice, Learns, Policy
@@ -28,6 +28,9 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "session_affinity": SessionAffinity,
     "prefix_aware": lambda: PrefixAware(PrefixIndex(16, 64)),
 }
+
+EXAMPLES = 40
+"""Fewer than elsewhere, for a new ring is made in each."""
 
 requests = st.builds(
     RequestView,
@@ -74,6 +77,7 @@ def names_of(choices: Sequence[Choice]) -> list[str | None]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=EXAMPLES)
 @given(fleet=fleets, asked=st.lists(requests, max_size=20), drained=st.integers(0, 6))
 def test_only_ready_endpoints_are_chosen(
     name: str, fleet: tuple[Endpoint, ...], asked: list[RequestView], drained: int
@@ -90,6 +94,7 @@ def test_only_ready_endpoints_are_chosen(
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=EXAMPLES)
 @given(fleet=fleets, asked=st.lists(requests, min_size=1, max_size=12))
 def test_an_explanation_says_what_will_be_chosen_and_changes_nothing(
     name: str, fleet: tuple[Endpoint, ...], asked: list[RequestView]
@@ -109,6 +114,7 @@ def test_an_explanation_says_what_will_be_chosen_and_changes_nothing(
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=EXAMPLES)
 @given(asked=st.lists(requests, max_size=20), num_endpoints=st.integers(1, 5))
 def test_choices_are_deterministic(name: str, asked: list[RequestView], num_endpoints: int) -> None:
     """Two routers that saw the same choose the same: there is no chance but the seed."""
@@ -121,6 +127,7 @@ def test_choices_are_deterministic(name: str, asked: list[RequestView], num_endp
     assert chosen[0] == chosen[1]
 
 
+@settings(max_examples=EXAMPLES)
 @given(
     keys=st.lists(st.binary(min_size=1, max_size=3), max_size=80),
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=1, max_size=6),
@@ -162,6 +169,7 @@ def test_keys_spread_evenly(num_endpoints: int) -> None:
     assert len(counts) == num_endpoints
 
 
+@settings(max_examples=EXAMPLES)
 @given(num_endpoints=st.integers(2, 7), gone=st.integers(0, 6), chance=st.randoms())
 def test_only_the_share_of_who_joins_or_leaves_moves(
     num_endpoints: int, gone: int, chance: Random
