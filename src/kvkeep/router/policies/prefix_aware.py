@@ -42,7 +42,7 @@ class _Candidate(NamedTuple):
     score_s: float
     work: float
     """The tokens behind the score."""
-    has_room: bool = True
+    has_room: bool
 
 
 class PrefixAware:
@@ -117,23 +117,22 @@ class PrefixAware:
         rates = self._rates.of(names, now_s)
         bound = LoadBound(ready, self._settings.load_factor)
         return [
-            self._candidate(endpoint, blocks, num_tokens, surplus, rate)._replace(
-                has_room=bound.has_room(endpoint)
-            )
-            for endpoint, blocks, surplus, rate in zip(
-                ready, zip(held, loadable, strict=True), excess, rates, strict=True
+            self._candidate(each, num_tokens, surplus, rate, has_room=bound.has_room(each[0]))
+            for each, surplus, rate in zip(
+                zip(ready, held, loadable, strict=True), excess, rates, strict=True
             )
         ]
 
     def _candidate(
         self,
-        endpoint: Endpoint,
-        blocks: tuple[int, int],
+        held: tuple[Endpoint, int, int],
         num_tokens: int,
         excess: float,
         rate: float,
+        *,
+        has_room: bool,
     ) -> _Candidate:
-        num_blocks, num_loadable = blocks
+        endpoint, num_blocks, num_loadable = held
         settings, block_tokens = self._settings, self.index.block_tokens
         # An engine computes the last token even of a prompt that it holds whole.
         cached = min(num_blocks * block_tokens, num_tokens - 1)
@@ -143,7 +142,7 @@ class PrefixAware:
         work += settings.tokens_per_request * endpoint.num_in_flight
         work += settings.balance_share * excess
         score_s = work / (rate * weight_of(endpoint))
-        return _Candidate(endpoint, num_blocks, num_loadable, num_uncached, score_s, work)
+        return _Candidate(endpoint, num_blocks, num_loadable, num_uncached, score_s, work, has_room)
 
     def _decide(
         self,
