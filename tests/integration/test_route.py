@@ -56,7 +56,8 @@ def address(
 ) -> Iterator[tuple[str, int]]:
     """A router in front of it; the connections between them end within a test's time."""
     config = tmp_path_factory.mktemp("route") / "route.yaml"
-    config.write_text("relay: {upstream_idle_s: 0.2}")
+    # Scripts break one response after the other: the engine is to be asked all the same.
+    config.write_text("relay: {upstream_idle_s: 0.2}\nhealth: {failures_max: 1000}")
     with routed(engine.url, config=str(config)) as (_, url):
         parts = httpx.URL(url)
         assert parts.port is not None
