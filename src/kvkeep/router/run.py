@@ -78,6 +78,13 @@ def make_policy(name: str) -> Policy:
         from kvkeep.router.policies.session_affinity import SessionAffinity
 
         return SessionAffinity()
+    if name == "prefix_aware":
+        from kvkeep.router.policies.prefix_aware import PrefixAware
+        from kvkeep.router.prefix_index import PrefixIndex
+        from kvkeep.router.tokenizing import TEXT_BLOCK_TOKENS
+
+        # By text: it needs neither the model's tokenizer nor events of its engines.
+        return PrefixAware(PrefixIndex(TEXT_BLOCK_TOKENS))
     raise InputError(f"there is no policy {name!r}: see kvkeep route --help")
 
 

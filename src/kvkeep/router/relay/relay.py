@@ -6,7 +6,6 @@ from typing import Final
 from kvkeep.model.clock import Clock
 from kvkeep.router.limits.gate import Gate
 from kvkeep.router.policies.base import Choice, Needs
-from kvkeep.router.prefix_hashes import text_hashes
 from kvkeep.router.relay.local import LocalAnswers
 from kvkeep.router.relay.reader import Request
 from kvkeep.router.relay.server import ClientConnection
@@ -15,13 +14,12 @@ from kvkeep.router.relay.upstream import EndpointPool, UpstreamConnection
 from kvkeep.router.request import RequestView, find_key, find_model, parse_fields
 from kvkeep.router.router import Router
 from kvkeep.router.snapshot import Endpoint
+from kvkeep.router.tokenizing import BYTES_PER_TOKEN, approximate_prefix
 
 LOOK_S: Final = 0.25
 """How often time limits are looked at; each is kept to about so much."""
 LINES_MAX: Final = 4096
 """Of remembered X-Kvkeep-Route lines."""
-TOKEN_BYTES: Final = 4
-"""Bytes of a body for each token, where nobody counts."""
 
 
 class Relay:
@@ -66,10 +64,12 @@ class Relay:
             view.model = find_model(fields)
         if Needs.KEY in needs:
             view.key = find_key(head.raw, fields)
-        if Needs.PREFIX in needs and fields is not None:
-            view.prefix = text_hashes(bytes(fields.messages) or bytes(fields.prompt))
         if Needs.TOKENS in needs:
-            view.num_tokens = max(len(request.body), head.length) // TOKEN_BYTES
+            view.num_tokens = max(len(request.body), head.length) // BYTES_PER_TOKEN
+        if Needs.PREFIX in needs and request.is_whole:
+            prefix = approximate_prefix(request.body)
+            if prefix is not None:
+                view.prefix, view.num_tokens = prefix
         return view
 
     def find_authorization(self, request: Request) -> bytes | None:

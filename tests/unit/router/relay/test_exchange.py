@@ -429,3 +429,23 @@ async def settle() -> None:
     """Let every task that can go on do so."""
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("policy", ["consistent_hash", "session_affinity", "prefix_aware"])
+def test_requests_that_belong_together_go_together(policy: str) -> None:
+    """A conversation stays where it began, whatever else is asked meanwhile."""
+    room = Room(num_endpoints=4, policy=policy)
+    routes: dict[int, set[bytes]] = {}
+    for turn in range(4):
+        for user in range(12):
+            said = [{"role": "user", "content": f"I am {user}. " * 80}] * (turn + 1)
+            client, wire = room.client()
+            body = json.dumps({"messages": said, "user": str(user)}).encode()
+            client.data_received(request(body))
+            connection, _ = room.upstream()
+            connection.data_received(response(b'{"usage": {"prompt_tokens": 240}}'))
+            line = bytes(wire.written).partition(b"X-Kvkeep-Route: ")[2].partition(b";")[0]
+            routes.setdefault(user, set()).add(line)
+
+    assert all(len(lines) == 1 for lines in routes.values())
+    assert len(set.union(*routes.values())) > 1
