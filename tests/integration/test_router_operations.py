@@ -15,6 +15,7 @@ import aiohttp
 from tests.integration.gated_engine import Gate, Got, chat, gated_engines
 from tests.integration.routers import (
     ENGINE,
+    ROUTE,
     Announced,
     engines,
     environment,
@@ -106,6 +107,33 @@ def test_an_engine_that_dies_is_routed_around_and_comes_back() -> None:
 
     assert told["workers"][1]["requests_done"] > done
     assert states(told) == {"ready": 2}
+
+
+def test_open_files_are_allowed_for_or_the_start_is_refused(tmp_path: Path) -> None:
+    """A router that ran out of them would leave clients hanging."""
+    config = tmp_path / "router.yaml"
+    command = [*ROUTE, "http://127.0.0.1:1", "--port", "0", "--config", str(config)]
+
+    def started(connections_max: int) -> subprocess.Popen[bytes]:
+        config.write_text(json.dumps({"relay": {"connections_max": connections_max}}))
+        return subprocess.Popen(
+            ["prlimit", "--nofile=200:1000", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    with started(300) as few:
+        assert few.stdout is not None
+        few.stdout.readline()
+        limits = Path(f"/proc/{few.pid}/limits").read_text()
+        few.terminate()
+    with started(1000) as many:
+        said = many.communicate(timeout=PATIENCE_S)[1].decode()
+
+    (soft,) = [line.split()[3] for line in limits.splitlines() if "open files" in line]
+    assert int(soft) >= 600
+    assert (many.returncode, said.count("\n")) == (2, 1)
+    assert "lower relay.connections_max" in said
 
 
 def test_without_any_engine_a_client_is_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,9 @@ from kvkeep.router.router import Router
 from kvkeep.router.settings import RouterSettings
 from kvkeep.router.snapshot import Fleet
 
+SPARE_FILES = 256
+"""Descriptors beside a client's connection and one to an engine for each: probes, admin, logs."""
+
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
@@ -47,12 +51,25 @@ def run(settings: RouterSettings) -> None:
     """
     if not __debug__:
         raise InputError("kvkeep needs its assertions: start Python without -O")
+    _allow_files(settings.relay.connections_max)
     admin_key = find_key(settings.admin_host, settings.admin_key_file)
     with (
         _bind(settings.host, settings.port) as sock,
         _bind(settings.admin_host, settings.admin_port) as admin,
     ):
         uvloop.run(_serve(settings, sock, admin, admin_key))
+
+
+def _allow_files(connections_max: int) -> None:
+    """Raise the limit on open files: a client whose connection can't be accepted just hangs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections_max + SPARE_FILES
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise InputError(
+            f"relay.connections_max = {connections_max} needs {wanted} open files and this user "
+            f"may have {hard}: lower relay.connections_max, or raise the limit (ulimit -n)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def make_policy(name: str) -> Policy:
