@@ -70,7 +70,7 @@ class Engine(threading.Thread):
     """One simulated engine: a worker, a scheduler, and requests one after another."""
 
     def __init__(self, daemon: Daemon, ledger: Ledger, seed: int, ended: threading.Event) -> None:
-        super().__init__(name=f"engine-{seed}")
+        super().__init__(name=f"soak-engine-{seed}")
         self._daemon, self._ledger, self._ended = daemon, ledger, ended
         self._random = random.Random(seed)
         self.error: BaseException | None = None
@@ -85,7 +85,8 @@ class Engine(threading.Thread):
 
     def _session(self) -> None:
         with (
-            Worker(self._daemon, layout=LAYOUT) as worker,
+            # A name of its own: a greeting says that nothing of its engine's is being copied.
+            Worker(self._daemon, layout=LAYOUT, engine_id=self.name) as worker,
             opened_prefixes(self._daemon, lease_s=LEASE_S, patience_s=WAIT_S) as client,
         ):
             for _ in range(REQUESTS_A_SESSION):

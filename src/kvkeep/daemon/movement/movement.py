@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from kvkeep.core.planner import PlanMode, PlannerSettings
 from kvkeep.daemon.movement.cascade import Cascade
 from kvkeep.daemon.movement.lower_tier import LowerTier
-from kvkeep.daemon.movement.pace import Pace
+from kvkeep.daemon.movement.pace import LIMIT_PINNED_S, Pace
 from kvkeep.daemon.movement.promotion import Promotion, Wanted
 from kvkeep.daemon.movement.tier_set import Reads, TierSet, raise_defect
 from kvkeep.daemon.settings import DaemonSettings
@@ -277,8 +277,11 @@ class Movement:
             return
         loop = asyncio.get_running_loop()
         last_s = loop.time() + limit_s
-        until_s = min(last_s, loop.time() + PROBE_S)
-        announce(PROBE_S)
+        # Who is told to load waits for that, however busy this machine is with finding out.
+        is_pinned = self._settings.planner == PlanMode.LOAD.value
+        probe_s = LIMIT_PINNED_S if is_pinned else PROBE_S
+        until_s = min(last_s, loop.time() + probe_s)
+        announce(min(limit_s, probe_s))
 
         def extend(wait_s: float) -> None:
             nonlocal until_s
