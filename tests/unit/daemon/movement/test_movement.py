@@ -75,7 +75,7 @@ async def test_what_is_stored_comes_back(rig: Rig) -> None:
     announced = await rig.bring()
 
     assert rig.grounds.num_right(BLOCKS) == COUNT
-    assert announced[0] == module.PROBE_S
+    assert announced[0] == module.LIMIT_PINNED_S
     rig.grounds.assert_quiet()
 
 
