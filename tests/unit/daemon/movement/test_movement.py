@@ -14,6 +14,7 @@ from kvkeep.core.admission import AdmitReason
 from kvkeep.core.blocks import BlockState
 from kvkeep.daemon.movement.lower_tier import LowerTier
 from kvkeep.daemon.movement.movement import PREFETCHES_MAX, Movement
+from kvkeep.daemon.movement.pace import LIMIT_PINNED_S
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.tier_settings import AnyTierSettings, DiskTierSettings, ValkeyTierSettings
 from kvkeep.model.clock import Clock, SystemClock
@@ -75,7 +76,7 @@ async def test_what_is_stored_comes_back(rig: Rig) -> None:
     announced = await rig.bring()
 
     assert rig.grounds.num_right(BLOCKS) == COUNT
-    assert announced[0] == module.LIMIT_PINNED_S
+    assert announced[0] == LIMIT_PINNED_S
     rig.grounds.assert_quiet()
 
 
