@@ -87,6 +87,9 @@ class Misses:
         """Blocks became readable in the pool."""
         for key in keys:
             self._stored[fingerprint_of(key)] = self._num_clears
+        self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
         geometry = self._shell.pool.geometry
         num_slots = 1 if geometry is None else geometry.num_slots
         while len(self._stored) > min(STORED_MAX, STORED_SHARE * num_slots):
@@ -100,6 +103,7 @@ class Misses:
         """Blocks did not match their digests."""
         for key in keys:
             self._stored[fingerprint_of(key)] = _ROTTEN
+        self._forget_oldest()
 
     def answered(
         self, wanted: Wanted, num_lent: int, engine_id: str, engine_request: str | None

@@ -154,6 +154,7 @@ class Movement:
 
     def tick(self) -> None:
         """Several times a second: notice calls that hang, and try again what has to be done."""
+        self._set.retry()
         for tier in self.tiers:
             tier.tick()
 

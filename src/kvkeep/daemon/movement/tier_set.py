@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 CLOSE_S = 2.0
 """Tiers are closed within this time, whatever hangs."""
+RETRY_S = 2.0
+"""Until a tier that could not be opened is tried again; doubled each time, up to ..."""
+RETRY_S_MAX = 60.0
 CALLS_SHARE = 0.5
 """Of that, for a tier's calls under way; the rest is for its own end."""
 
@@ -58,6 +61,10 @@ class TierSet:
         """Blocks found rotten while tiers were opening, which may have them."""
         self.is_hanging = False
         """Something did not end in time; it ends with the process."""
+        self._for: tuple[PoolView, Opened] | None = None
+        """What the tiers are opened for, as long as any may be."""
+        self._retries: dict[str, tuple[float, float]] = {}
+        """When those that failed are tried again, and the pause after that."""
 
     def open(
         self,
@@ -75,15 +82,39 @@ class TierSet:
             before: The set in whose place this one comes: what it still opens has to end first, as
                 both use the same folders and names.
         """
-        loop = asyncio.get_running_loop()
+        self._for = view, opened
         for place, settings in enumerate(self._settings):
             earlier = None if before is None else before.opening.get(settings.name)
-            waited_for = [*after] if earlier is None else [*after, earlier]
-            call = partial(_open_and_prove, settings, view, self._clock)
-            take_in = partial(self._take_in, place, opened)
-            task = loop.create_task(self._open(settings.name, call, take_in, waited_for))
-            self.opening[settings.name] = task
-            task.add_done_callback(raise_defect)
+            self._begin(place, [*after] if earlier is None else [*after, earlier])
+
+    def _begin(self, place: int, after: Sequence["asyncio.Task[None]"]) -> None:
+        assert self._for is not None
+        settings, (view, opened) = self._settings[place], self._for
+        call = partial(_open_and_prove, settings, view, self._clock)
+        take_in = partial(self._take_in, place, opened)
+        task = asyncio.get_running_loop().create_task(
+            self._open(settings.name, call, take_in, after)
+        )
+        self.opening[settings.name] = task
+        task.add_done_callback(raise_defect)
+
+    def retry(self) -> None:
+        """Try again to open what could not be opened, if it is time; call it often."""
+        now_s = self._clock.now_s()
+        for place, settings in enumerate(self._settings):
+            at_s, _ = self._retries.get(settings.name, (float("inf"), 0.0))
+            if now_s >= at_s and settings.name not in self.opening and not self._is_over:
+                self._begin(place, ())
+
+    def _note_failure(self, name: str, error: Exception) -> None:
+        if self.failed.get(name) != str(error):
+            log.error("a tier can't be used. tier=%s reason=%s", name, str(error))
+        self.failed[name] = str(error)
+        _, pause_s = self._retries.pop(name, (0.0, RETRY_S))
+        # One that gave back other bytes is not believed again.
+        if not isinstance(error, CorruptDataError):
+            retry_s = self._clock.now_s() + pause_s
+            self._retries[name] = (retry_s, min(2 * pause_s, RETRY_S_MAX))
 
     async def opened(self) -> None:
         """Wait until no tier is opening any more."""
@@ -104,9 +135,10 @@ class TierSet:
                 return
             tier, reads = await on_own_thread(call, f"open-{name}")
         except (InputError, UnavailableError, CorruptDataError) as error:
-            log.error("a tier can't be used. tier=%s reason=%s", name, str(error))  # noqa: TRY400
-            self.failed[name] = str(error)
+            self._note_failure(name, error)
         else:
+            self.failed.pop(name, None)
+            self._retries.pop(name, None)
             if self._is_over:
                 await on_own_thread(partial(_close_tier, tier), f"close-{name}")
             else:
@@ -135,7 +167,7 @@ class TierSet:
 
     async def close(self) -> None:
         """Close what is open, and what still opens as soon as it is; what they keep stays."""
-        self._is_over = True
+        self._is_over, self._for = True, None
         closing = [
             asyncio.ensure_future(on_own_thread(partial(_close_tier, tier), f"close-{tier.name}"))
             for tier in self.tiers

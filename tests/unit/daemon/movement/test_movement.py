@@ -309,6 +309,34 @@ async def test_tiers_stand_in_the_order_of_the_settings(
     await asyncio.wait_for(movement.opened(), WAIT_S)
 
 
+async def test_a_tier_that_can_not_be_opened_is_tried_again(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once what was in its way is gone it serves; why it did not is forgotten then."""
+    monkeypatch.setattr(tier_set, "RETRY_S", 0.0)
+    rig = Rig(grounds, monkeypatch)
+    may_open = False
+
+    def open_one(settings: AnyTierSettings, num_bytes: int, clock: Clock) -> LowerTier:
+        if not may_open:
+            raise InputError("in the way")
+        return rig._open(settings, num_bytes, clock)
+
+    monkeypatch.setattr(tier_set, "open_tier", open_one)
+    await rig.movement.opened()
+    assert rig.movement.closed_tiers == {"disk": "in the way"}
+    rig.movement.tick()
+    await rig.movement.opened()
+    assert rig.movement.tiers == []
+    may_open = True
+    rig.movement.tick()
+    await rig.movement.opened()
+
+    assert rig.movement.tiers == [grounds.tier]
+    assert rig.movement.closed_tiers == {}
+    await rig.movement.close()
+
+
 async def test_a_tier_that_gives_other_bytes_is_switched_off(
     grounds: Grounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +347,8 @@ async def test_a_tier_that_gives_other_bytes_is_switched_off(
 
     assert rig.movement.tiers == []
     assert "other bytes" in rig.movement.closed_tiers["disk"]
+    rig.movement.tick()
+    assert not rig.movement.status()["opening"]
     await rig.movement.close()
 
 
