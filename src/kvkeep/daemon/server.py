@@ -44,6 +44,8 @@ QUESTIONS_MAX = 4
 """About tiers, of people, at once: each may hold some 16 MiB and a thread."""
 WAITS_MAX = 1024
 """Acquires of one session that wait at once; beyond it they get what the pool has."""
+LEASE_SHARE_WAITED = 0.4
+"""Of a lease, for blocks on their way: an answer at its half would come too late to be used."""
 
 
 class Server:
@@ -328,8 +330,8 @@ class SessionProtocol(asyncio.Protocol):
                 wait_us = int(limit_s * 1e6) + 1
                 self._send(m.Acquired(message.request_id, 0, b"", generation, wait_us))
 
-        # A client counts its lease from the question: half of it is left for the load.
-        limit_s = message.lease_s / 2
+        # A client counts its lease from the question, and leaves half of it for the load.
+        limit_s = LEASE_SHARE_WAITED * message.lease_s
         await self._server.movement.bring(wanted, announce, limit_s)
         if self._transport is not None and not self._transport.is_closing():
             reply = self._lend(wanted, self._deadline_s(message.lease_s), first)
