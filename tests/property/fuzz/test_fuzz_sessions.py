@@ -97,7 +97,9 @@ def test_any_messages_end_their_own_session_at_worst(
 def test_damaged_streams_end_their_own_session_at_worst(data: st.DataObject) -> None:
     """Bytes cut, changed and put in, anywhere in a session."""
     messages = data.draw(st.lists(MESSAGES, max_size=5))
-    asyncio.run(serve([data.draw(damaged(stream_of([HELLO, *messages])))], []))
+    # A whole greeting comes first: whose layout the pool has is no matter of damage.
+    streams = [stream_of([HELLO]), data.draw(damaged(stream_of([HELLO, *messages])))]
+    asyncio.run(serve(streams, []))
 
 
 @pytest.mark.parametrize("length", [0, 1, FRAME_BYTES_MAX, FRAME_BYTES_MAX + 1, (1 << 32) - 1])
