@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import os
 import re
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ import msgspec
 
 from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
+from kvkeep.model.private_file import read_private
 
 KEYS_MAX = 4096
 FILE_BYTES_MAX = 1 << 20
@@ -153,23 +153,7 @@ def _without_values(error: Exception) -> str:
 
 
 def _read_private(path: Path, what: str) -> bytes:
-    """A whole file that nobody else may touch."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputError(
-            f"the {what} {path} can't be opened ({error.strerror}): name another"
-        ) from error
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"the {what} {path} is not a file: name another")
-        if found.st_uid not in (0, os.getuid()) or stat.S_IMODE(found.st_mode) & 0o177:
-            raise InputError(f"the {what} {path} is open to others: own it and run chmod 600 on it")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            text = file.read(FILE_BYTES_MAX + 1)
-    finally:
-        os.close(fd)
+    text = read_private(path, what, FILE_BYTES_MAX)
     if len(text) > FILE_BYTES_MAX:
         raise InputError(f"the {what} {path} has more than {FILE_BYTES_MAX} bytes")
     return text

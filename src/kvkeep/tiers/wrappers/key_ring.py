@@ -4,8 +4,6 @@ A namespace holds the tenant, so tenants never share a key. Master keys are told
 is derived from them too: nothing has to be numbered, and a file cannot be given another's number.
 """
 
-import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Protocol
 
 from kvkeep.model.errors import InputError
 from kvkeep.model.ids import Namespace
+from kvkeep.model.private_file import read_private
 
 KEY_BYTES = 32
 """AES-256."""
@@ -102,7 +101,7 @@ def read_key_file(path: Path) -> bytes:
     Raises:
         InputError: The file can't be read, is not a key, or is open to others.
     """
-    data = _read_private(path)
+    data = read_private(path, "key file", 2 * KEY_BYTES + 2)
     if len(data) == KEY_BYTES:
         return data
     digits = data.removesuffix(b"\n").removesuffix(b"\r")
@@ -116,26 +115,3 @@ def read_key_file(path: Path) -> bytes:
             f"digits: make one with head -c {KEY_BYTES} /dev/urandom"
         )
     return master
-
-
-def _read_private(path: Path) -> bytes:
-    """A file's first bytes, one more than any key has; nobody else may touch the file."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputError(
-            f"the key file {path} can't be opened ({error.strerror}): name another"
-        ) from error
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"the key file {path} is not a file: name another")
-        if found.st_uid not in (0, os.getuid()) or stat.S_IMODE(found.st_mode) & 0o177:
-            raise InputError(
-                f"the key file {path} is open to others: own it and run chmod 600 on it"
-            )
-        return os.read(fd, 2 * KEY_BYTES + 3)
-    except OSError as error:
-        raise InputError(f"the key file {path} can't be read ({error.strerror})") from error
-    finally:
-        os.close(fd)
