@@ -45,7 +45,8 @@ class LocalAnswers:
     def _answer_health(self, client: "ClientConnection") -> None:
         fleet = self._relay.router.fleet
         ready = sum(len(fleet.ready(role, None)) for role in Role)
-        is_well = bool(ready) and not self._relay.is_draining
+        can_serve = bool(ready) or self._relay.desk is not None
+        is_well = can_serve and not self._relay.is_draining
         state = "draining" if self._relay.is_draining else "ok" if is_well else "no engine is ready"
         body = json.dumps({"status": state, "ready": ready, "endpoints": len(fleet)}).encode()
         keeps = client.keeps
@@ -84,6 +85,9 @@ class LocalAnswers:
         for listed in lists:
             for card in listed:
                 cards.setdefault(card["id"], card)
+        desk = self._relay.desk
+        for model in sorted(desk.models) if desk is not None else ():
+            cards.setdefault(model, _card(model))
         return json.dumps({"object": "list", "data": list(cards.values())}).encode()
 
     async def close(self) -> None:
@@ -94,6 +98,11 @@ class LocalAnswers:
         await asyncio.gather(*listings, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
+
+
+def _card(model: str) -> dict[str, Any]:
+    """Of a model whose engine does not run."""
+    return {"id": model, "object": "model", "created": 0, "owned_by": "kvkeep"}
 
 
 class _WaitingForModels:

@@ -5,6 +5,7 @@ from typing import Final
 
 from kvkeep.model.clock import Clock
 from kvkeep.router.limits.gate import Gate
+from kvkeep.router.on_demand.desk import StartDesk
 from kvkeep.router.policies.base import Choice, Needs
 from kvkeep.router.relay.local import LocalAnswers
 from kvkeep.router.relay.reader import Request
@@ -46,6 +47,8 @@ class Relay:
         self.connecting: set[asyncio.Task[UpstreamConnection]] = set()
         self.now_s = clock.now_s()
         """The time of the last look: exact enough for limits of seconds, and free."""
+        self.desk: StartDesk | None = None
+        """Where requests wait for engines that start on demand; None where none do."""
         self.is_draining = False
         self.num_refused = 0
         self.num_malformed = 0
@@ -119,6 +122,8 @@ class Relay:
         """See to everything that may take too long."""
         now_s = self.now_s = self.clock.now_s()
         self.gate.tick(now_s)
+        if self.desk is not None:
+            self.desk.tick(now_s)
         for client in list(self.clients):
             client.look(now_s)
         for pool in self._pools.values():
@@ -139,6 +144,8 @@ class Relay:
         """Take no further request; what runs goes on."""
         self.is_draining = True
         self.gate.drain()
+        if self.desk is not None:
+            self.desk.drain()
 
     @property
     def is_quiet(self) -> bool:

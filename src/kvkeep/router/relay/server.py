@@ -15,6 +15,8 @@ from kvkeep.router.relay.errors import error_response
 from kvkeep.router.relay.exchange import Exchange
 from kvkeep.router.relay.framing import FramingError
 from kvkeep.router.relay.reader import Request, RequestReader
+from kvkeep.router.relay.waiting import WaitingForEngine
+from kvkeep.router.request import RequestView
 
 if TYPE_CHECKING:
     from kvkeep.router.relay.relay import Relay
@@ -210,7 +212,17 @@ class ClientConnection(asyncio.Protocol):
             self._begin(self._request)
 
     def _begin(self, request: Request) -> None:
-        self._served = exchange = Exchange(self, request, self.relay.view_of(request))
+        relay = self.relay
+        view, desk = relay.view_of(request), relay.desk
+        if desk is not None and request.is_whole:
+            waiting = WaitingForEngine(self, desk, request, view)
+            if waiting.begin(relay.clock.now_s()):
+                return
+        self.relay_request(request, view)
+
+    def relay_request(self, request: Request, view: RequestView) -> None:
+        """Send the request that is served to an engine."""
+        self._served = exchange = Exchange(self, request, view)
         exchange.begin()
 
     def serve(self, served: Served) -> None:
