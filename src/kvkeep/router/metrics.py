@@ -35,12 +35,16 @@ COUNTERS = {
     "etcd_outages": "times at which etcd stopped answering",
     "etcd_entries_bad": "entries of etcd that were no engine",
     "engines_file_errors": "times at which the file of engines turned bad",
+    "engine_starts": "times at which an engine was started on demand",
+    "engine_starts_failed": "of these, starts that failed",
+    "engine_stops": "times at which an idle engine was stopped",
 }
 """Name to help text; all are monotone integers. Prometheus adds ``kvkeep_router_``, ``_total``."""
 
 GAUGES = {
     "requests_running": "requests that were let in and have not ended",
     "requests_waiting": "requests that wait for their turn",
+    "requests_waiting_for_start": "requests that wait for an engine to start",
     "clients": "connections of clients",
     "upstream_connections": "connections to engines",
     "endpoints": "engines of the fleet, in whatever state",
@@ -74,21 +78,26 @@ class RouterMetrics(Collector):
     def counters(self) -> dict[str, int]:
         """Every counter of the table."""
         parts, sources = self._parts, self._parts.sources
-        etcd, file = sources.etcd, sources.file
+        etcd, file, desk = sources.etcd, sources.file, parts.relay.desk
         return {
             "retries": parts.router.num_retries,
             "malformed": parts.relay.num_malformed,
             "etcd_outages": 0 if etcd is None else etcd.num_outages,
             "etcd_entries_bad": 0 if etcd is None else etcd.view.num_bad,
             "engines_file_errors": 0 if file is None else file.num_errors,
+            "engine_starts": 0 if desk is None else desk.num_starts,
+            "engine_starts_failed": 0 if desk is None else desk.num_failed_starts,
+            "engine_stops": 0 if desk is None else desk.num_stops,
         }
 
     def gauges(self) -> dict[str, float]:
         """What stands now."""
+        desk = self._parts.relay.desk
         parts, sources = self._parts, self._parts.sources
         return {
             "requests_running": parts.gate.num_running,
             "requests_waiting": parts.gate.num_waiting,
+            "requests_waiting_for_start": 0 if desk is None else desk.num_waiting,
             "clients": len(parts.relay.clients),
             "upstream_connections": parts.relay.num_upstream,
             "endpoints": len(parts.fleet),
@@ -115,6 +124,7 @@ class RouterMetrics(Collector):
             "refused": dict(parts.gate.num_refused),
             "total": _traffic(parts.router.total),
             "workers": [self.worker(endpoint) for endpoint in parts.fleet],
+            "on_demand": [] if parts.relay.desk is None else parts.relay.desk.status(),
         }
 
     def worker(self, endpoint: Endpoint) -> dict[str, Any]:

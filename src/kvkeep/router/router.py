@@ -42,9 +42,24 @@ class Router:
     """
 
     def __init__(
-        self, fleet: Fleet, policy: Policy, book: HealthBook, retries: RetryBudget
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        book: HealthBook,
+        retries: RetryBudget,
+        declared: frozenset[str] = frozenset(),
     ) -> None:
+        """Have counted nothing.
+
+        Args:
+            fleet: All endpoints.
+            policy: Chooses from those that may be chosen.
+            book: Told how each request ended.
+            retries: How many requests may be sent again.
+            declared: Models that are known also while no endpoint of theirs is there.
+        """
         self.fleet, self.policy = fleet, policy
+        self._declared = declared
         self._book, self._retries = book, retries
         self._learner = policy if isinstance(policy, Learns) else None
         self.total = Traffic()
@@ -98,9 +113,9 @@ class Router:
         if self._version != self.fleet.version:
             self._version = self.fleet.version
             served = [endpoint.models for endpoint in self.fleet if endpoint.role is Role.SERVE]
-            self._models = frozenset[str]().union(*served)
+            self._models = self._declared.union(*served)
             self._is_open_to_any = not all(served)
-            self._is_mixed = len(set(served)) > 1
+            self._is_mixed = len(set(served)) > 1 or bool(self._declared)
         return self._is_mixed
 
     def may_retry(self, view: RequestView, tried: Sequence[Endpoint]) -> bool:

@@ -9,9 +9,10 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import uvloop
 from aiohttp import web
@@ -27,6 +28,8 @@ from kvkeep.router.limits.keys import KeyRing
 from kvkeep.router.membership.roster import STATIC, Roster
 from kvkeep.router.membership.sources import Sources
 from kvkeep.router.metrics import RouterMetrics
+from kvkeep.router.on_demand.desk import StartDesk
+from kvkeep.router.on_demand.supervised import SupervisedStarter
 from kvkeep.router.policies.base import Policy
 from kvkeep.router.relay.relay import LOOK_S, Relay
 from kvkeep.router.relay.server import ClientConnection
@@ -123,13 +126,27 @@ class Parts:
         keys = KeyRing.load(Path(limits.keys_file)) if limits.keys_file else None
         self.gate = Gate(limits, keys)
         retries = RetryBudget(limits.retry_share, limits.retry_min_per_s, limits.retry_burst)
-        self.router = Router(self.fleet, self.policy, self.book, retries)
+        wanted = settings.on_demand
+        declared = frozenset() if wanted is None else wanted.models
+        self.router = Router(self.fleet, self.policy, self.book, retries, declared)
         self.relay = Relay(
             self.router, self.gate, settings.relay, clock, asks_keys=keys is not None
         )
+        self.starter: SupervisedStarter | None = None
+        if wanted is not None:
+            self.starter = SupervisedStarter(wanted.socket)
+            self.relay.desk = StartDesk(wanted.engines, self.fleet, self.roster, self.starter)
         self.prober = Prober(self.book, settings.health, clock)
         self.roster.declare(STATIC, settings.engines, clock.now_s())
         self.sources = Sources(self.roster, clock, settings.engines_file, settings.etcd)
+
+    def runs(self) -> list[Coroutine[Any, Any, None]]:
+        """What has to run beside the relay, each until it is cancelled."""
+        running = [self.prober.run(), *self.sources.runs()]
+        desk, clock = self.relay.desk, self.clock
+        if self.starter is not None and desk is not None:
+            running.append(self.starter.run(lambda news: desk.told(news, clock.now_s())))
+        return running
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -159,7 +176,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.put_nowait, number)
     relay = parts.relay
-    running = [loop.create_task(each) for each in (parts.prober.run(), *parts.sources.runs())]
+    running = [loop.create_task(each) for each in parts.runs()]
     for task in running:
         task.add_done_callback(_complain)
     pages = make_application(parts, RouterMetrics(parts), admin_key)

@@ -15,12 +15,13 @@ from kvkeep.router.health.book import HealthSettings
 from kvkeep.router.limits.gate import LimitSettings
 from kvkeep.router.membership.etcd import EtcdSettings
 from kvkeep.router.membership.member import Member, check_distinct
+from kvkeep.router.on_demand.starter import OnDemandSettings
 from kvkeep.router.relay.settings import RelaySettings
 
 ENVIRONMENT_PREFIX = "KVKEEP_ROUTER_"
 FILE_BYTES_MAX = 1 << 20
 """Of a settings file; a mistaken path must not fill the memory."""
-SECTIONS = ("engines", "etcd", "relay", "health", "limits")
+SECTIONS = ("engines", "etcd", "on_demand", "relay", "health", "limits")
 """Fields that the environment can't hold: they are more than one value."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -55,6 +56,8 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """File (mode 0600) that holds the key for the admin port; empty: none is asked for."""
     etcd: EtcdSettings | None = None
     """Where engines announce themselves in etcd; none: nowhere."""
+    on_demand: OnDemandSettings | None = None
+    """Engines that start at their first request; ``kvkeep up`` writes this."""
     engine_drain_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 60.0
     """How long requests may still run on an engine that leaves the fleet, in seconds."""
     relay: RelaySettings = RelaySettings()
@@ -101,7 +104,8 @@ def load_settings(
     except msgspec.ValidationError as error:
         raise InputError(f"the router's settings are wrong: {error}") from error
     check_distinct(settings.engines, "the router's settings")
-    if not (settings.engines or settings.engines_file or settings.etcd):
+    sources = (settings.engines, settings.engines_file, settings.etcd, settings.on_demand)
+    if not any(sources):
         raise InputError("no engine is named: give URLs such as http://127.0.0.1:8000")
     return settings
 

@@ -66,3 +66,8 @@ class OnDemandSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """Unix socket of the supervisor."""
     engines: Annotated[list[OnDemandMember], msgspec.Meta(max_length=MEMBERS_MAX)]
     """All that it starts; of two for one model the first counts."""
+
+    @property
+    def models(self) -> frozenset[str]:
+        """All models of these engines."""
+        return frozenset(model for engine in self.engines for model in engine.models)
