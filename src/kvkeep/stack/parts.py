@@ -60,13 +60,16 @@ class Part(Protocol):
         ...
 
 
-class Restartable(Part, Protocol):
-    """A part that is started again when it ends, while the others go on without it."""
+class Stoppable(Part, Protocol):
+    """A part that can be ended by itself."""
 
-    @property
-    def process(self) -> StackProcess:
-        """Its process."""
+    def stop(self) -> None:
+        """End it. Idempotent."""
         ...
+
+
+class Restartable(Stoppable, Protocol):
+    """A part that is started again when it ends, while the others go on without it."""
 
     def begin_again(self) -> None:
         """End what is left of it and start it; `is_restarted` tells when it is ready."""
@@ -74,10 +77,6 @@ class Restartable(Part, Protocol):
 
     def is_restarted(self) -> bool:
         """Ask whether it is ready after `begin_again`; quick."""
-        ...
-
-    def stop(self) -> None:
-        """End it. Idempotent."""
         ...
 
 
@@ -280,7 +279,7 @@ class EnginePart:
         self._start_timeout_s, self._changed = start_timeout_s, changed
         self._launch: Callable[[], Launch] | None = None
         self._folder = Path()
-        self._probed_s = 0.0
+        self._probed_s = self._begun_s = 0.0
 
     def will_start(self, launch: Callable[[], Launch], folder: Path) -> None:
         """Make it an engine that `begin` starts."""
@@ -309,8 +308,25 @@ class EnginePart:
     def begin(self) -> None:
         """Start it, if it is ours to start; `await_ready` waits for it."""
         if self._launch is not None:
+            self._begun_s = SystemClock().now_s()
             start_process(self._own_process(), self._launch(), self._folder)
             self._changed()
+
+    def begin_again(self) -> None:
+        """End what is left of it and start it; `is_restarted` tells when it is ready."""
+        self._own_process().stop()
+        self.begin()
+
+    def is_restarted(self) -> bool:
+        """Ask whether it is ready after `begin` or `begin_again`; quick.
+
+        Raises:
+            UnavailableError: It ended, or was not ready in time; it is stopped.
+        """
+        if not is_ready_in_time(self, self._begun_s, self._start_timeout_s):
+            return False
+        self._changed()
+        return True
 
     def is_ready(self) -> bool:
         """Whether it is healthy and gave a token; asked every ``PROBE_EVERY_S`` at most."""
@@ -356,6 +372,22 @@ class EnginePart:
         if self.process is not None:
             self.process.stop()
 
+    def ask_stop(self) -> None:
+        """Begin to end it; `is_gone` tells when that is done."""
+        self._own_process().ask_stop()
+
+    def is_gone(self) -> bool:
+        """Whether nothing of its process is left."""
+        return self._own_process().is_gone()
+
+    def is_running(self) -> bool:
+        """Whether its process runs."""
+        return self._own_process().is_running()
+
+    def why_failed(self) -> str:
+        """The most telling thing it wrote."""
+        return self._own_process().why_failed()
+
 
 def await_ready(
     parts: Sequence[Part],
@@ -397,7 +429,7 @@ def await_ready(
                 time.sleep(POLL_S)
 
 
-def is_ready_in_time(part: "Restartable", begun_s: float, timeout_s: float) -> bool:
+def is_ready_in_time(part: "Stoppable", begun_s: float, timeout_s: float) -> bool:
     """Ask whether a part that was started at ``begun_s`` is ready; quick.
 
     Raises:

@@ -16,6 +16,8 @@ from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
 from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
 from kvkeep.model.sizes import parse_bytes
+from kvkeep.router.settings import ENVIRONMENT_PREFIX as ROUTER_PREFIX
+from kvkeep.stack.routing.spec import RouterSpec, environment_fields
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, check_spec, make_exact
 
 STACK_FILE_BYTES_MAX = 1 << 20
@@ -26,7 +28,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "KVBM_CPU_BLOCKS": "daemon.pool_blocks",
     "KVBM_GPU_BLOCKS": "engines.*.num_gpu_blocks_override",
 }
-"""Field by environment variable; a daemon's own ``KVKEEP_`` variables are understood as well."""
+"""Field by environment variable; the daemon's own ``KVKEEP_`` variables, and the router's where the
+file has one, are understood as well."""
 
 Values = dict[str, Any]
 _NAMES_ARE_TEXT = "YAML reads yes, no, on, off and numbers as values: quote what is meant as text"
@@ -65,6 +68,8 @@ def make_spec(
     """Settle every value of a stack that is given as plain values; see `load_spec`."""
     values = _plain(values, default_name)
     values.setdefault("name", default_name)
+    if "router" in values and values["router"] is None:
+        values["router"] = {}  # a section of which nothing is said
     _apply_environment(values, os.environ if environment is None else environment)
     for field, value in _pairs(overrides):
         _set(values, field, value)
@@ -124,6 +129,9 @@ def _apply_environment(values: Values, environment: Mapping[str, str]) -> None:
         if text:
             place = "" if setting in DaemonSpec.__struct_fields__ else "settings."
             _set(values, f"daemon.{place}{setting}", text)
+    if isinstance(values.get("router"), dict):
+        for field, text in environment_fields(environment, ROUTER_PREFIX).items():
+            _set(values, field, text)
 
 
 def _pairs(overrides: Sequence[str] | Mapping[str, object]) -> list[tuple[str, object]]:
@@ -216,7 +224,7 @@ def _sentence(text: str, values: Values) -> str:
 
 
 def _unknown_field(path: str, name: str) -> str:
-    kind = {"daemon": DaemonSpec, "": StackSpec}.get(path, EngineSpec)
+    kind = {"daemon": DaemonSpec, "router": RouterSpec, "": StackSpec}.get(path, EngineSpec)
     known = kind.__struct_fields__
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"it may be {', '.join(known)}."

@@ -59,9 +59,16 @@ def this_process() -> ProcessId:
 class StackProcess:
     """A process that ends when it is told, when its owner ends, and with all it started."""
 
-    def __init__(self, name: str, log: Path) -> None:
-        """Name a process and where its output goes; nothing runs yet."""
+    def __init__(self, name: str, log: Path, *, stop_grace_s: float = STOP_GRACE_S) -> None:
+        """Name a process and where its output goes; nothing runs yet.
+
+        Args:
+            name: For a person.
+            log: Output is added to it.
+            stop_grace_s: Time it has to end after SIGTERM, in seconds.
+        """
         self.name, self.log = name, log
+        self._stop_grace_s = stop_grace_s
         self._reaper: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._id: ProcessId | None = None
@@ -94,7 +101,7 @@ class StackProcess:
             undone.enter_context(mine)
             self._log_start = log.tell()
             self._reaper = subprocess.Popen(
-                _reaper_command(theirs.fileno(), command),
+                _reaper_command(theirs.fileno(), self._stop_grace_s, command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -155,14 +162,18 @@ class StackProcess:
         self._wait(REAPER_SPARE_S)
 
     def stop(self) -> None:
-        """End it and all it started: SIGTERM, and SIGKILL after ``STOP_GRACE_S``. Idempotent."""
+        """End it and all it started: SIGTERM, and SIGKILL after its grace. Idempotent."""
         self.ask_stop()
-        self._wait(STOP_GRACE_S + REAPER_SPARE_S)
+        self._wait(self._stop_grace_s + REAPER_SPARE_S)
 
     def ask_stop(self) -> None:
         """Begin to stop it; `stop` waits for the end."""
         if self._reaper is not None and self._reaper.poll() is None:
             self._reaper.terminate()
+
+    def is_gone(self) -> bool:
+        """Whether nothing of it runs, its reaper neither: `stop` returns at once then."""
+        return self._reaper is None or self._reaper.poll() is not None
 
     def _wait(self, timeout_s: float) -> None:
         if self._reaper is None:
@@ -190,10 +201,10 @@ class StackProcess:
         return f"{telling_line(self.new_output().decode(errors='replace'))} (log: {self.log})"
 
 
-def _reaper_command(channel: int, command: Sequence[str]) -> list[str]:
+def _reaper_command(channel: int, grace_s: float, command: Sequence[str]) -> list[str]:
     # Isolated and without site: it needs the standard library only, and starts in half the time.
     program = str(Path(__file__).parent / "programs" / "reaper.py")
-    return [sys.executable, "-I", "-S", program, str(channel), str(STOP_GRACE_S), *command]
+    return [sys.executable, "-I", "-S", program, str(channel), str(grace_s), *command]
 
 
 def _tail(log: BinaryIO, start: int) -> bytes:

@@ -18,7 +18,9 @@ from kvkeep.connector.settings import load_settings as load_connector_settings
 from kvkeep.daemon.settings import SOCKET_PATH_BYTES_MAX, DaemonSettings, runtime_folder
 from kvkeep.daemon.settings import load_settings as load_daemon_settings
 from kvkeep.model.errors import InputError
+from kvkeep.router.settings import Port
 from kvkeep.stack.models import DEFAULT_MODEL
+from kvkeep.stack.routing.spec import RouterSpec, check_router
 from kvkeep.stack.servers.started import check_started, client_settings
 
 ENGINES_MAX = 64
@@ -27,7 +29,6 @@ BLOCK_TOKENS_UNIT = 32
 platforms/cpu.py), and kvkeep's hash chain is compared across engines in the same unit."""
 START_TIMEOUT_S = 300.0
 
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
@@ -82,12 +83,27 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Program to start; ``auto`` takes the one that is installed."""
     port: Port = 0
     """TCP port on 127.0.0.1; 0 takes a free one."""
+    model: str = ""
+    """Its model, if that is not the stack's; those that share a daemon need models of one shape."""
+    served_model_name: str = ""
+    """Name clients ask for, if that is not the stack's; empty: ``model`` as it was given."""
+    role: Literal["serve", "prefill", "decode"] = "serve"
+    """Which part of a request it does; ``prefill`` and ``decode`` need a ``router``."""
+    on_demand: bool = False
+    """True: it starts at the first request for its model, which needs a ``router``."""
+    idle_stop_s: Annotated[float, msgspec.Meta(ge=0, le=31_536_000)] = 900.0
+    """An engine on demand that has had nothing to do for so long is stopped; 0: never."""
+    start_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] | None = None
+    """Longest wait for it to be ready, in seconds, also of a request on demand; left out: as the
+    stack says."""
+    gpus: Annotated[int, msgspec.Meta(ge=0, le=64)] | list[int | str] | None = None
+    """How many GPUs it gets for itself, or which, such as ``[0]``; left out: one for each rank."""
     kv_cache_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 46)] | None = None
     """Memory for the engine's own KV cache in bytes; left out: 1 GiB on a CPU, the engine's choice
     on a GPU."""
     cpus: str | list[int] | None = None
     """Cores of its compute threads, such as ``[0, 1]`` or ``0-1``, with ``|`` between
-    tensor-parallel ranks; left out: all."""
+    tensor-parallel ranks; left out: all, with a ``router`` an equal share."""
     block_tokens: Count = 32
     """Tokens per block; a multiple of 32."""
     max_model_len: Count | None = None
@@ -140,6 +156,8 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """The daemon; see below."""
     engines: Annotated[list[EngineSpec], msgspec.Meta(min_length=1, max_length=ENGINES_MAX)]
     """At least one engine; see below."""
+    router: RouterSpec | None = None
+    """One address for all engines; see below. Left out: clients ask the engines themselves."""
     check: dict[str, Any] = {}
     """Settings of ``kvkeep check`` for this stack; it checks them itself."""
 
@@ -153,15 +171,37 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """What clients send as ``model``."""
         return self.served_model_name or self.model
 
+    def model_of(self, engine: EngineSpec) -> str:
+        """What an engine computes with."""
+        return engine.model or self.model
+
+    def served_name_of(self, engine: EngineSpec) -> str:
+        """What clients of an engine send as ``model``."""
+        return engine.served_model_name or engine.model or self.model_name
+
+    @property
+    def models(self) -> list[str]:
+        """Every model that an engine of this stack starts with, each once."""
+        own = [self.model_of(engine) for engine in self.engines if engine.url is None]
+        return list(dict.fromkeys(own or [self.model]))
+
     @property
     def socket_path(self) -> str:
         """The daemon's control socket, default applied."""
         if self.daemon.socket:
             return str(Path(self.daemon.socket).expanduser())
-        path = str(self.state_path / "daemon.sock")
+        return self._own_socket("daemon.sock", f"{self.name}.sock")
+
+    @property
+    def on_demand_socket_path(self) -> str:
+        """Where the router asks for engines on demand."""
+        return self._own_socket("on-demand.sock", f"{self.name}.on-demand.sock")
+
+    def _own_socket(self, name: str, name_elsewhere: str) -> str:
+        path = str(self.state_path / name)
         if len(path.encode()) <= SOCKET_PATH_BYTES_MAX:
             return path
-        return str(runtime_folder() / f"{self.name}.sock")
+        return str(runtime_folder() / name_elsewhere)
 
     def daemon_settings(self, *, metrics_port: int | None = None) -> DaemonSettings:
         """What the daemon is told.
@@ -241,7 +281,20 @@ def check_spec(spec: StackSpec) -> None:
             ports[engine.port] = f"{field}.port"
         _check_engine(engine, field)
         _check_tier(spec, engine, field)
+    for field, port in _router_ports(spec).items():
+        if port and port in ports:
+            raise InputError(
+                f"{field} = {port}: {ports[port]} is the same; choose another, or 0 for a free one."
+            )
+        ports[port] = field
     _check_layouts(spec)
+    check_router(spec)
+
+
+def _router_ports(spec: StackSpec) -> dict[str, int]:
+    if spec.router is None:
+        return {}
+    return {"router.port": spec.router.port, "router.admin_port": spec.router.admin_port}
 
 
 def _check_paths(spec: StackSpec) -> None:

@@ -4,6 +4,7 @@ import msgspec
 
 from kvkeep.daemon.tables import field_texts
 from kvkeep.stack.precedence import ENVIRONMENT
+from kvkeep.stack.routing.spec import RouterSpec
 from kvkeep.stack.servers.started import StartedFields
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec
 
@@ -21,6 +22,11 @@ def daemon_fields() -> str:
 def engine_fields() -> str:
     """Fields of one of ``engines``."""
     return _fields_table(EngineSpec)
+
+
+def router_fields() -> str:
+    """Fields of ``router``."""
+    return _fields_table(RouterSpec)
 
 
 def server_fields() -> str:

@@ -1,1 +1,1 @@
-"""Engines that start at the first request for their model, and stop when they have nothing to do."""
+"""Engines that start at the first request for their model, and stop when they are idle."""

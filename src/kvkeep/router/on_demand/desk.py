@@ -276,13 +276,13 @@ class StartDesk:
         try:
             self._roster.add(engine.member, now_s)
         except KvkeepError as error:
-            log.error("an engine on demand can't join. name=%s reason=%s", engine.name, error)
+            log.warning("an engine on demand can't join. name=%s reason=%s", engine.name, error)
 
     def _withdraw(self, engine: _Engine) -> None:
         try:
             self._roster.remove(engine.name, self._now_s)
         except KvkeepError as error:
-            log.error("an engine on demand can't leave. name=%s reason=%s", engine.name, error)
+            log.warning("an engine on demand can't leave. name=%s reason=%s", engine.name, error)
 
     # --- Time ----------------------------------------------------------------------------------
 

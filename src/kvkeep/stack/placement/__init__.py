@@ -1,0 +1,1 @@
+"""Which engine gets which of a machine's GPUs, cores and ports."""
