@@ -133,7 +133,7 @@ class Router:
         endpoint = choice.endpoint
         assert endpoint is not None
         endpoint.num_in_flight += 1
-        endpoint.queued_tokens += view.num_tokens or 0
+        endpoint.queued_tokens += choice.num_uncached
         if self._learner is not None:
             self._learner.sent(view, choice, now_s)
         return self._book.began(endpoint, now_s)
@@ -142,7 +142,7 @@ class Router:
         """The endpoint answers, ``wait_s`` after it was asked."""
         endpoint = choice.endpoint
         assert endpoint is not None
-        endpoint.queued_tokens -= view.num_tokens or 0
+        endpoint.queued_tokens -= choice.num_uncached
         before_s = endpoint.ttft_s
         endpoint.ttft_s = before_s + TTFT_WEIGHT * (wait_s - before_s) if before_s else wait_s
         if self._learner is not None:
@@ -156,7 +156,7 @@ class Router:
         assert endpoint is not None
         endpoint.num_in_flight -= 1
         if not ending.was_answered:
-            endpoint.queued_tokens -= view.num_tokens or 0
+            endpoint.queued_tokens -= choice.num_uncached
         _count(endpoint.traffic, ending)
         _count(self.total, ending)
         if self._learner is not None:
