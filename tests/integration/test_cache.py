@@ -18,6 +18,7 @@ from kvkeep.client.prefixes import PrefixClient
 from kvkeep.daemon.movement.opening import open_medium
 from kvkeep.daemon.settings import load_settings
 from kvkeep.model.ids import BlockHash, BlockKey
+from kvkeep.tiers.entry_names import HEAD_BYTES
 from kvkeep.tiers.mooncake.tier import MooncakeTier
 from tests.integration.daemons import (
     NAMESPACE,
@@ -39,6 +40,8 @@ NUM_BLOCKS = 40
 KEEP_TIMEOUT_S = 30.0
 PATIENCE_S = 5.0
 VALUE_BYTES_MAX = 1 << 20
+HEADED = ("valkey", "object_store")
+"""Tiers whose values stand behind a head on their server."""
 
 _numbers = itertools.count()
 
@@ -220,6 +223,35 @@ def rot_on_server(config: Path, block_hash: BlockHash) -> None:
         assert tier.write(keys, [[memoryview(room)[:length]]]) == [True]
     finally:
         tier.close()
+
+
+@pytest.mark.parametrize("medium", HEADED, indirect=True)
+def test_a_damaged_head_on_a_server_is_found_and_removed(
+    medium: dict[str, object],
+    config: Path,
+    daemon: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A value that stands behind no head of its own is rot as well: counted once, then gone."""
+    tier = name_of(medium)
+    with Worker(daemon) as worker, opened_prefixes(daemon, patience_s=PATIENCE_S) as client:
+        hashes = keep(daemon, worker, client)
+        with monkeypatch.context() as patch:
+            # Only what this process writes: the daemon is another one.
+            patch.setattr(f"kvkeep.tiers.{tier}.pack_head", lambda _name, _bytes: bytes(HEAD_BYTES))
+            (settings,) = load_settings(config, {}, {}).tiers
+            with contextlib.closing(open_medium(settings, VALUE_BYTES_MAX)) as bare:
+                assert bare.write([BlockKey(NAMESPACE, hashes[3])], [[memoryview(b"x")]]) == [True]
+        done = run(daemon, "verify", "--tier", tier, "--json")
+        again = run(daemon, "verify", "--tier", tier)
+
+        assert done.exit_code == 1
+        (found,) = json.loads(done.stdout)["tiers"]
+        assert (found["num_right"], found["num_rotten"]) == (NUM_BLOCKS - 1, 1)
+        assert again.exit_code == 0
+        assert f"{tier}: {NUM_BLOCKS - 1} right, 0 rotten" in again.stdout
+        (status,) = daemon.status()["movement"]["tiers"]
+        assert status["rejected"]["damaged_head"] == 1
 
 
 def test_cleared_blocks_do_not_come_back(medium: dict[str, object], daemon: Daemon) -> None:

@@ -18,6 +18,7 @@ from kvkeep.testing.tier_contract import (
 from kvkeep.tiers.base import Tier
 from kvkeep.tiers.entry_names import HEAD_BYTES, entry_name
 from kvkeep.tiers.object_store import ObjectStoreSettings, ObjectStoreTier
+from tests.servers.heads import HEAD_DAMAGES, stored
 from tests.servers.processes import free_port
 from tests.servers.seaweed import READER_KEY, READER_SECRET, SeaweedServer
 
@@ -75,6 +76,33 @@ def test_a_block_is_one_object(tier: ObjectStoreTier, server: SeaweedServer, pre
     size = server.store().head(entry_name(block_key(1), prefix))["size"]
 
     assert size == HEAD_BYTES + VALUE_BYTES
+
+
+@pytest.mark.parametrize("damage", HEAD_DAMAGES, ids=lambda damage: damage.__name__)
+def test_an_object_with_a_damaged_head_is_dropped_and_counted(
+    tier: ObjectStoreTier, server: SeaweedServer, prefix: str, damage: Callable[[bytes], bytes]
+) -> None:
+    """It is gone after the first read, and its neighbor is served."""
+    write(tier, [1, 2])
+    name = entry_name(block_key(1), prefix)
+    server.store().put(name, damage(stored(1, prefix)), use_multipart=False)
+
+    assert read(tier, [block_key(1), block_key(2)]) == [None, value_bytes(2)]
+    assert [entry["path"] for page in server.store().list(prefix) for entry in page] == [
+        entry_name(block_key(2), prefix)
+    ]
+    assert tier.num_rotten == 1
+    assert write(tier, [1]) == [True]
+    assert read(tier, [block_key(1)]) == [value_bytes(1)]
+
+
+def test_what_is_whole_is_not_dropped(tier: ObjectStoreTier) -> None:
+    """An object longer than the room is no rot."""
+    write(tier, [1])
+
+    assert read(tier, [block_key(1)], VALUE_BYTES - 1) == [None]
+    assert tier.num_rotten == 0
+    assert read(tier, [block_key(1)]) == [value_bytes(1)]
 
 
 def test_large_values_come_through(tier: ObjectStoreTier) -> None:

@@ -1,7 +1,7 @@
 """The Valkey tier against real servers: the contract, passwords, TLS, limits of memory."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -19,6 +19,7 @@ from kvkeep.testing.tier_contract import (
 from kvkeep.tiers.base import Tier
 from kvkeep.tiers.entry_names import HEAD_BYTES, entry_name
 from kvkeep.tiers.valkey import AHEAD_BYTES, ValkeySettings, ValkeyTier
+from tests.servers.heads import HEAD_DAMAGES, stored
 from tests.servers.processes import free_port
 from tests.servers.tls import TlsDoor
 from tests.servers.valkey import ValkeyServer
@@ -113,6 +114,38 @@ def test_a_block_is_one_string(tier: ValkeyTier, server: ValkeyServer, prefix: s
     length = server.command("STRLEN", entry_name(block_key(1), prefix))
 
     assert length == b":%d\r\n" % (HEAD_BYTES + VALUE_BYTES)
+
+
+@pytest.mark.parametrize("damage", HEAD_DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_value_with_a_damaged_head_is_dropped_and_counted(
+    tier: ValkeyTier, server: ValkeyServer, prefix: str, damage: Callable[[bytes], bytes]
+) -> None:
+    """It is gone after the first read, and its neighbor is served."""
+    write(tier, [1, 2])
+    name = entry_name(block_key(1), prefix)
+    server.command("SET", name, damage(stored(1, prefix)))
+
+    assert read(tier, [block_key(1), block_key(2)]) == [None, value_bytes(2)]
+    assert server.command("EXISTS", name) == b":0\r\n"
+    assert tier.num_rotten == 1
+    assert read(tier, [block_key(1)]) == [None]
+    assert tier.num_rotten == 1
+    assert write(tier, [1]) == [True]
+    assert read(tier, [block_key(1)]) == [value_bytes(1)]
+
+
+def test_what_is_whole_or_not_ours_is_not_dropped(
+    tier: ValkeyTier, server: ValkeyServer, prefix: str
+) -> None:
+    """A value longer than the room is no rot, nor is what is no string."""
+    write(tier, [1])
+    other = entry_name(block_key(2), prefix)
+    server.command("LPUSH", other, "x")
+
+    assert read(tier, [block_key(1), block_key(2)], VALUE_BYTES - 1) == [None, None]
+    assert tier.num_rotten == 0
+    assert read(tier, [block_key(1)]) == [value_bytes(1)]
+    assert server.command("EXISTS", other) == b":1\r\n"
 
 
 def test_a_batch_beyond_what_is_sent_ahead(tier: ValkeyTier) -> None:

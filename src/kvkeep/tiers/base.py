@@ -128,6 +128,15 @@ class Registers(Protocol):
         """
 
 
+@runtime_checkable
+class FindsRot(Protocol):
+    """A tier that finds some of what it reads wrong by itself, and drops it."""
+
+    @property
+    def num_rotten(self) -> int:
+        """Values found since the start; only grows."""
+
+
 @dataclass(frozen=True, slots=True)
 class TierUse:
     """How full a tier is."""

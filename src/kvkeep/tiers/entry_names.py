@@ -7,14 +7,19 @@ from another's, for the price of a few bytes. It proves nothing about the bytes 
 the verifying wrapper's.
 """
 
+import logging
 import re
 import struct
+import threading
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import xxhash
 
-from kvkeep.model.errors import InputError
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import HASH_BYTES, BlockHash, BlockKey, Namespace
+
+log = logging.getLogger(__name__)
 
 PREFIX_DEFAULT: Final = "kvkeep/"
 PREFIX_CHARS_MAX: Final = 128
@@ -69,3 +74,36 @@ def pack_head(name: str, value_bytes: int) -> bytes:
 def is_head_of(head: bytes | bytearray | memoryview, name: str, value_bytes: int) -> bool:
     """Whether this stands in front of the whole value of this name, which is so long."""
     return bytes(head) == pack_head(name, value_bytes)
+
+
+class DamagedHeads:
+    """What a tier read under names of its own that no head of theirs stands before. Thread-safe.
+
+    Nobody writes such a value: it rotted, was cut, or was put in another's place. It is deleted, as
+    it would be looked for and found again and again. A value that is whole and merely longer than
+    the room, or that lies under another prefix, is none of these and stays.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self.number = 0
+        """Found since the start."""
+
+    def drop(self, keys: Sequence[BlockKey], delete: Callable[[Sequence[BlockKey]], None]) -> None:
+        """Count these, and have the tier forget them; one that can't now is found again later."""
+        if not keys:
+            return
+        with self._lock:
+            before, self.number = self.number, self.number + len(keys)
+        # A server that was tampered with would fill the log with one line a value.
+        if before.bit_length() != self.number.bit_length():
+            log.warning(
+                "values with damaged heads were found. tier=%s number=%d", self._name, self.number
+            )
+        try:
+            delete(keys)
+        except UnavailableError as error:
+            log.warning(
+                "a damaged value can't be deleted. tier=%s reason=%s", self._name, str(error)
+            )

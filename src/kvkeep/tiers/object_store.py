@@ -23,6 +23,7 @@ from kvkeep.tiers.base import Parts, length_of
 from kvkeep.tiers.entry_names import (
     HEAD_BYTES,
     PREFIX_DEFAULT,
+    DamagedHeads,
     checked_prefix,
     entry_name,
     is_head_of,
@@ -95,6 +96,7 @@ class ObjectStoreTier:
         self._clock = SystemClock()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(settings.num_threads, f"kvkeep-{name}")
+        self._damaged = DamagedHeads(name)
 
     def __repr__(self) -> str:
         return f"ObjectStoreTier({self._where!r}, prefix={self._settings.prefix!r})"
@@ -103,6 +105,11 @@ class ObjectStoreTier:
     def _where(self) -> str:
         at = f" at {self._settings.endpoint}" if self._settings.endpoint else ""
         return f"{self._settings.url}{at}"
+
+    @property
+    def num_rotten(self) -> int:
+        """Values with damaged heads that reads found, and dropped."""
+        return self._damaged.number
 
     # --- The tier --------------------------------------------------------------------------------
 
@@ -131,38 +138,53 @@ class ObjectStoreTier:
         return True
 
     def read(self, keys: Sequence[BlockKey], into: Sequence[Parts]) -> list[int | None]:
-        """Copy each object once, from where it arrived."""
+        """Copy each object once, from where it arrived; drops those whose head is damaged."""
         names = self._names(keys)
         found: list[int | None] = [None] * len(keys)
+        damaged: list[int] = []
 
-        def prepare(idx: int) -> Callable[[], memoryview | None]:
+        def prepare(idx: int) -> Callable[[], tuple[bool, memoryview | None]]:
             room_bytes = length_of(into[idx])
             return lambda: self._get(names[idx], room_bytes)
 
-        def finish(idx: int, content: memoryview | None) -> None:
+        def finish(idx: int, answer: tuple[bool, memoryview | None]) -> None:
+            is_whole, content = answer
+            if not is_whole:
+                damaged.append(idx)
             if content is not None:
                 scatter(content[HEAD_BYTES:], into[idx])
                 found[idx] = len(content) - HEAD_BYTES
 
         self._in_parallel(len(keys), prepare, finish)
+        self._damaged.drop([keys[idx] for idx in damaged], self.delete)
         return found
 
-    def _get(self, name: str, room_bytes: int) -> memoryview | None:
-        """Fetch an object that is whole, ours and not too long, with its head."""
+    def _get(self, name: str, room_bytes: int) -> tuple[bool, memoryview | None]:
+        """Fetch an object with its head.
+
+        Returns:
+            False where what stands under this name is damaged; and the object, None where there is
+            none that fits.
+        """
         try:
             answer = self._client().get(name)
             num_bytes = answer.meta["size"]
-            if not 0 <= num_bytes - HEAD_BYTES <= room_bytes:
-                return None
+            value_bytes = num_bytes - HEAD_BYTES
+            if value_bytes < 0:
+                return False, None
+            if value_bytes > room_bytes:
+                # The head alone, however long the object is.
+                head = self._client().get_range(name, start=0, end=HEAD_BYTES)
+                return is_head_of(head, name, value_bytes), None
             content = memoryview(answer.bytes())
         except self._failures as error:
             if self._is_absent(error):
-                return None
+                return True, None
             raise self._unavailable(error) from error
-        value_bytes = len(content) - HEAD_BYTES
-        if not 0 <= value_bytes <= room_bytes:
-            return None
-        return content if is_head_of(content[:HEAD_BYTES], name, value_bytes) else None
+        if len(content) != num_bytes:
+            return True, None  # cut on its way, which says nothing about the object
+        is_whole = is_head_of(content[:HEAD_BYTES], name, value_bytes)
+        return is_whole, content if is_whole else None
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Ask for sizes: an object shorter than a head is none of ours."""

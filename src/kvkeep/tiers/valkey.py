@@ -19,6 +19,7 @@ from kvkeep.tiers.base import Parts, length_of
 from kvkeep.tiers.entry_names import (
     HEAD_BYTES,
     PREFIX_DEFAULT,
+    DamagedHeads,
     checked_prefix,
     entry_name,
     is_head_of,
@@ -109,9 +110,15 @@ class ValkeyTier:
         self._lock = threading.Lock()
         self._idle: list[WireConnection] = []
         self._is_closed = False
+        self._damaged = DamagedHeads(name)
 
     def __repr__(self) -> str:
         return f"ValkeyTier({str(self._address)!r}, prefix={self._settings.prefix!r})"
+
+    @property
+    def num_rotten(self) -> int:
+        """Values with damaged heads that reads found, and dropped."""
+        return self._damaged.number
 
     # --- The tier --------------------------------------------------------------------------------
 
@@ -140,7 +147,7 @@ class ValkeyTier:
         return [begin + length + pack_head(name, value_bytes), *value, b"\r\n" + expiry]
 
     def read(self, keys: Sequence[BlockKey], into: Sequence[Parts]) -> list[int | None]:
-        """Read straight into the caller's memory."""
+        """Read straight into the caller's memory; drops those whose head is damaged."""
         found: list[int | None] = [None] * len(keys)
         names = [entry_name(key, self._settings.prefix) for key in keys]
         commands: list[tuple[list[Piece], int]] = [
@@ -148,35 +155,46 @@ class ValkeyTier:
             for name, room in zip(names, into, strict=True)
         ]
 
+        damaged: set[int] = set()  # a set, as a batch may be heard twice
+
         def hear(connection: WireConnection, idx: int, end_s: float) -> None:
-            found[idx] = self._receive(connection, names[idx], into[idx], end_s)
+            is_whole, found[idx] = self._receive(connection, names[idx], into[idx], end_s)
+            if not is_whole:
+                damaged.add(idx)
 
         self._exchange(commands, hear)
+        self._damaged.drop([keys[idx] for idx in sorted(damaged)], self.delete)
         return found
 
     def _receive(
         self, connection: WireConnection, name: str, room: Parts, end_s: float
-    ) -> int | None:
+    ) -> tuple[bool, int | None]:
+        """Hear one value.
+
+        Returns:
+            False where what stands under this name is damaged; and the bytes of the value, None
+            where there is none that fits.
+        """
         length = connection.read_bulk_length(end_s)
         if isinstance(length, ErrorReply):
             if length.code == "WRONGTYPE":
-                return None
+                return True, None  # no string: somebody else's
             raise self._refused(length)
         if length is None:
-            return None
+            return True, None
+        head = connection.read_bytes(min(length, HEAD_BYTES), end_s)
         value_bytes = left = length - HEAD_BYTES
-        if not 0 <= value_bytes <= length_of(room):
-            connection.skip(length, end_s)
-        elif not is_head_of(connection.read_bytes(HEAD_BYTES, end_s), name, value_bytes):
-            connection.skip(value_bytes, end_s)
-            left = -1
-        else:
-            for part in room:
-                piece = part[:left]
-                connection.read_into(piece, end_s)
-                left -= len(piece)
+        is_whole = is_head_of(head, name, value_bytes)
+        if not is_whole or value_bytes > length_of(room):
+            connection.skip(max(0, value_bytes), end_s)
+            connection.end_bulk(end_s)
+            return is_whole, None
+        for part in room:
+            piece = part[:left]
+            connection.read_into(piece, end_s)
+            left -= len(piece)
         connection.end_bulk(end_s)
-        return value_bytes if left == 0 else None
+        return True, value_bytes
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Ask for lengths: a string shorter than a head is none of ours."""

@@ -132,9 +132,16 @@ class Liar:
         """Any object."""
         return self._answer
 
+    def get_range(self, _name: str, *, start: int, end: int) -> bytes:
+        """A piece of it."""
+        return self._answer.bytes()[start:end]
+
     def head(self, _name: str) -> dict[str, int]:
         """Its length, as it claims."""
         return self._answer.meta
+
+    def delete(self, _name: str) -> None:
+        """As if it were gone."""
 
 
 NAME = entry_name(KEY, "kvkeep/")

@@ -16,7 +16,7 @@ from kvkeep.daemon.tier_settings import (
     ValkeyTierSettings,
 )
 from kvkeep.model.clock import Clock
-from kvkeep.tiers.base import BATCH_MAX, Registers, Tier
+from kvkeep.tiers.base import BATCH_MAX, FindsRot, Registers, Tier
 from kvkeep.tiers.disk.tier import DiskTier
 from kvkeep.tiers.io_queue import QueueLimits, TierQueue
 from kvkeep.tiers.wrappers.compressed import CompressedTier
@@ -61,8 +61,9 @@ def open_tier(settings: AnyTierSettings, value_bytes: int, clock: Clock) -> Lowe
         found = verified.counts()
         if isinstance(sealed, (EncryptedTier, CompressedTier)):
             found |= {f"sealed_{reason}": number for reason, number in sealed.counts().items()}
-        if isinstance(inner, DiskTier):
-            found["wrong_on_disk"] = inner.num_rotten
+        if isinstance(inner, FindsRot):
+            reason = "wrong_on_disk" if isinstance(inner, DiskTier) else "damaged_head"
+            found[reason] = inner.num_rotten
         return found
 
     admission = AdmissionSettings(
