@@ -6,6 +6,10 @@ from pathlib import Path
 
 from kvkeep.model.errors import InputError
 
+KEY_CHARS_MIN = 16
+"""Of a key that people send; shorter ones can be guessed."""
+SECRET_FILE_BYTES_MAX = 1 << 16
+
 
 def read_private(path: Path, what: str, bytes_max: int) -> bytes:
     """Read a file of this user or root that only its owner may read or write.
@@ -40,3 +44,30 @@ def read_private(path: Path, what: str, bytes_max: int) -> bytes:
         raise InputError(f"the {what} {path} can't be read ({error.strerror})") from error
     finally:
         os.close(fd)
+
+
+def read_private_whole(path: Path, what: str, bytes_max: int) -> bytes:
+    """Read such a file, all of it.
+
+    Raises:
+        InputError: It can't be had, is open to others, or has more than ``bytes_max`` bytes.
+    """
+    text = read_private(path, what, bytes_max)
+    if len(text) > bytes_max:
+        raise InputError(f"the {what} {path} has more than {bytes_max} bytes")
+    return text
+
+
+def read_secret(path: Path, what: str) -> bytes:
+    """The one key that a file holds, on a line of its own.
+
+    Raises:
+        InputError: It can't be read, is open to others, or is too short to be a secret.
+    """
+    secret = read_private_whole(path, what, SECRET_FILE_BYTES_MAX).strip()
+    if len(secret) < KEY_CHARS_MIN or len(secret.split()) != 1 or not secret.isascii():
+        raise InputError(
+            f"the {what} {path} must hold one key of {KEY_CHARS_MIN} characters or more, ASCII "
+            "without spaces: make one with openssl rand -hex 24"
+        )
+    return secret

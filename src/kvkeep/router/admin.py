@@ -6,8 +6,8 @@ machine visits must not reach it either, so without a key only local names are a
 that a browser sends for a page.
 """
 
+import asyncio
 import hmac
-import ipaddress
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from kvkeep.model.errors import InputError, KvkeepError, RefusedError
-from kvkeep.router.limits.keys import read_secret
+from kvkeep.model.loopback import is_loopback, names_loopback
+from kvkeep.model.private_file import read_secret
 from kvkeep.router.membership.member import Member
 from kvkeep.router.metrics import RouterMetrics
 from kvkeep.router.relay.errors import error_object
@@ -54,7 +55,7 @@ def find_key(host: str, key_file: str) -> bytes | None:
     """
     if key_file:
         return read_secret(Path(key_file), "admin key file")
-    if not _is_loopback(host):
+    if not is_loopback(host):
         raise InputError(
             f"admin_host {host} lets other machines in: name a key with admin_key_file, "
             "or listen on 127.0.0.1"
@@ -150,6 +151,9 @@ class _Pages:
         try:
             asked = Request(parse_request(f"{head}\r\n".encode()), body, is_whole=True)
             view = parts.relay.view_of(asked)
+            prepared = asyncio.get_running_loop().create_future()
+            parts.relay.prepare(asked, view, lambda: prepared.set_result(None))
+            await prepared
             choice = parts.router.route(view, parts.clock.now_s(), explain=True)
         except FramingError as error:
             return _error(400, error.message)
@@ -183,9 +187,7 @@ def _guard(key: bytes | None) -> Any:
             response = _error(401, "send the admin key as 'Authorization: Bearer KEY'")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
-        name = request.host.rpartition(":")[0] or request.host
-        is_local = _is_loopback(name.strip("[]")) or _is_loopback(request.host.strip("[]"))
-        if not is_local or "Origin" in request.headers:
+        if not names_loopback(request.host) or "Origin" in request.headers:
             return _error(403, "ask for 127.0.0.1 by that name, and not from a web page")
         return await handler(request)
 
@@ -215,15 +217,6 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 def _shows(request: web.Request, key: bytes) -> bool:
     shown = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
     return hmac.compare_digest(shown, b"Bearer " + key)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _decode(body: bytes, kind: type[Known]) -> Known:

@@ -16,12 +16,10 @@ import msgspec
 
 from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
-from kvkeep.model.private_file import read_private
+from kvkeep.model.private_file import KEY_CHARS_MIN, read_private_whole
 
 KEYS_MAX = 4096
 FILE_BYTES_MAX = 1 << 20
-KEY_CHARS_MIN = 16
-"""Shorter ones can be guessed."""
 KEY_CHARS_MAX = 1024
 """Whoever sends a longer one has none of ours."""
 _SCHEME = b"bearer "
@@ -88,7 +86,7 @@ class KeyRing:
         Raises:
             InputError: It can't be read, is open to others, or says something else.
         """
-        text = _read_private(path, "API key file")
+        text = read_private_whole(path, "API key file", FILE_BYTES_MAX)
         try:
             values = msgspec.yaml.decode(text)
             check_plain(values, str(path))
@@ -118,21 +116,6 @@ class KeyRing:
         return hashlib.blake2b(digest, key=self._secret, digest_size=16).digest()
 
 
-def read_secret(path: Path, what: str) -> bytes:
-    """The one key that a file holds, on a line of its own.
-
-    Raises:
-        InputError: It can't be read, is open to others, or is too short to be a secret.
-    """
-    secret = _read_private(path, what).strip()
-    if len(secret) < KEY_CHARS_MIN or len(secret.split()) != 1 or not secret.isascii():
-        raise InputError(
-            f"the {what} {path} must hold one key of {KEY_CHARS_MIN} characters or more, ASCII "
-            "without spaces: make one with openssl rand -hex 24"
-        )
-    return secret
-
-
 def _check(key: ApiKey) -> None:
     if bool(key.key) == bool(key.key_sha256):
         raise InputError(f"the API key {key.name!r} needs one of key and key_sha256")
@@ -150,10 +133,3 @@ def _without_values(error: Exception) -> str:
     """Where it is wrong, not what stands there."""
     found = re.search(r"at `\$[\w.\[\]]*`$", str(error))
     return found[0] if found else type(error).__name__
-
-
-def _read_private(path: Path, what: str) -> bytes:
-    text = read_private(path, what, FILE_BYTES_MAX)
-    if len(text) > FILE_BYTES_MAX:
-        raise InputError(f"the {what} {path} has more than {FILE_BYTES_MAX} bytes")
-    return text
