@@ -356,6 +356,24 @@ class TestBadInput:
         assert "'pool_byte' is not a setting" in self.refused(flags | {"config": file})
         assert "KVKEEP_POOL_BYTE is not a" in self.refused(flags, KVKEEP_POOL_BYTE="1GiB")
 
+    def test_tiers_that_can_not_be(self, flags: dict[str, object], tmp_path: Path) -> None:
+        """What needs no medium to be judged ends the start, before anything is taken."""
+        (tmp_path / "link").symlink_to("kv")
+        disk = {"kind": "disk", "capacity_bytes": "1GiB"}
+        disks = [disk | {"folder": str(tmp_path / name)} for name in ("kv", "link")]
+        store = {"kind": "object_store", "url": "s3://kv1", "endpoint": "http://10.0.0.1:80"}
+        keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "hunter2"}
+
+        for tiers, said in (
+            (disks, "give each a folder of its own"),
+            ([store], "the tier object_store: 10.0.0.1 would get keys and blocks in clear"),
+            ([{"kind": "valkey", "url": "http://h"}], "the tier valkey: "),
+        ):
+            file = tmp_path / "d.yaml"
+            file.write_text(json.dumps({"tiers": tiers}))
+            assert said in self.refused(flags | {"config": file}, **keys)
+            assert not Path(str(flags["pool"])).exists()
+
     def test_a_file_that_is_not_yaml(self, flags: dict[str, object], tmp_path: Path) -> None:
         """The sentence names the file and the place, on one line."""
         file = tmp_path / "d.yaml"

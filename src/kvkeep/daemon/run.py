@@ -25,6 +25,7 @@ from kvkeep.core.eviction.s3fifo import S3FifoPolicy
 from kvkeep.daemon.http import HOST, make_application
 from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.movement.movement import Movement
+from kvkeep.daemon.movement.opening import judge_tiers
 from kvkeep.daemon.recovery import recover
 from kvkeep.daemon.server import Server, SessionProtocol
 from kvkeep.daemon.settings import DaemonSettings, runtime_folder
@@ -56,6 +57,7 @@ def run(settings: DaemonSettings) -> None:
     """
     if not __debug__:
         raise InputError("kvkeep needs its assertions: start Python without -O")
+    judge_tiers(settings.named_tiers)
     _allow_files(settings.sessions_max)
     path = Path(settings.socket_path)
     with contextlib.ExitStack() as stack:

@@ -14,7 +14,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvkeep.core.quotas import OTHERS, TENANTS_MAX
-from kvkeep.daemon.tier_settings import AnyTierSettings, Share, with_names, with_sizes
+from kvkeep.daemon.tier_settings import (
+    AnyTierSettings,
+    DiskTierSettings,
+    Share,
+    check_places,
+    with_names,
+    with_sizes,
+)
 from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
 from kvkeep.model.sizes import parse_bytes
@@ -77,7 +84,9 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("quotas are more than 1 together: lower a share")
         if len(self.quotas) > TENANTS_MAX:
             raise ValueError(f"quotas names more than {TENANTS_MAX} tenants: leave some out")
-        with_names(self.tiers)
+        if any("\0" in tier.folder for tier in self.tiers if isinstance(tier, DiskTierSettings)):
+            raise ValueError("a path holds no zero byte: write another folder")
+        check_places(with_names(self.tiers))
         if len(self.socket_path.encode()) > SOCKET_PATH_BYTES_MAX:
             raise ValueError(
                 f"socket has more than {SOCKET_PATH_BYTES_MAX} bytes, the limit of Unix sockets: "

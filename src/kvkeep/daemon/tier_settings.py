@@ -1,6 +1,8 @@
 """What a daemon can be told about the tiers below its pool: a list, the fastest first."""
 
+import contextlib
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -103,6 +105,9 @@ class MooncakeTierSettings(TierSettings, frozen=True, kw_only=True, tag="mooncak
     """``host:port`` of mooncake_master."""
     local_hostname: str = "127.0.0.1"
     """Of this machine, as others reach it."""
+    listen_address: str = ""
+    """Address that the client's ports are opened on; empty: that of ``local_hostname``; 0.0.0.0:
+    every one of this machine."""
     metadata: str = "P2PHANDSHAKE"
     """Where peers learn of each other; this word: from each other."""
     protocol: str = "tcp"
@@ -151,6 +156,50 @@ def with_names(tiers: Sequence[AnyTierSettings]) -> list[AnyTierSettings]:
             taken.add(name)
         named.append(msgspec.structs.replace(tier, name=name))
     return named
+
+
+def check_places(tiers: Sequence[AnyTierSettings]) -> None:
+    """Refuse two tiers that would keep their blocks in one place.
+
+    Args:
+        tiers: Each with its name.
+
+    Raises:
+        ValueError: Says which two, and the mend.
+    """
+    users: dict[object, TierSettings] = {}
+    for tier in tiers:
+        for place in _places(tier):
+            other = users.setdefault(place, tier)
+            if other is not tier:
+                mend = (
+                    "give each a folder of its own"
+                    if isinstance(tier, DiskTierSettings)
+                    else "leave one out, or give each a prefix of its own"
+                )
+                raise ValueError(
+                    f"the tiers {other.name!r} and {tier.name!r} would keep their blocks in one "
+                    f"place: {mend}"
+                )
+
+
+def _places(tier: AnyTierSettings) -> list[object]:
+    """What two tiers can't both have, in one spelling."""
+    match tier:
+        case DiskTierSettings():
+            folder = os.path.realpath(os.path.expanduser(tier.folder))
+            places: list[object] = [("folder", folder)]
+            with contextlib.suppress(OSError):
+                # The same folder in two places of the file system: a bind mount.
+                found = os.stat(folder)
+                places.append(("inode", found.st_dev, found.st_ino))
+            return places
+        case ValkeyTierSettings():
+            return [(tier.kind, tier.url, tier.prefix)]
+        case ObjectStoreTierSettings():
+            return [(tier.kind, tier.endpoint.rstrip("/"), tier.url.rstrip("/"), tier.prefix)]
+        case MooncakeTierSettings():
+            return [(tier.kind, tier.master, tier.prefix)]
 
 
 def with_sizes(tier: Any) -> Any:

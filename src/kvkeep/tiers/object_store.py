@@ -175,7 +175,7 @@ class ObjectStoreTier:
             if value_bytes > room_bytes:
                 # The head alone, however long the object is.
                 head = self._client().get_range(name, start=0, end=HEAD_BYTES)
-                return is_head_of(head, name, value_bytes), None
+                return is_head_of(bytes(head), name, value_bytes), None
             content = memoryview(answer.bytes())
         except self._failures as error:
             if self._is_absent(error):

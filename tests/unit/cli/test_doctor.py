@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -95,7 +96,7 @@ def test_a_daemon_that_serves_is_asked(movement: Any, level: Level, text: str) -
 def test_two_tiers_of_a_kind_are_told_apart() -> None:
     """Each by its name."""
     found = [{"name": "disk", "breaker": "closed"}, {"name": "disk-2", "breaker": "open"}]
-    named = DaemonSettings(tiers=[DISK, DISK]).named_tiers
+    named = DaemonSettings(tiers=[DISK, msgspec.structs.replace(DISK, folder="/b")]).named_tiers
     levels = [asked_tier(tier, {"movement": {"tiers": found}}).level for tier in named]
 
     assert levels == [Level.OK, Level.FAIL]

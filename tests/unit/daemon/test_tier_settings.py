@@ -1,5 +1,6 @@
 """What a daemon can be told about its tiers."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from kvkeep.daemon.tier_settings import (
     with_sizes,
 )
 from kvkeep.model.errors import InputError
+
+_numbers = itertools.count()
 
 
 def loaded(folder: Path, *tiers: object) -> list[object]:
@@ -72,7 +75,8 @@ def test_only_sizes_are_converted() -> None:
 
 def disk(name: str = "") -> dict[str, object]:
     """A tier as people write it."""
-    return {"kind": "disk", "folder": "x", "capacity_bytes": "1GiB", "name": name}
+    folder = f"x{next(_numbers)}"
+    return {"kind": "disk", "folder": folder, "capacity_bytes": "1GiB", "name": name}
 
 
 def test_each_tier_has_a_name_of_its_own(tmp_path: Path) -> None:
@@ -103,3 +107,49 @@ def test_a_name_that_can_not_be_is_refused(
     """One sentence with the mend."""
     with pytest.raises(InputError, match=said):
         loaded(tmp_path, *(disk(name) for name in names))
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["{home}/kv", "{home}/kv/", "{home}/./kv", "{home}/other/../kv", "{home}/link", "~/kv"],
+)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_two_disks_in_one_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str, is_there: bool
+) -> None:
+    """However it is spelled, and whether or not it has been made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to("kv")
+    if is_there:
+        (tmp_path / "kv").mkdir()
+    folders = [f"{tmp_path}/kv", spelling.format(home=tmp_path)]
+
+    with pytest.raises(InputError, match=r"'disk' and 'disk-2' .* a folder of its own") as caught:
+        loaded(tmp_path, *(disk() | {"folder": folder} for folder in folders))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tier",
+    [
+        {"kind": "valkey", "url": "valkey://user:hunter2@h:1"},
+        {"kind": "object_store", "url": "s3://kv", "endpoint": "https://h"},
+        {"kind": "mooncake", "master": "h:1"},
+    ],
+)
+def test_two_tiers_in_one_place_on_a_server_are_refused(
+    tmp_path: Path, tier: dict[str, object]
+) -> None:
+    """With other prefixes they are two places."""
+    with pytest.raises(InputError, match="leave one out, or give each a prefix") as caught:
+        loaded(tmp_path, tier, tier | {"name": "second"})
+
+    assert "hunter2" not in str(caught.value)
+    assert len(loaded(tmp_path, tier, tier | {"prefix": "another/"})) == 2
+
+
+def test_a_folder_that_can_not_be_is_refused() -> None:
+    """Before the system is asked for it."""
+    tier = DiskTierSettings(folder="a\0b", capacity_bytes=1 << 30)
+    with pytest.raises(ValueError, match="no zero byte"):
+        DaemonSettings(tiers=[tier])

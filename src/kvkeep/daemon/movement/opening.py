@@ -1,7 +1,7 @@
 """From the settings of a tier to the tier, wrapped and with a queue before it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from kvkeep.daemon.tier_settings import (
     ValkeyTierSettings,
 )
 from kvkeep.model.clock import Clock
+from kvkeep.model.errors import InputError
 from kvkeep.tiers.base import BATCH_MAX, FindsRot, Registers, Tier
 from kvkeep.tiers.disk.tier import DiskTier
 from kvkeep.tiers.io_queue import QueueLimits, TierQueue
@@ -132,6 +133,35 @@ def open_medium(settings: AnyTierSettings, value_bytes_max: int) -> Tier:
             mooncake = MooncakeTier(own)
             mooncake.name = name
             return mooncake
+
+
+def judge_tiers(tiers: Sequence[AnyTierSettings]) -> None:
+    """Refuse what can be known to be wrong without asking any medium.
+
+    Opening a tier says so too, and then the daemon serves without it: a user who mistyped an
+    address would notice by misses.
+
+    Raises:
+        InputError: Names the tier, what is wrong and the mend.
+    """
+    for tier in tiers:
+        try:
+            _sealing(tier)
+            _judge_medium(tier)
+        except InputError as error:
+            raise InputError(f"the tier {tier.name or tier.kind}: {error}") from error
+
+
+def _judge_medium(settings: AnyTierSettings) -> None:
+    match settings:
+        case ValkeyTierSettings():
+            open_medium(settings, 0).close()  # calls nobody yet
+        case ObjectStoreTierSettings() if not settings.url.startswith("file:///"):
+            open_medium(settings, 0).close()
+        case MooncakeTierSettings():
+            from kvkeep.tiers.mooncake.settings import MooncakeSettings
+
+            own_settings(MooncakeSettings, settings, value_bytes_max=1)
 
 
 def own_settings(kind: "type[Own]", settings: AnyTierSettings, **more: Any) -> "Own":

@@ -279,7 +279,7 @@ async def test_tiers_stand_in_the_order_of_the_settings(
     """Whichever is open first; and one that hangs neither delays the others nor the end."""
     tiers: list[AnyTierSettings] = [
         ValkeyTierSettings(url="valkey://127.0.0.1:1"),
-        *(DiskTierSettings(folder="unused", capacity_bytes=1 << 20) for _ in range(3)),
+        *(DiskTierSettings(folder=f"unused-{idx}", capacity_bytes=1 << 20) for idx in range(3)),
     ]
     release, latest = threading.Event(), threading.Event()
 

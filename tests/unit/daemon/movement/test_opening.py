@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.daemon.movement.opening import open_tier, own_settings
+from kvkeep.daemon.movement.opening import judge_tiers, open_tier, own_settings
 from kvkeep.daemon.tier_settings import (
+    AnyTierSettings,
     DiskTierSettings,
     MooncakeTierSettings,
     ObjectStoreTierSettings,
@@ -101,3 +102,54 @@ def test_what_can_not_be_used_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="folder"):
         open_tier(disk(tmp_path / "file"), VALUE_BYTES, CLOCK)
+
+
+@pytest.fixture
+def _s3_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+
+
+@pytest.mark.usefixtures("_s3_keys")
+@pytest.mark.parametrize(
+    ("tier", "said"),
+    [
+        (
+            ObjectStoreTierSettings(name="s3", url="s3://kv1", endpoint="http://10.0.0.1:80"),
+            "the tier s3: 10.0.0.1 would get .* in clear: write https:// .* or set `allow_http`",
+        ),
+        (ObjectStoreTierSettings(url="kv"), "the tier object_store: .* `url` is s3://bucket"),
+        (ValkeyTierSettings(url="http://h"), "the tier valkey: .*url"),
+        (ValkeyTierSettings(url="valkey://h:1", prefix="*"), "prefix"),
+        (ValkeyTierSettings(url="valkeys://h:1", ca_file="/dev/null/x"), "ca_file"),
+        (MooncakeTierSettings(master="nowhere"), "write host:port"),
+        (MooncakeTierSettings(master="h:1", protocol="x"), "choose tcp or rdma"),
+        (ValkeyTierSettings(url="valkey://h:1", key_files=["/dev/null/x"]), "/dev/null/x"),
+    ],
+)
+def test_what_needs_no_medium_is_judged_before_any_is_opened(
+    tier: AnyTierSettings, said: str
+) -> None:
+    """One sentence that names the tier."""
+    with pytest.raises(InputError, match=said) as caught:
+        judge_tiers([tier])
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("_s3_keys")
+def test_what_may_be_right_is_not_judged(tmp_path: Path) -> None:
+    """Nobody is called, and no folder is made: a server may be down and a disk may be away."""
+    judge_tiers(
+        [
+            disk(tmp_path / "d"),
+            ValkeyTierSettings(url="valkey://127.0.0.1:1"),
+            ObjectStoreTierSettings(url="s3://kv1", endpoint="http://127.0.0.1:1"),
+            ObjectStoreTierSettings(url="s3://kv1", endpoint="http://h", allow_http=True),
+            ObjectStoreTierSettings(url=f"file://{tmp_path}/s"),
+            MooncakeTierSettings(master="127.0.0.1:1"),
+        ]
+    )
+
+    assert list(tmp_path.iterdir()) == []
