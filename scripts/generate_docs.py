@@ -76,6 +76,8 @@ def _kind(kind: msgspec.inspect.Type) -> str:
             return f"{low} bytes" if low else f"bytes, at most {_number(high or 0)}"
         case msgspec.inspect.StrType(max_length=high):
             return f"text, at most {high} characters" if high else "text"
+        case msgspec.inspect.LiteralType(values=values):
+            return " or ".join(f"`{value}`" for value in values)
         case msgspec.inspect.BoolType():
             return "true or false"
         case msgspec.inspect.NoneType():

@@ -276,6 +276,10 @@ class PrefixClient:
         """Tell the daemon never to lend these blocks again."""
         self._send(m.ReportCorrupt(namespace, group_idx, codec.join_hashes(hashes)))
 
+    def report_handoff(self, outcome: m.HandoffOutcome, num_missed: int, wait_us: int) -> None:
+        """Tell the daemon how a handoff to or from this engine went."""
+        self._send(m.ReportHandoff(outcome, num_missed, wait_us))
+
     def _send(self, message: m.Message) -> None:
         connection = self._current()
         if connection is None:

@@ -118,3 +118,8 @@ def new_block_ids(scheduler_output: Any) -> Mapping[str, tuple[bool, tuple[list[
     ):
         found[req_id] = (req_id in resumed, ids or (), int(num_computed))
     return found
+
+
+def is_finished_well(request: Any) -> bool:
+    """Whether a request that ended was answered: not aborted, not given up."""
+    return request.status.name in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")

@@ -216,11 +216,15 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Forget the request; its blocks may be freed at once: stores hold their own references."""
+        """Forget the request; its blocks may be freed at once: stores hold their own references.
+
+        A prefill that is handed over through the pool answers with its ticket.
+        """
         side = self._scheduler
-        if side is not None:
-            self._guard(lambda: side.finish_request(request), None, is_duty=True)
-        return False, None
+        if side is None:
+            return False, None
+        nothing: dict[str, Any] | None = None
+        return False, self._guard(lambda: side.finish_request(request), nothing, is_duty=True)
 
     def has_pending_push_work(self) -> bool:
         """Keep the engine stepping until the blocks of the last stores are given back."""

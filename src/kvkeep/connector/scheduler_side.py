@@ -11,7 +11,6 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvkeep.client.prefixes import Answer, PrefixClient, PrefixLease, Question
@@ -19,6 +18,14 @@ from kvkeep.connector import compat
 from kvkeep.connector.identity import Unsupported
 from kvkeep.connector.lora import Adapters
 from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport, StoreJob
+from kvkeep.connector.scheduler.handoff import Awaited, Handoffs, PrefillLeg
+from kvkeep.connector.scheduler.requests import (
+    LoadInFlight,
+    RequestState,
+    StoreInFlight,
+    find_extras,
+    skips_cache,
+)
 from kvkeep.connector.settings import ConnectorSettings
 from kvkeep.connector.step_costs import StepCosts
 from kvkeep.core.effects import NO_SLOT
@@ -32,49 +39,6 @@ LEASE_MARGIN = 0.5
 """A lease is used only in this first part of its time: the rest belongs to the load."""
 PINNED_SHARE_MAX = 0.25
 """Of the engine's blocks, at most this share is held for stores; beyond it blocks aren't stored."""
-
-
-@dataclass(slots=True)
-class _RequestState:
-    """What is known of one live request."""
-
-    request: Any
-    hasher: BlockHasher
-    question: Question | None = None
-    lease: PrefixLease | None = None
-    is_asked: bool = False
-    """The daemon was asked for this turn in the waiting queue."""
-    is_allocated: bool = False
-    """vLLM gave it blocks since; a further lookup means that it was preempted."""
-    may_load: bool = True
-    """False after a failed load: what failed once is recomputed, not tried again."""
-    num_local_blocks: int = 0
-    """Blocks that were in the engine already when it was last looked up."""
-    may_store: bool = True
-    """False once its block ids or its names are no longer sure."""
-    num_stored: int = 0
-    """Leading blocks that are in the pool or on their way there."""
-    block_ids: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _LoadInFlight:
-    lease: PrefixLease | None
-    """None of a load that is bound to fail."""
-    namespace: Namespace
-    first: int
-    """Of the request's blocks, the first that is loaded."""
-    num_blocks: int
-
-
-@dataclass(slots=True)
-class _StoreInFlight:
-    state: _RequestState
-    first: int
-    """Of the request's blocks, the first that is stored."""
-    blocks: Sequence[Any]
-    """Engine blocks, one reference on each."""
-    num_ranks_left: int
 
 
 class SchedulerSide:
@@ -101,12 +65,12 @@ class SchedulerSide:
         self._reset_namespace = reset_namespace
         self._num_resets = 0
         self._block_pool: Any = None
-        self._requests: dict[str, _RequestState] = {}
+        self._requests: dict[str, RequestState] = {}
         self._adapters = Adapters()
         self._loads: list[LoadJob] = []
-        self._loading: dict[str, deque[_LoadInFlight]] = {}
+        self._loading: dict[str, deque[LoadInFlight]] = {}
         """By request id, in the order of the reports to come."""
-        self._stores: dict[int, _StoreInFlight] = {}
+        self._stores: dict[int, StoreInFlight] = {}
         self._computing: deque[tuple[int, StoreJob]] = deque()
         """Stores that wait for the report of the step that computes them."""
         self._computed: list[StoreJob] = []
@@ -115,6 +79,12 @@ class SchedulerSide:
         self._step = 0
         self._num_pinned = 0
         self._wait_left_s = settings.lookup_wait_ms / 1e3
+        self._handoffs = Handoffs(
+            prefixes.report_handoff,
+            clock,
+            block_tokens=block_tokens,
+            wait_s=settings.handoff_wait_s,
+        )
         self.costs = StepCosts(block_tokens)
         """Of this engine; another may be set before the first request."""
         self.chain_key = b""
@@ -128,34 +98,47 @@ class SchedulerSide:
 
     def add_request(self, request: Any) -> None:
         """A request arrived: ask for its prefix, so that the answer is there when it runs."""
+        leg = self._handoffs.find_leg(request)
         try:
-            extras = _extras(request, self._adapters)
+            extras = find_extras(request, self._adapters)
         except Unsupported as reason:
             log.info("kvkeep passes request %s by: %s", request.request_id, reason)
+            if leg is not None:
+                self._handoffs.pass_by(leg, reason, request)
             return
         hasher = BlockHasher(
             self._namespace, self._block_tokens, extras=extras, secret=self.chain_key
         )
-        state = _RequestState(request, hasher)
+        state = RequestState(request, hasher)
+        if isinstance(leg, PrefillLeg):
+            state.is_offered = True
+        elif leg is not None:
+            hashes = hasher.extend(request.all_token_ids)
+            state.awaited = self._handoffs.await_blocks(leg, hashes, request)
+            state.is_handed = state.awaited is not None
         self._requests[request.request_id] = state
         self._ask(state)
 
-    def _ask(self, state: _RequestState) -> None:
+    def _ask(self, state: RequestState) -> None:
         state.is_asked = True
         request = state.request
-        if not (self._settings.load and state.may_load) or _skips_cache(request):
+        if not (self._settings.load and state.may_load) or skips_cache(request):
             return
         # One token stays to be computed, for the logits (vllm 0.32, v1/core/sched/scheduler.py:
         # a synchronous claim of the whole request ends in an assertion).
         num_blocks = (request.num_tokens - 1) // self._block_tokens
         hashes = state.hasher.extend(request.all_token_ids)[:num_blocks]
         # Even the question costs a short prompt of a fast engine more than it has to gain.
-        num_tokens = num_blocks * self._block_tokens
-        if hashes and self.costs.is_load_worth(num_tokens, self._clock.now_s()):
-            rate = int(self.costs.tokens_s)
+        if hashes and self._is_load_worth(state, num_blocks * self._block_tokens):
+            # Of a handoff all is loaded, however fast this engine computes.
+            rate = 0 if state.is_handed else int(self.costs.tokens_s)
             state.question = self._prefixes.ask(
                 self._namespace, 0, hashes, rate, request.request_id
             )
+
+    def _is_load_worth(self, state: RequestState, num_tokens: int) -> bool:
+        """Whether to load; a handoff's tokens were computed elsewhere so that this engine won't."""
+        return state.is_handed or self.costs.is_load_worth(num_tokens, self._clock.now_s())
 
     def match(self, request: Any, num_computed_tokens: int) -> int | None:
         """Tokens that can be loaded beyond those the engine has; None to be asked again.
@@ -164,11 +147,13 @@ class SchedulerSide:
         nothing changed, and changes nothing that a repeated call could not undo.
         """
         state = self._requests.get(request.request_id)
-        if state is None or _skips_cache(request):
+        if state is None or skips_cache(request):
             return 0
         if state.is_allocated:
             self._begin_again(state)
         if not state.is_asked:
+            if state.awaited is not None and self._handoffs.is_early(state.awaited):
+                return None
             self._ask(state)
         if state.question is not None:
             answer = self._answer(state.question)
@@ -176,6 +161,10 @@ class SchedulerSide:
                 return None
             state.question = None
             state.lease = None if answer is Answer.NOTHING else answer
+        if state.awaited is not None and self._is_awaiting(
+            state, state.awaited, num_computed_tokens
+        ):
+            return None
         lease = state.lease
         if lease is None:
             return 0
@@ -188,12 +177,27 @@ class SchedulerSide:
             return 0
         state.num_local_blocks = num_computed_tokens // self._block_tokens
         num_tokens = max(0, len(lease.slots) * self._block_tokens - num_computed_tokens)
-        if num_tokens and not self.costs.is_load_worth(num_tokens, self._clock.now_s()):
+        if num_tokens and not self._is_load_worth(state, num_tokens):
             self._prefixes.release([lease], num_declined=num_tokens // self._block_tokens)
             state.lease = None
             state.num_stored = max(state.num_stored, len(lease.slots))
             return 0
         return num_tokens
+
+    def _is_awaiting(self, state: RequestState, awaited: Awaited, num_computed_tokens: int) -> bool:
+        """Whether blocks that were named to this request have yet to come."""
+        num_lent = 0 if state.lease is None else len(state.lease.slots)
+        if self._handoffs.must_wait(
+            awaited,
+            max(num_lent, num_computed_tokens // self._block_tokens),
+            can_come=self._settings.load and state.may_load and self._prefixes.is_connected,
+            request=state.request,
+        ):
+            self._drop_lease(state)
+            state.is_asked = False
+            return True
+        state.awaited = None
+        return False
 
     def _answer(self, question: Question) -> PrefixLease | Literal[Answer.NOTHING, Answer.PENDING]:
         """The answer so far; one step waits only so long for all of its requests."""
@@ -202,13 +206,13 @@ class SchedulerSide:
         self._wait_left_s = max(0.0, self._wait_left_s - (self._clock.now_s() - begun_s))
         return answer
 
-    def _begin_again(self, state: _RequestState) -> None:
+    def _begin_again(self, state: RequestState) -> None:
         """A preempted request waits anew: its blocks are gone, and so is what it was lent."""
         self._drop_lease(state)
         state.is_allocated = state.is_asked = False
         state.block_ids = []
 
-    def _drop_lease(self, state: _RequestState) -> None:
+    def _drop_lease(self, state: RequestState) -> None:
         if state.question is not None:
             self._prefixes.forget(state.question)
             state.question = None
@@ -242,12 +246,12 @@ class SchedulerSide:
         state.num_stored = max(state.num_stored, len(lease.slots))
         return True
 
-    def _loaded_range(self, state: _RequestState, num_external_tokens: int) -> tuple[int, int]:
+    def _loaded_range(self, state: RequestState, num_external_tokens: int) -> tuple[int, int]:
         first = state.num_local_blocks
         return first, first + -(-num_external_tokens // self._block_tokens)
 
     def _plan_load(self, job: LoadJob, lease: PrefixLease | None, first: int) -> None:
-        load = _LoadInFlight(lease, self._namespace, first, len(job.slots))
+        load = LoadInFlight(lease, self._namespace, first, len(job.slots))
         self._loads.append(job)
         self._loading.setdefault(job.req_id, deque()).append(load)
 
@@ -302,7 +306,7 @@ class SchedulerSide:
         self.costs.begun(metadata.step, num_tokens, loads, self._clock.now_s())
         return True
 
-    def _plan_store(self, state: _RequestState, num_tokens: int) -> StoreJob | None:
+    def _plan_store(self, state: RequestState, num_tokens: int) -> StoreJob | None:
         """Blocks of which this step computes the last token, as far as the tokens are final.
 
         Tokens that are only guessed (drafts) or not known yet are not among ``all_token_ids``.
@@ -318,10 +322,11 @@ class SchedulerSide:
             state.may_store = False
             return None
         # What is over a limit now may be stored by a later step; a gap would make all behind it
-        # unreachable.
-        end = min(end, first + self._num_pinnable())
-        if end <= first or len(self._stores) >= self._settings.store_jobs_max:
-            return None
+        # unreachable. A handoff has no later step, and its blocks were the request's anyway.
+        if not state.is_offered:
+            end = min(end, first + self._num_pinnable())
+            if end <= first or len(self._stores) >= self._settings.store_jobs_max:
+                return None
         state.num_stored = end
         hashes = state.hasher.extend(request.all_token_ids)[first:end]
         block_ids = tuple(state.block_ids[first:end])
@@ -329,7 +334,7 @@ class SchedulerSide:
         compat.touch(self._block_pool, blocks)
         self._num_pinned += len(blocks)
         job_id = next(self._job_ids)
-        self._stores[job_id] = _StoreInFlight(state, first, blocks, self._num_ranks)
+        self._stores[job_id] = StoreInFlight(state, first, blocks, self._num_ranks)
         return StoreJob(job_id, b"".join(hashes), block_ids)
 
     def _num_pinnable(self) -> int:
@@ -435,11 +440,19 @@ class SchedulerSide:
 
     # ---- the end
 
-    def finish_request(self, request: Any) -> None:
-        """A request ended, in whatever way; stores on their way go on."""
+    def finish_request(self, request: Any) -> dict[str, Any] | None:
+        """A request ended, in whatever way; stores on their way go on.
+
+        Returns:
+            What its client is told for the engine that goes on with it; None for nothing.
+        """
         state = self._requests.pop(request.request_id, None)
-        if state is not None:
-            self._drop_lease(state)
+        if state is None:
+            return None
+        self._drop_lease(state)
+        if not (state.is_offered and compat.is_finished_well(request)):
+            return None
+        return self._handoffs.offer(request, state.hasher.hashes, state.num_stored) or None
 
     @property
     def has_stores_in_flight(self) -> bool:
@@ -465,36 +478,3 @@ class SchedulerSide:
     def close(self) -> None:
         """End the session with the daemon."""
         self._prefixes.close()
-
-
-def _skips_cache(request: Any) -> bool:
-    """Whether the request must compute its whole prompt (prompt_logprobs).
-
-    vLLM 0.26 asks connectors all the same; 0.32 does not.
-    """
-    return bool(getattr(request, "skip_reading_prefix_cache", False))
-
-
-def _extras(request: Any, adapters: Adapters) -> dict[str, str]:
-    """What besides token ids decides a request's KV.
-
-    Args:
-        request: vLLM's.
-        adapters: The LoRA adapters known so far, added to.
-
-    Raises:
-        Unsupported: Something that can't be named: its KV must neither be loaded nor stored.
-    """
-    if getattr(request, "prompt_embeds", None) is not None:
-        raise Unsupported("prompts given as embeddings have no token ids")
-    if getattr(request, "mm_features", None):
-        raise Unsupported("media in prompts are not supported yet")
-    if getattr(request, "resumable", False):
-        # vLLM takes back the last token of such a request when its next piece arrives.
-        raise Unsupported("prompts that arrive in pieces are not supported")
-    extras = {}
-    if request.cache_salt:
-        extras["salt"] = str(request.cache_salt)
-    if request.lora_request is not None:
-        extras["lora"] = adapters.identify(request.lora_request)
-    return extras

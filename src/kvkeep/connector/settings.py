@@ -39,6 +39,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """How long one engine step may wait for answers of the daemon, in milliseconds."""
     patience_ms: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 250.0
     """After this long without an answer the daemon counts as lost, in milliseconds."""
+    handoff_wait_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 1.0
+    """How long a request waits for blocks that a prefill engine named to it, in seconds; what has
+    not come by then is computed."""
     start_wait_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 20.0
     """How long the start of the engine waits for the daemon before it goes on without."""
     copy_threads: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0

@@ -47,6 +47,13 @@ COUNTERS = {
     "blocks_dropped": "torn or rotten blocks found then",
     "messages_refused": "messages that were malformed or out of order",
     "sessions_cut": "sessions ended because the client did not read its answers",
+    "handoffs_offered": "prompts whose blocks a prefill engine named to a decode engine",
+    "handoffs_not_offered": "prompts of which a prefill engine could name no block",
+    "handoffs_whole": "requests whose decode engine found every block that was named to it",
+    "handoffs_partial": "requests whose decode engine had to compute blocks that were named to it",
+    "handoffs_refused": "requests whose ticket was malformed or named another prompt's blocks",
+    "handoff_blocks_missed": "blocks that were named and had not come in time",
+    "handoff_wait_us": "microseconds that decode engines' requests waited for blocks named to them",
     "device_to_host": "blocks moved from an engine to the pool",
     "host_to_device": "blocks moved from the pool to an engine",
 }
@@ -108,6 +115,12 @@ class Metrics(Collector):
         self.count("device_to_host", num_ready)
         self.count("bytes_stored", num_ready * self._block_bytes())
         self.count("store_us", store_us)
+
+    def handed_over(self, outcome: str, num_missed: int, wait_us: int) -> None:
+        """An engine's report of a handoff."""
+        self.count(f"handoffs_{outcome}")
+        self.count("handoff_blocks_missed", num_missed)
+        self.count("handoff_wait_us", wait_us)
 
     def counters(self) -> dict[str, int]:
         """Every counter of the table."""

@@ -171,6 +171,10 @@ class SessionProtocol(asyncio.Protocol):
                 self._commit(message)
             case m.ReportCorrupt():
                 self._report_corrupt(message)
+            case m.ReportHandoff():
+                self._server.metrics.handed_over(
+                    message.outcome, message.num_missed, message.wait_us
+                )
             case m.Hello():
                 self._hello(message)
             case m.Ping():

@@ -7,7 +7,7 @@ unpacking ten thousand small objects would cost more than the lookup.
 ``request_id`` is chosen by the client, unique per connection, and returned in the reply.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -30,6 +30,7 @@ Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 GroupIdx = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 HeadIdx = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)]
+HandoffOutcome = Literal["offered", "not_offered", "whole", "partial", "refused"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -206,6 +207,18 @@ class Prefetch(Message, frozen=True, tag=14):
     """Tokens a second that the engine computes for which it is done; 0 if that is not known."""
 
 
+class ReportHandoff(Message, frozen=True, tag=15):
+    """How a prefill that was handed over through the pool went, at one of its ends. No answer."""
+
+    outcome: HandoffOutcome
+    """Of a prefill engine: whether it named blocks. Of a decode engine: whether it found the named
+    ones, all or not all of them in time, or refused to look for them."""
+    num_missed: Count = 0
+    """Named blocks that had not come when the wait was over."""
+    wait_us: Count = 0
+    """Microseconds from the first look for the blocks to the last."""
+
+
 # ---- to the client
 
 
@@ -317,6 +330,7 @@ ToDaemon = (
     | ClearTiers
     | Explain
     | Prefetch
+    | ReportHandoff
 )
 ToClient = (
     Welcome

@@ -28,6 +28,7 @@ _REQUESTS: tuple[type[m.Message], ...] = (
     m.ClearTiers,
     m.Explain,
     m.Prefetch,
+    m.ReportHandoff,
 )
 
 TRANSITIONS: dict[SessionState, dict[type[m.Message], SessionState]] = {

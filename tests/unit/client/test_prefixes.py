@@ -211,6 +211,13 @@ def test_a_release_reports_what_was_loaded(stage: Stage) -> None:
     assert stage.daemon.sent == [m.Release([], 0, 2, 0)]
 
 
+def test_a_handoffs_outcome_is_reported(stage: Stage) -> None:
+    """As it was told, and without an answer."""
+    stage.client.report_handoff("partial", 2, 1000)
+
+    assert stage.daemon.sent == [m.ReportHandoff("partial", 2, 1000)]
+
+
 def test_a_broken_connection_is_lost_by_whichever_call_notices(stage: Stage) -> None:
     """No call raises: a cache failure is a miss."""
     stage.daemon.is_broken = True

@@ -11,7 +11,7 @@ from vllm import SamplingParams
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from kvkeep.client.prefixes import Answer, PrefixClient, PrefixLease, Question
 from kvkeep.connector.metadata import LoadResult, StepMetadata, StepReport
@@ -50,6 +50,7 @@ class FakePrefixes:
         self.leases: dict[int, PrefixLease] = {}
         self.released: list[dict[str, int]] = []
         self.corrupt: list[tuple[Namespace, list[BlockHash]]] = []
+        self.handoffs: list[tuple[str, int, int]] = []
 
     def hold(self, hashes: Sequence[BlockHash], namespace: Namespace = NAMESPACE) -> None:
         """Have these blocks in the pool, in slots 100 and up."""
@@ -105,6 +106,10 @@ class FakePrefixes:
     def report_corrupt(self, namespace: Namespace, _: int, hashes: Sequence[BlockHash]) -> None:
         """See PrefixClient."""
         self.corrupt.append((namespace, list(hashes)))
+
+    def report_handoff(self, outcome: str, num_missed: int, wait_us: int) -> None:
+        """See PrefixClient."""
+        self.handoffs.append((outcome, num_missed, wait_us))
 
     def close(self) -> None:
         """See PrefixClient."""
@@ -227,11 +232,19 @@ class Engine:
         self.pool.free_blocks(reversed(self.tables.pop(request.request_id)))
         request.num_computed_tokens = 0
 
-    def finish(self, request: Request) -> None:
-        """The request ended; vLLM tells before it frees the blocks."""
-        self.side.finish_request(request)
+    def finish(
+        self, request: Request, status: RequestStatus = RequestStatus.FINISHED_LENGTH_CAPPED
+    ) -> dict[str, Any] | None:
+        """The request ended; vLLM tells before it frees the blocks.
+
+        Returns:
+            What its client is told.
+        """
+        request.status = status
+        answer = self.side.finish_request(request)
         if request.request_id in self.tables:
             self.free(request)
+        return answer
 
     def is_idle(self) -> bool:
         """Whether nothing is left of any request: no lease, no question, no block, no state."""

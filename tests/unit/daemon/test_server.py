@@ -131,6 +131,23 @@ async def test_blocks_are_lent_after_they_were_committed(server: Server) -> None
     assert server.metrics.gauges()["read_leases"] == 0
 
 
+async def test_reports_of_handoffs_are_counted(server: Server) -> None:
+    """By outcome; what was missed and waited for adds up."""
+    engine = Client(server)
+    engine.greet("scheduler")
+    assert engine.say(m.ReportHandoff("partial", 3, 500)) == []
+    engine.say(m.ReportHandoff("partial", 2, 100))
+    engine.say(m.ReportHandoff("whole", 0, 7))
+
+    found = {k: v for k, v in server.metrics.counters().items() if k.startswith("handoff") and v}
+    assert found == {
+        "handoffs_partial": 2,
+        "handoffs_whole": 1,
+        "handoff_blocks_missed": 5,
+        "handoff_wait_us": 607,
+    }
+
+
 async def test_a_session_that_ends_gives_everything_back(server: Server) -> None:
     """Its read leases end, and so does its count."""
     worker, reader = Client(server), Client(server)

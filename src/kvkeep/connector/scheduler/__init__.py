@@ -1,0 +1,1 @@
+"""What the scheduler side keeps of each request, and how it takes part in handoffs."""
