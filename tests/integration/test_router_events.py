@@ -1,7 +1,7 @@
 """Block events over real ZMQ sockets: in order, with gaps, from engines that restart, hostile."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -10,12 +10,15 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from kvkeep.model.clock import SystemClock
-from kvkeep.router.events.feeds import EngineEvents, EventFeeds, EventSettings
+from kvkeep.model.clock import Clock, SystemClock
+from kvkeep.router.events import zmq_source
+from kvkeep.router.events.feeds import EventFeeds
+from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
 from kvkeep.router.prefix_hashes import token_hashes, token_root
 from kvkeep.router.prefix_index import PrefixIndex
 from kvkeep.router.snapshot import Endpoint
+from kvkeep.testing.tcp_proxy import FaultyRelay, NetworkFault
 
 BLOCK_TOKENS = 4
 NAME = "engine"
@@ -26,15 +29,18 @@ FIRST, SECOND, THIRD = ([n] * BLOCK_TOKENS for n in (1, 2, 3))
 class Publisher:
     """Publishes as an engine does: PUB for what is new, ROUTER for what is asked again."""
 
-    def __init__(self, context: zmq.asyncio.Context) -> None:
+    def __init__(self, context: zmq.asyncio.Context, addresses: Sequence[str] = ()) -> None:
         self._events = context.socket(zmq.PUB)
         self._replay = context.socket(zmq.ROUTER)
         self.number = 0
         self.ts = 1.0
         self.buffer: list[tuple[int, bytes]] = []
-        host = "tcp://127.0.0.1"
-        ports = [each.bind_to_random_port(host) for each in (self._events, self._replay)]
-        self.addresses = [f"{host}:{port}" for port in ports]
+        sockets, host = (self._events, self._replay), "tcp://127.0.0.1"
+        for socket, address in zip(sockets, addresses, strict=False):
+            socket.bind(address)
+        self.addresses = list(addresses) or [
+            f"{host}:{each.bind_to_random_port(host)}" for each in sockets
+        ]
         self.address = ZmqAddress(self.addresses[0], self.addresses[1])
 
     async def publish(self, *events: dict[str, Any], is_lost: bool = False) -> None:
@@ -189,6 +195,121 @@ async def test_an_engine_that_restarts_is_forgotten() -> None:
         assert held(index, FIRST) == 0
 
 
+@asynccontextmanager
+async def publishing(addresses: Sequence[str]) -> AsyncIterator[Publisher]:
+    """An engine at given addresses, gone without a word afterwards."""
+    context = zmq.asyncio.Context()
+    publisher = Publisher(context, addresses)
+    serving = asyncio.create_task(publisher.serve())
+    try:
+        yield publisher
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        context.destroy(linger=0)
+
+
+@asynccontextmanager
+async def followed(
+    address: ZmqAddress, clock: Clock | None = None
+) -> AsyncIterator[tuple[ZmqSource, PrefixIndex]]:
+    """A source that follows an address."""
+    index = PrefixIndex(BLOCK_TOKENS)
+    source = ZmqSource(NAME, address, index, clock)
+    task = asyncio.create_task(source.run())
+    try:
+        yield source, index
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize("has_replay", [True, False])
+async def test_an_engine_killed_and_restarted_is_known_anew(*, has_replay: bool) -> None:
+    """Another engine at the same address is not taken for the first, though its numbers go on."""
+    context = zmq.asyncio.Context()
+    scratch = Publisher(context)
+    addresses = scratch.addresses
+    context.destroy(linger=0)
+    address = ZmqAddress(addresses[0], addresses[1] if has_replay else None)
+    async with followed(address) as (source, index):
+        async with publishing(addresses) as first:
+            await until(lambda: source.is_connected)
+            while not held(index, FIRST):
+                await first.publish(stored(FIRST, 11))
+                await asyncio.sleep(0.01)
+            number = first.number
+        await until(lambda: not source.is_connected)
+        async with publishing(addresses) as second:
+            second.ts = first.ts + 100
+            for _ in range(number):
+                await second.publish(stored(SECOND, 22), is_lost=True)
+            await until(lambda: source.is_connected)
+            while not held(index, THIRD):
+                await second.publish(stored(THIRD, 33))
+                await asyncio.sleep(0.01)
+
+            assert held(index, FIRST) == 0
+            assert held(index, SECOND) == (1 if has_replay else 0)
+
+
+async def test_a_connection_that_breaks_costs_nothing_but_time() -> None:
+    """The same engine after a cut: what was missed is asked for, what was known stays."""
+    async with publishing(()) as publisher:
+        ports = [int(each.rpartition(":")[2]) for each in publisher.addresses]
+        with FaultyRelay(("127.0.0.1", ports[0])) as relay:
+            address = ZmqAddress(f"tcp://127.0.0.1:{relay.address[1]}", publisher.addresses[1])
+            async with followed(address) as (source, index):
+                await until(lambda: source.is_connected)
+                await publisher.publish(stored(FIRST, 11), is_lost=True)
+                while not held(index, FIRST):
+                    await publisher.publish()
+                    await asyncio.sleep(0.01)
+                dropped = source.counters.num_dropped
+                relay.strike(NetworkFault.REFUSED)
+                await until(lambda: not source.is_connected)
+                await publisher.publish(stored(SECOND, 12, parent=11))
+                relay.heal()
+                await until(lambda: held(index, FIRST, SECOND) == 2)
+
+                assert source.counters.num_dropped == dropped
+                assert source.counters.num_losses == 1
+
+
+class ManualClock:
+    """Time that a test moves."""
+
+    at_s = 1000.0
+
+    def now_s(self) -> float:
+        """What the test says."""
+        return self.at_s
+
+
+async def test_a_frozen_publisher_is_forgotten_and_found_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An engine that stops without closing anything is noticed; thawed, it is asked for all."""
+    monkeypatch.setattr(zmq_source, "HEARTBEAT_MS", 100)
+    clock = ManualClock()
+    async with publishing(()) as publisher:
+        ports = [int(each.rpartition(":")[2]) for each in publisher.addresses]
+        with FaultyRelay(("127.0.0.1", ports[0])) as relay:
+            address = ZmqAddress(f"tcp://127.0.0.1:{relay.address[1]}", publisher.addresses[1])
+            async with followed(address, clock) as (source, index):
+                await publisher.publish(stored(FIRST, 11), is_lost=True)
+                await until(lambda: source.is_connected and held(index, FIRST) == 1)
+                relay.strike(NetworkFault.FROZEN)
+                await until(lambda: not source.is_connected)
+                was_kept = held(index, FIRST)
+                clock.at_s += zmq_source.FORGET_S + 1
+                await until(lambda: held(index, FIRST) == 0)
+                relay.heal()
+                await until(lambda: held(index, FIRST) == 1)
+
+                assert was_kept == 1
+
+
 async def test_hostile_messages_are_refused_and_survived() -> None:
     """Wrong frames, wrong bytes and wrong types are counted; the next good event is understood."""
     async with listening() as (publisher, source, index):
@@ -210,22 +331,23 @@ async def test_a_fleet_is_heard_while_it_is_in() -> None:
     index, context = PrefixIndex(BLOCK_TOKENS), zmq.asyncio.Context()
     publisher = Publisher(context)
     port, replay = (each.rpartition(":")[2] for each in publisher.addresses)
-    settings = EventSettings(
-        EngineEvents(f"tcp://{{host}}:{port}", f"tcp://{{host}}:{replay}"),
-        {"silent": EngineEvents(), "wrong": EngineEvents("tcp://127.0.0.1:none")},
-    )
-    feeds = EventFeeds(settings, index)
+    default = EngineEvents(publish=f"tcp://{{host}}:{port}", replay=f"tcp://{{host}}:{replay}")
+    said = {"silent": EngineEvents(), "wrong": EngineEvents(publish="tcp://127.0.0.1:none")}
+    feeds = EventFeeds(default, index, SystemClock())
     serving = asyncio.create_task(publisher.serve())
     for name in (NAME, "silent", "wrong"):
-        feeds.joined(Endpoint(name=name, host="127.0.0.1", port=1))
+        feeds.joined(Endpoint(name, "127.0.0.1", 1, events=said.get(name)))
     await publisher.publish(stored(FIRST, 11), is_lost=True)
     while not held(index, FIRST):
         await publisher.publish(stored(FIRST, 11))
         await asyncio.sleep(0.01)
 
-    assert set(feeds.counters) == {NAME, "wrong"}
+    await until(lambda: feeds.is_heard(NAME))
+    assert [feeds.is_heard(name) for name in (NAME, "silent", "wrong")] == [True, False, False]
+    heard = feeds.counters.num_batches
     feeds.left(Endpoint(name=NAME, host="127.0.0.1", port=1))
-    assert NAME not in feeds.counters
+    assert not feeds.is_heard(NAME)
+    assert feeds.counters.num_batches == heard
     await feeds.close()
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
@@ -236,7 +358,8 @@ async def test_a_fleet_is_heard_while_it_is_in() -> None:
 @pytest.mark.timeout(120)
 async def test_the_publisher_of_vllm_is_understood() -> None:
     """The format is vLLM's own: its publisher's events, live and replayed, are followed."""
-    kv_events = pytest.importorskip("vllm.distributed.kv_events")
+    from vllm.distributed import kv_events
+
     index = PrefixIndex(BLOCK_TOKENS)
     with zmq.Context() as scratch, scratch.socket(zmq.PUB) as first, scratch.socket(zmq.PUB) as two:
         ports = [each.bind_to_random_port("tcp://127.0.0.1") for each in (first, two)]

@@ -25,10 +25,10 @@ TTL_S_MIN, TTL_S_MAX = 2, 3600
 @click.option("--prefix", default="/kvkeep/engines/", show_default=True, help="Of all entries.")
 @click.option("--name", default="", help="What routers call the engine; by default HOST:PORT.")
 @click.option("--role", default="serve", show_default=True, help="serve, prefill or decode.")
+@click.option("--events", default="", help="Where it publishes block events: tcp://HOST:5557.")
+@click.option("--replay", default="", help="Where it repeats those that were lost.")
 @click.option("--ttl-s", default=15, show_default=True, help="How long it outlives its engine.")
-def announce(
-    url: str, etcd_urls: tuple[str, ...], prefix: str, name: str, role: str, ttl_s: int
-) -> None:
+def announce(url: str, etcd_urls: tuple[str, ...], prefix: str, ttl_s: int, **fields: str) -> None:
     """Announce the engine at URL for as long as this command runs and the engine is well.
 
     For example: kvkeep announce http://127.0.0.1:8000 --etcd http://127.0.0.1:2379
@@ -36,7 +36,9 @@ def announce(
     if not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
         raise InputError(f"--ttl-s {ttl_s} is no lease: choose {TTL_S_MIN} to {TTL_S_MAX}")
     try:
-        member = msgspec.convert({"url": url, "name": name, "role": role}, Member)
+        told = {"publish": fields.pop("events"), "replay": fields.pop("replay")}
+        events = {"events": told} if any(told.values()) else {}
+        member = msgspec.convert({"url": url, **fields, **events}, Member)
         settings = msgspec.convert({"urls": list(etcd_urls), "prefix": prefix}, EtcdSettings)
     except msgspec.ValidationError as error:
         raise InputError(str(error)) from error

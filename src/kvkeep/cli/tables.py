@@ -3,6 +3,7 @@
 import msgspec
 
 from kvkeep.daemon.tables import field_texts
+from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.health.book import HealthSettings
 from kvkeep.router.limits.gate import LimitSettings
 from kvkeep.router.limits.keys import ApiKey
@@ -17,6 +18,7 @@ SETTINGS: dict[str, type[msgspec.Struct]] = {
     "health.": HealthSettings,
     "relay.": RelaySettings,
     "etcd.": EtcdSettings,
+    "events.": EngineEvents,
 }
 """Section to its settings."""
 

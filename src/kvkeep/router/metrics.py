@@ -10,7 +10,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 import kvkeep
+from kvkeep.router.events.source_counters import SourceCounters
 from kvkeep.router.limits.gate import REFUSALS
+from kvkeep.router.policies.prefix_aware import PrefixAware
+from kvkeep.router.prefix_index import PrefixIndex
 from kvkeep.router.snapshot import Endpoint, EndpointState, Traffic
 
 if TYPE_CHECKING:
@@ -38,6 +41,16 @@ COUNTERS = {
     "engine_starts": "times at which an engine was started on demand",
     "engine_starts_failed": "of these, starts that failed",
     "engine_stops": "times at which an idle engine was stopped",
+    "prefixes_checked": "responses that told how much of the prompt their engine held",
+    "prefixes_off": "of these, prompts of which the router believed otherwise by over one block",
+    "prefixes_missing": "prompts routed by load because tokenizing them took or waited too long",
+    "events_taken": "messages about blocks that were taken from engines",
+    "events_gaps": "times at which messages of an engine were missing",
+    "events_replayed": "messages that engines sent again",
+    "events_dropped": "times at which all that was known of an engine was forgotten",
+    "events_refused": "messages and events that were of no use: bad ones, other block lengths",
+    "events_orphaned": "blocks told of that follow one which is not known",
+    "events_losses": "times at which the connection to an engine's events was lost",
 }
 """Name to help text; all are monotone integers. Prometheus adds ``kvkeep_router_``, ``_total``."""
 
@@ -52,6 +65,8 @@ GAUGES = {
     "is_draining": "1 while the router takes no further request",
     "is_engines_file_good": "0 while the last good list of engines is used instead of the file's",
     "is_etcd_connected": "0 while the last known fleet is used instead of etcd's",
+    "prefix_blocks": "different blocks that engines are known or thought to hold",
+    "engines_heard": "engines whose block events are heard",
     "uptime_s": "seconds since the router started",
 }
 """Name to help text."""
@@ -62,6 +77,8 @@ ENDPOINT_GAUGES = {
     "ttft_s": "moving average of the seconds to the first byte",
     "is_ready": "1 while requests may go to an engine",
     "trips": "times at which an engine was left alone, since it joined",
+    "prefix_blocks": "blocks that an engine is known or thought to hold",
+    "is_heard": "1 while an engine's block events are heard",
 }
 """Name to help text; one value for each endpoint."""
 
@@ -88,12 +105,34 @@ class RouterMetrics(Collector):
             "engine_starts": 0 if desk is None else desk.num_starts,
             "engine_starts_failed": 0 if desk is None else desk.num_failed_starts,
             "engine_stops": 0 if desk is None else desk.num_stops,
+            **self._prefix_counters(),
+        }
+
+    @property
+    def _index(self) -> PrefixIndex | None:
+        policy = self._parts.policy
+        return policy.index if isinstance(policy, PrefixAware) else None
+
+    def _prefix_counters(self) -> dict[str, int]:
+        parts, index = self._parts, self._index
+        told = SourceCounters() if parts.feeds is None else parts.feeds.counters
+        return {
+            "prefixes_checked": 0 if index is None else index.num_checked,
+            "prefixes_off": 0 if index is None else index.num_off,
+            "prefixes_missing": parts.relay.num_untokenized,
+            "events_taken": told.num_batches,
+            "events_gaps": told.num_gaps,
+            "events_replayed": told.num_replayed,
+            "events_dropped": told.num_dropped,
+            "events_refused": told.num_refused + (0 if index is None else index.num_refused),
+            "events_orphaned": 0 if index is None else index.num_orphans,
+            "events_losses": told.num_losses,
         }
 
     def gauges(self) -> dict[str, float]:
         """What stands now."""
         desk = self._parts.relay.desk
-        parts, sources = self._parts, self._parts.sources
+        parts, sources, index = self._parts, self._parts.sources, self._index
         return {
             "requests_running": parts.gate.num_running,
             "requests_waiting": parts.gate.num_waiting,
@@ -105,6 +144,8 @@ class RouterMetrics(Collector):
             "is_draining": float(parts.relay.is_draining),
             "is_engines_file_good": float(sources.file is None or sources.file.is_good),
             "is_etcd_connected": float(sources.etcd is None or sources.etcd.is_connected),
+            "prefix_blocks": 0 if index is None else len(index),
+            "engines_heard": 0 if parts.feeds is None else parts.feeds.num_heard,
             "uptime_s": parts.clock.now_s() - self._begun_s,
         }
 
@@ -147,12 +188,15 @@ class RouterMetrics(Collector):
         }
 
     def _endpoint_gauges(self, endpoint: Endpoint) -> dict[str, float]:
+        feeds, index = self._parts.feeds, self._index
         return {
             "in_flight": endpoint.num_in_flight,
             "queued_tokens": endpoint.queued_tokens,
             "ttft_s": endpoint.ttft_s,
             "is_ready": int(endpoint.state in _CHOSEN),
             "trips": self._parts.book.num_trips(endpoint.name),
+            "prefix_blocks": 0 if index is None else index.num_blocks(endpoint.name),
+            "is_heard": int(feeds is not None and feeds.is_heard(endpoint.name)),
         }
 
     def collect(self) -> Iterator[Metric]:

@@ -34,6 +34,10 @@ EVICTED_AT_ONCE = 256
 """One part in so many is evicted at a time: finding the oldest entry of a dict means skipping those
 deleted before it, which is cheap for a thousand at once and dear for each alone."""
 
+SILENT_PROMPTS = 8
+"""Prompts in a row that an engine answered without an event of any, though they had new blocks:
+its publisher hangs, and what it does not say is no reason to think that it holds nothing."""
+
 CAPACITY_DECAY = 0.9
 CAPACITY_GROWTH = 1.02
 
@@ -55,7 +59,7 @@ class _Medium:
 class _Holder:
     """One endpoint."""
 
-    __slots__ = ("assumed", "blocks_max", "cache", "has_events", "slot", "tiers")
+    __slots__ = ("assumed", "blocks_max", "cache", "has_events", "num_unheard", "slot", "tiers")
 
     def __init__(self, slot: int, blocks_max: int) -> None:
         self.slot = slot
@@ -66,6 +70,12 @@ class _Holder:
         self.blocks_max = blocks_max
         """How many of those it is thought to have room for."""
         self.has_events = False
+        self.num_unheard = 0
+        """Prompts since the last event whose new blocks were not told of."""
+
+    @property
+    def is_silent(self) -> bool:
+        return self.num_unheard >= SILENT_PROMPTS
 
 
 class PrefixIndex:
@@ -82,11 +92,17 @@ class PrefixIndex:
         self.blocks_max = blocks_max
         self.num_refused = 0
         """Events that could not be used: of another block length, or ids out of range."""
+        self.refused_block_tokens = 0
+        """The block length of the last that had another one; 0 if none had."""
         self.num_orphans = 0
         """Events whose parent block is not known, so that their place in a prefix is not either."""
         self.num_evicted = 0
         self.num_in_tiers = 0
         """Blocks that endpoints said to have in tiers."""
+        self.num_checked = 0
+        """Responses that said how many blocks were held, and so what the belief was worth."""
+        self.num_off = 0
+        """Of these, where the belief was off by more than one block."""
         self._blocks: dict[int, int] = {}
         # Few sets of endpoints occur; one object stands for each wherever it does.
         self._sets: dict[int, int] = {}
@@ -171,18 +187,28 @@ class PrefixIndex:
             expected: Leading blocks that it was believed to hold when it was chosen.
             reported: Leading blocks that it says it held; None if it did not say.
         """
+        if reported is not None:
+            self.num_checked += 1
+            # An engine computes the block of a prompt's last token, though it may hold it.
+            self.num_off += abs(expected - reported) > 1
         holder = self._holders.get(endpoint)
         if holder is None:
             return
         if holder.has_events:
             # It has had time to say what it stored; what it was known to have is no assumption.
-            held = max(expected, reported or 0)
-            for block in prefix[held:]:
-                if block in holder.assumed:
-                    del holder.assumed[block]
-                    self._clear(block, holder.cache.bit)
+            untold = prefix[max(expected, reported or 0) :]
+            self._unassume(holder, [block for block in untold if block in holder.assumed])
         elif reported is not None:
             self._learn_capacity(holder, len(prefix), expected, reported)
+
+    def _unassume(self, holder: _Holder, blocks: Sequence[int]) -> None:
+        """An endpoint with events did not tell of blocks that it should have stored."""
+        holder.num_unheard += bool(blocks)
+        if holder.is_silent:
+            return
+        for block in blocks:
+            del holder.assumed[block]
+            self._clear(block, holder.cache.bit)
 
     def _learn_capacity(
         self, holder: _Holder, num_blocks: int, expected: int, reported: int
@@ -201,6 +227,7 @@ class PrefixIndex:
         """The endpoint said what it stored or removed."""
         holder = self._holder(endpoint)
         holder.has_events = True
+        holder.num_unheard = 0
         match event:
             case AllBlocksCleared():
                 self._empty(holder)
@@ -221,6 +248,8 @@ class PrefixIndex:
             or len(event.token_ids) != num_blocks * event.block_tokens
         ):
             self.num_refused += 1
+            if event.block_tokens != self.block_tokens:
+                self.refused_block_tokens = event.block_tokens
             return
         parent = self._parent(holder, event)
         if parent is None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 from aiohttp import web
@@ -25,7 +25,7 @@ from kvkeep.router.health.prober import Prober
 from kvkeep.router.limits.bucket import RetryBudget
 from kvkeep.router.limits.gate import Gate
 from kvkeep.router.limits.keys import KeyRing
-from kvkeep.router.membership.roster import STATIC, Roster
+from kvkeep.router.membership.roster import STATIC, Listener, Roster
 from kvkeep.router.membership.sources import Sources
 from kvkeep.router.metrics import RouterMetrics
 from kvkeep.router.on_demand.desk import StartDesk
@@ -36,6 +36,10 @@ from kvkeep.router.relay.server import ClientConnection
 from kvkeep.router.router import Router
 from kvkeep.router.settings import RouterSettings
 from kvkeep.router.snapshot import Fleet
+
+if TYPE_CHECKING:
+    from kvkeep.router.events.feeds import EventFeeds
+    from kvkeep.router.tokenizing import Tokenizing
 
 SPARE_FILES = 256
 """Descriptors beside a client's connection and one to an engine for each: probes, admin, logs."""
@@ -75,8 +79,9 @@ def _allow_files(connections_max: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
-def make_policy(name: str) -> Policy:
-    """The policy of a name; imported only where it is used."""
+def make_policy(settings: RouterSettings) -> Policy:
+    """The policy that the settings name; imported only where it is used."""
+    name = settings.policy
     if name == "round_robin":
         from kvkeep.router.policies.round_robin import RoundRobin
 
@@ -103,9 +108,36 @@ def make_policy(name: str) -> Policy:
         from kvkeep.router.prefix_index import PrefixIndex
         from kvkeep.router.tokenizing import TEXT_BLOCK_TOKENS
 
-        # By text: it needs neither the model's tokenizer nor events of its engines.
-        return PrefixAware(PrefixIndex(TEXT_BLOCK_TOKENS))
+        # By text unless told otherwise: that needs neither a tokenizer nor events of engines.
+        block_tokens = settings.block_tokens if settings.tokenizer else TEXT_BLOCK_TOKENS
+        index = PrefixIndex(block_tokens, settings.prefix_blocks_max)
+        return PrefixAware(index, is_approximate=not settings.tokenizer)
     raise InputError(f"there is no policy {name!r}: see kvkeep route --help")
+
+
+def make_tokenizing(settings: RouterSettings) -> "Tokenizing | None":
+    """What cuts prompts into the engines' blocks; None where that is not wanted.
+
+    Raises:
+        InputError: There is no tokenizer where the settings say.
+    """
+    if not settings.tokenizer or settings.policy != "prefix_aware":
+        return None
+    from kvkeep.router.tokenizing import Tokenizing, load_tokenizer
+
+    tokenizer, renderer = load_tokenizer(Path(settings.tokenizer))
+    return Tokenizing(tokenizer, settings.block_tokens, renderer)
+
+
+def make_feeds(settings: RouterSettings, policy: Policy, clock: Clock) -> "EventFeeds | None":
+    """What hears the engines' events; None where they can't be used."""
+    if not settings.tokenizer or settings.policy != "prefix_aware":
+        return None
+    from kvkeep.router.events.feeds import EventFeeds
+    from kvkeep.router.policies.prefix_aware import PrefixAware
+
+    assert isinstance(policy, PrefixAware)
+    return EventFeeds(settings.events, policy.index, clock)
 
 
 class Parts:
@@ -120,9 +152,14 @@ class Parts:
         limits = settings.limits
         self.settings, self.clock = settings, clock
         self.fleet = Fleet()
-        self.policy = make_policy(settings.policy)
+        self.policy = make_policy(settings)
+        self.tokenizing = make_tokenizing(settings)
+        self.feeds = make_feeds(settings, self.policy, clock)
         self.book = HealthBook(self.fleet, settings.health)
-        self.roster = Roster(self.fleet, self.book, [self.policy], settings.engine_drain_s)
+        listeners: list[Listener] = [self.policy]
+        if self.feeds is not None:
+            listeners.append(self.feeds)
+        self.roster = Roster(self.fleet, self.book, listeners, settings.engine_drain_s)
         keys = KeyRing.load(Path(limits.keys_file)) if limits.keys_file else None
         self.gate = Gate(limits, keys)
         retries = RetryBudget(limits.retry_share, limits.retry_min_per_s, limits.retry_burst)
@@ -130,7 +167,12 @@ class Parts:
         declared = frozenset() if wanted is None else wanted.models
         self.router = Router(self.fleet, self.policy, self.book, retries, declared)
         self.relay = Relay(
-            self.router, self.gate, settings.relay, clock, asks_keys=keys is not None
+            self.router,
+            self.gate,
+            settings.relay,
+            clock,
+            asks_keys=keys is not None,
+            tokenizing=self.tokenizing,
         )
         self.starter: SupervisedStarter | None = None
         if wanted is not None:
@@ -147,6 +189,13 @@ class Parts:
         if self.starter is not None and desk is not None:
             running.append(self.starter.run(lambda news: desk.told(news, clock.now_s())))
         return running
+
+    async def close(self) -> None:
+        """End what the parts run by themselves; afterwards no thread and no socket of theirs is."""
+        if self.feeds is not None:
+            await self.feeds.close()
+        if self.tokenizing is not None:
+            await asyncio.to_thread(self.tokenizing.close)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -201,6 +250,7 @@ async def _serve(
         await asyncio.gather(*running, return_exceptions=True)
         await runner.cleanup()
         await relay.close()
+        await parts.close()
 
 
 async def _drained(relay: Relay, told: "asyncio.Queue[int]", limit_s: float) -> None:

@@ -11,17 +11,20 @@ import msgspec
 
 from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
+from kvkeep.router.events.block_events import BLOCK_TOKENS_MAX
+from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.health.book import HealthSettings
 from kvkeep.router.limits.gate import LimitSettings
 from kvkeep.router.membership.etcd import EtcdSettings
 from kvkeep.router.membership.member import Member, check_distinct
 from kvkeep.router.on_demand.starter import OnDemandSettings
+from kvkeep.router.prefix_index import BLOCKS_MAX
 from kvkeep.router.relay.settings import RelaySettings
 
 ENVIRONMENT_PREFIX = "KVKEEP_ROUTER_"
 FILE_BYTES_MAX = 1 << 20
 """Of a settings file; a mistaken path must not fill the memory."""
-SECTIONS = ("engines", "etcd", "on_demand", "relay", "health", "limits")
+SECTIONS = ("engines", "etcd", "on_demand", "relay", "health", "limits", "events")
 """Fields that the environment can't hold: they are more than one value."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -58,6 +61,16 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Where engines announce themselves in etcd; none: nowhere."""
     on_demand: OnDemandSettings | None = None
     """Engines that start at their first request; ``kvkeep up`` writes this."""
+    tokenizer: str = ""
+    """Folder of the model that the engines serve: ``prefix_aware`` then cuts prompts into the
+    engines' own blocks of tokens and can hear their events. Empty: it compares texts."""
+    block_tokens: Annotated[int, msgspec.Meta(ge=1, le=BLOCK_TOKENS_MAX)] = 16
+    """Tokens per block of the engines (vLLM's ``--block-size``); counts with ``tokenizer`` only."""
+    prefix_blocks_max: Annotated[int, msgspec.Meta(ge=1024, le=1 << 26)] = BLOCKS_MAX
+    """Blocks that ``prefix_aware`` knows of at most, 256 bytes each for every engine that holds it;
+    those used longest ago are forgotten."""
+    events: EngineEvents = EngineEvents()
+    """Where engines publish their block events that do not say so themselves."""
     engine_drain_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 60.0
     """How long requests may still run on an engine that leaves the fleet, in seconds."""
     relay: RelaySettings = RelaySettings()
@@ -65,7 +78,10 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     limits: LimitSettings = LimitSettings()
 
     def __post_init__(self) -> None:
-        names = (self.host, self.engines_file, self.admin_host, self.admin_key_file)
+        names = (self.host, self.engines_file, self.admin_host, self.admin_key_file, self.tokenizer)
+        publishers = [self.events, *(each.events for each in self.engines if each.events)]
+        if not self.tokenizer and any(each.publish for each in publishers):
+            raise ValueError("events are about tokens: name the engines' model with tokenizer")
         if not self.host or not self.admin_host or "\0" in "".join(names):
             raise ValueError("hosts and files must be names without a zero byte")
 

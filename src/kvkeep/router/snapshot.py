@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvkeep.router.events.settings import EngineEvents
+
 
 class Role(Enum):
     """Which part of a request an endpoint does."""
@@ -66,6 +68,8 @@ class Endpoint:
     """Moving average of the time to the first byte; 0 before the first."""
     weight: float = 1.0
     joined_at_s: float = 0.0
+    events: EngineEvents | None = None
+    """Where it publishes its block events; None if it does not say."""
     traffic: Traffic = field(default_factory=Traffic)
 
 

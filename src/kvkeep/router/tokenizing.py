@@ -7,6 +7,12 @@ Exact: a thread of its own renders the chat template and tokenizes, as the engin
 the work without the interpreter's lock (tokenizers 0.23; earlier ones keep it in ``encode``).
 """
 
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InputError
 from kvkeep.router.prefix_hashes import (
     TEXT_BLOCK_BYTES,
@@ -22,12 +29,18 @@ from kvkeep.router.prefix_hashes import (
     token_hashes,
     token_root,
 )
+from kvkeep.router.request import RequestView
+
+log = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 4
 """Of English text; only ratios between endpoints matter."""
 TEXT_BLOCK_TOKENS = TEXT_BLOCK_BYTES // BYTES_PER_TOKEN
 TEXT_BYTES_MAX = 4 << 20
 """Of a prompt that is looked at; a million tokens."""
+WAIT_S = 1.0
+"""A prompt that is not tokenized by then is routed without; a knot of long ones must not hold up
+what follows. Looked at as often as other time limits."""
 WAITING_MAX = 64
 """Prompts that wait for the tokenizer; more are routed by load alone."""
 
@@ -141,8 +154,13 @@ class Encodes(Protocol):
 class Renderer(Protocol):
     """Makes the text that an engine makes of a chat."""
 
-    def __call__(self, messages: list[Any], tools: list[Any] | None) -> str:
-        """Return the text with the opening of the answer.
+    def __call__(self, messages: list[Any], tools: list[Any] | None, **more: Any) -> str:
+        """Return the text, with the opening of the answer unless ``more`` says otherwise.
+
+        Args:
+            messages: Of the chat.
+            tools: That the model may call.
+            more: ``add_generation_prompt``, and what else the request has for the template.
 
         Raises:
             ValueError: The template refuses these messages.
@@ -230,7 +248,10 @@ class Tokenizing:
         # The template may look at any field of a message.
         fields = msgspec.json.decode(body)
         try:
-            text = self._renderer(fields["messages"], fields.get("tools"))
+            more = dict(fields.get("chat_template_kwargs") or {})
+            if "add_generation_prompt" in fields:
+                more["add_generation_prompt"] = fields["add_generation_prompt"]
+            text = self._renderer(fields["messages"], fields.get("tools"), **more)
         except (ValueError, TypeError, KeyError):
             return None
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -238,6 +259,56 @@ class Tokenizing:
     def close(self) -> None:
         """Stop; prompts that wait have no prefix."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+class _Waiting(NamedTuple):
+    view: RequestView
+    then: Callable[[], None]
+    since_s: float
+
+
+class Prefixes:
+    """Completes views on the event loop's thread, each once and within ``WAIT_S`` or so."""
+
+    def __init__(self, tokenizing: Tokenizing, clock: Clock) -> None:
+        self._tokenizing, self._clock = tokenizing, clock
+        self._waiting: dict[int, _Waiting] = {}
+        self._numbers = itertools.count()
+        self._num_late = 0
+
+    @property
+    def num_missing(self) -> int:
+        """Prompts that were routed by load because tokenizing took or waited too long."""
+        return self._num_late + self._tokenizing.num_refused
+
+    def fill(self, body: bytes, view: RequestView, then: Callable[[], None]) -> None:
+        """Call ``then`` when the view has its prefix, or will have none; never from in here."""
+        loop, number = asyncio.get_running_loop(), next(self._numbers)
+        self._waiting[number] = _Waiting(view, then, self._clock.now_s())
+
+        def worked_out(prefix: Prefix | None) -> None:
+            # The loop may have ended before the tokenizer's thread.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._done, number, prefix)
+
+        self._tokenizing.prefix_of(body, worked_out)
+
+    def _done(self, number: int, prefix: Prefix | None) -> None:
+        waiting = self._waiting.pop(number, None)
+        if waiting is None:
+            return
+        if prefix is not None:
+            waiting.view.prefix, waiting.view.num_tokens = prefix
+        waiting.then()
+
+    def look(self, now_s: float) -> None:
+        """Give up on what took too long; the load decides then."""
+        for number, waiting in list(self._waiting.items()):
+            if now_s - waiting.since_s < WAIT_S:
+                # In the order in which they came.
+                return
+            self._num_late += 1
+            self._done(number, None)
 
 
 def load_tokenizer(folder: Path) -> tuple[Encodes, Renderer | None]:
@@ -277,22 +348,47 @@ def _load_renderer(folder: Path) -> Renderer | None:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = _refuse
-    template = environment.from_string(source)
+    # Jinja's own escapes what HTML has a meaning for.
+    environment.filters["tojson"] = _plain_json
+    try:
+        template = environment.from_string(source)
+    except TemplateError as error:
+        log.warning("chats are routed by load: the chat template can't be used. reason=%s", error)
+        return None
+    takes_parts = _LOOPS_OVER_PARTS.search(source) is not None
     special = {
         name: value.get("content") if isinstance(value, dict) else value
         for name, value in config.items()
         if name.endswith("_token")
     }
 
-    def render(messages: list[Any], tools: list[Any] | None) -> str:
+    def render(messages: list[Any], tools: list[Any] | None, **more: Any) -> str:
+        if not takes_parts:
+            messages = list(map(_with_plain_content, messages))
         try:
-            return template.render(
-                messages=messages, tools=tools, add_generation_prompt=True, **special
-            )
+            fields = {"add_generation_prompt": True, **special, **more}
+            return template.render(**{**fields, "messages": messages, "tools": tools})
         except TemplateError as error:
             raise ValueError(str(error)) from error
 
     return render
+
+
+_LOOPS_OVER_PARTS = re.compile(r"""\bin\s+\w+(?:\.content\b|\[['"]content['"]\])""")
+"""How a template shows that it takes a content's parts one by one."""
+
+
+def _with_plain_content(message: Any) -> Any:
+    """Put a content's parts together as vLLM does for templates that know texts only."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    # Media have tokens of their own, which nobody here can tell.
+    return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _plain_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
 def _refuse(message: str) -> str:

@@ -1,5 +1,6 @@
 """From bodies to prefixes: one form for what is the same, other hashes for what is not."""
 
+import asyncio
 import json
 import queue
 import threading
@@ -11,8 +12,11 @@ import pytest
 
 from kvkeep.model.errors import InputError
 from kvkeep.router.prefix_hashes import TEXT_BLOCK_BYTES, token_hashes, token_root
+from kvkeep.router.request import RequestView
 from kvkeep.router.tokenizing import (
+    WAIT_S,
     Prefix,
+    Prefixes,
     Tokenizing,
     approximate_prefix,
     load_tokenizer,
@@ -137,7 +141,7 @@ def words() -> Words:
 
 @pytest.fixture
 def tokenizing(words: Words) -> Iterator[Tokenizing]:
-    def render(messages: list[Any], tools: list[Any] | None) -> str:
+    def render(messages: list[Any], tools: list[Any] | None, **more: Any) -> str:
         return " ".join(f"<{each['role']}> {each['content']}" for each in messages)
 
     made = Tokenizing(words, BLOCK_TOKENS, render, waiting_max=2)
@@ -223,6 +227,30 @@ def test_a_model_folder_is_read(tmp_path: Path) -> None:
         renderer([{"role": "system", "content": "x"}], None)
 
 
+def test_parts_are_joined_for_templates_that_know_texts_only(tmp_path: Path) -> None:
+    """As vLLM does it; a template that goes through parts gets them as they are."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": text} for text in "ab"]}]
+    looping = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "<{{ part.text }}>{% endfor %}{% endfor %}{{ {'<': 1} | tojson }}"
+    )
+    texts = []
+    for template in (TEMPLATE, looping):
+        write_model(tmp_path, template)
+        _, renderer = load_tokenizer(tmp_path)
+        assert renderer is not None
+        texts.append(renderer(parts, None, add_generation_prompt=False))
+
+    assert texts == ["hello <user> a\nb ", '<a><b>{"<": 1}']
+
+
+def test_a_template_that_can_not_be_read_is_done_without(tmp_path: Path) -> None:
+    """Chats then have no prefix; everything else has."""
+    write_model(tmp_path, "{% generation %}")
+
+    assert load_tokenizer(tmp_path)[1] is None
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": 1}', "\xff"])
 def test_a_broken_tokenizer_is_bad_input(tmp_path: Path, text: str) -> None:
     """A file that is no tokenizer is named."""
@@ -236,3 +264,46 @@ def test_a_folder_without_a_tokenizer_is_bad_input(tmp_path: Path) -> None:
     """One sentence says what to give instead."""
     with pytest.raises(InputError, match="give the folder of the model"):
         load_tokenizer(tmp_path)
+
+
+class ManualClock:
+    """Time that a test moves."""
+
+    at_s = 1000.0
+
+    def now_s(self) -> float:
+        """What the test says."""
+        return self.at_s
+
+
+async def test_a_view_is_completed_off_the_loop(tokenizing: Tokenizing) -> None:
+    """The view has its prefix when its request goes on, on the loop's own thread."""
+    prefixes, view = Prefixes(tokenizing, ManualClock()), RequestView("")
+    done = asyncio.Event()
+    prefixes.fill(body(prompt="a bb ccc dddd"), view, done.set)
+    assert not done.is_set()
+    await asyncio.wait_for(done.wait(), 30)
+
+    assert view.prefix == token_hashes([1, 1, 2, 3], BLOCK_TOKENS, token_root())
+    assert view.num_tokens == 5
+
+
+async def test_a_prompt_that_takes_too_long_goes_on_without(
+    tokenizing: Tokenizing, words: Words
+) -> None:
+    """At its time limit a request is routed by load, once, whatever the tokenizer says later."""
+    words.gate.clear()
+    clock = ManualClock()
+    prefixes, view = Prefixes(tokenizing, clock), RequestView("", num_tokens=7)
+    ended: list[bool] = []
+    prefixes.fill(body(prompt="a b c d"), view, lambda: ended.append(True))
+    prefixes.look(clock.at_s + WAIT_S / 2)
+    was_waiting = not ended
+    prefixes.look(clock.at_s + WAIT_S)
+    words.gate.set()
+    await asyncio.to_thread(tokenizing.close)
+    await asyncio.sleep(0)
+
+    assert was_waiting
+    assert ended == [True]
+    assert (view.prefix, view.num_tokens, prefixes.num_missing) == (None, 7, 1)

@@ -5,88 +5,89 @@ Told of engines as policies are (``joined`` and ``left``), on the event loop's t
 
 import asyncio
 import logging
-from typing import Annotated
 
-import msgspec
 import zmq
 
-from kvkeep.router.events.zmq_source import SourceCounters, ZmqAddress, ZmqSource
+from kvkeep.model.clock import Clock
+from kvkeep.router.events.settings import EngineEvents
+from kvkeep.router.events.source_counters import SourceCounters
+from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
 from kvkeep.router.prefix_index import PrefixIndex
 from kvkeep.router.snapshot import Endpoint
 
 log = logging.getLogger(__name__)
 
-ENGINES_MAX = 1024
-Address = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^(tcp://[^\s]+:[^\s]+)?$")]
 
-
-class EngineEvents(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where one engine publishes, or all of them."""
-
-    events: Address = ""
-    """``endpoint`` of the engine's ``--kv-events-config`` as seen from the router, for example
-    tcp://10.0.0.1:5557; ``{host}`` stands for the engine's host. Empty: it does not publish."""
-    replay: Address = ""
-    """Its ``replay_endpoint``. Empty: lost events are not asked for again, and what was known of
-    the engine is forgotten instead."""
-    topic: Annotated[str, msgspec.Meta(max_length=256)] = ""
-    """Beginning of the topics to listen to."""
-    bind: bool = False
-    """The engine connects to the router: it does so if its ``endpoint`` has no ``*``."""
-
-
-class EventSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the engines of a fleet publish."""
-
-    default: EngineEvents = EngineEvents()
-    """Of engines that are not named."""
-    engines: Annotated[dict[str, EngineEvents], msgspec.Meta(max_length=ENGINES_MAX)] = {}
-    """By the engine's name."""
-
-    def address_of(self, endpoint: Endpoint) -> ZmqAddress | None:
-        """Return where an engine publishes; None if it does not."""
-        said = self.engines.get(endpoint.name, self.default)
-        if not said.events:
-            return None
-        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        return ZmqAddress(
-            said.events.replace("{host}", host),
-            said.replay.replace("{host}", host) or None,
-            said.topic,
-            said.bind,
-        )
+def address_of(endpoint: Endpoint, default: EngineEvents) -> ZmqAddress | None:
+    """Return where an engine publishes; None if it does not."""
+    said = default if endpoint.events is None else endpoint.events
+    if not said.publish:
+        return None
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    return ZmqAddress(
+        said.publish.replace("{host}", host),
+        said.replay.replace("{host}", host) or None,
+        said.topic,
+        said.bind,
+    )
 
 
 class EventFeeds:
     """Feeds an index with the events of every engine that publishes."""
 
-    def __init__(self, settings: EventSettings, index: PrefixIndex) -> None:
-        self._settings, self._index = settings, index
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+    def __init__(self, default: EngineEvents, index: PrefixIndex, clock: Clock) -> None:
+        """Listen to nobody.
+
+        Args:
+            default: Where engines publish that don't say so themselves.
+            index: What to feed.
+            clock: Tells how long an engine was out of reach.
+        """
+        self._default, self._index, self._clock = default, index, clock
+        self._sources: dict[str, tuple[ZmqSource, asyncio.Task[None]]] = {}
         self._ending: set[asyncio.Task[None]] = set()
-        self.counters: dict[str, SourceCounters] = {}
-        """By engine: what became of its events, since it joined."""
+        self._past = SourceCounters()
 
     def joined(self, endpoint: Endpoint) -> None:
         """Listen to an engine; a loop is running."""
-        address = self._settings.address_of(endpoint)
+        address = address_of(endpoint, self._default)
         if address is None:
             return
         self.left(endpoint)
-        source = ZmqSource(endpoint.name, address, self._index)
+        name = endpoint.name
+        source = ZmqSource(name, address, self._index, self._clock)
         task = asyncio.get_running_loop().create_task(source.run())
-        task.add_done_callback(lambda done: self._ended(endpoint.name, address, done))
-        self._tasks[endpoint.name] = task
-        self.counters[endpoint.name] = source.counters
+        task.add_done_callback(lambda done: self._ended(name, address, done))
+        self._sources[name] = source, task
 
     def left(self, endpoint: Endpoint) -> None:
         """Listen no more."""
-        task = self._tasks.pop(endpoint.name, None)
-        self.counters.pop(endpoint.name, None)
-        if task is not None:
-            # Kept until it has closed its sockets.
-            self._ending.add(task)
-            task.cancel()
+        found = self._sources.pop(endpoint.name, None)
+        if found is None:
+            return
+        source, task = found
+        self._past = self._past.plus(source.counters)
+        # Kept until it has closed its sockets.
+        self._ending.add(task)
+        task.cancel()
+
+    @property
+    def counters(self) -> SourceCounters:
+        """What became of all messages, those of engines that left among them."""
+        total = self._past
+        for source, _ in self._sources.values():
+            total = total.plus(source.counters)
+        return total
+
+    def is_heard(self, name: str) -> bool:
+        """Whether an engine's publisher is connected."""
+        found = self._sources.get(name)
+        return found is not None and found[0].is_connected
+
+    @property
+    def num_heard(self) -> int:
+        """Engines whose publisher is connected."""
+        return sum(source.is_connected for source, _ in self._sources.values())
 
     def _ended(self, name: str, address: ZmqAddress, task: asyncio.Task[None]) -> None:
         self._ending.discard(task)
@@ -101,9 +102,8 @@ class EventFeeds:
 
     async def close(self) -> None:
         """Stop listening to all; afterwards no socket is open."""
-        tasks = [*self._tasks.values(), *self._ending]
+        tasks = [*(task for _, task in self._sources.values()), *self._ending]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._tasks.clear()
-        self.counters.clear()
+        self._sources.clear()

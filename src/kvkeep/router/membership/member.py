@@ -10,6 +10,7 @@ import msgspec
 
 from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
+from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.snapshot import Role
 
 MEMBERS_MAX = 1024
@@ -29,6 +30,8 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """``serve``, ``prefill`` or ``decode``."""
     weight: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
     """Its share of the requests, where a policy has shares."""
+    events: EngineEvents | None = None
+    """Where it publishes its block events; none: where the router's own ``events`` say."""
 
     def __post_init__(self) -> None:
         parse_url(self.url)

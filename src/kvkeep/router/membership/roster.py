@@ -33,6 +33,11 @@ class Listener(Protocol):
         ...
 
 
+def _identity(member: Member) -> tuple[object, ...]:
+    """What makes it another engine when it changes."""
+    return member.address, member.role, member.events
+
+
 class Roster:
     """The one that adds endpoints to a fleet and takes them away."""
 
@@ -161,7 +166,7 @@ class Roster:
                 log.info("an endpoint leaves. name=%s", name)
         for name, member in wanted.items():
             known = self._members.get(name)
-            if known is not None and (known.address, known.role) != (member.address, member.role):
+            if known is not None and _identity(known) != _identity(member):
                 # What runs there still ends; nothing of it is known of the engine that comes.
                 endpoint = self._fleet.find(name)
                 assert endpoint is not None
@@ -182,7 +187,13 @@ class Roster:
     def _join(self, member: Member, now_s: float) -> None:
         host, port = member.address
         endpoint = Endpoint(
-            member.title, host, port, member.role, weight=member.weight, joined_at_s=now_s
+            member.title,
+            host,
+            port,
+            member.role,
+            weight=member.weight,
+            joined_at_s=now_s,
+            events=member.events,
         )
         self._members[member.title] = member
         self._fleet.join(endpoint)

@@ -1,6 +1,7 @@
 """The relay as a whole: its clients, its connections to engines, its clock, and its end."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 from kvkeep.model.clock import Clock
@@ -15,7 +16,7 @@ from kvkeep.router.relay.upstream import EndpointPool, UpstreamConnection
 from kvkeep.router.request import RequestView, find_key, find_model, parse_fields
 from kvkeep.router.router import Router
 from kvkeep.router.snapshot import Endpoint
-from kvkeep.router.tokenizing import BYTES_PER_TOKEN, approximate_prefix
+from kvkeep.router.tokenizing import BYTES_PER_TOKEN, Prefixes, Tokenizing, approximate_prefix
 
 LOOK_S: Final = 0.25
 """How often time limits are looked at; each is kept to about so much."""
@@ -34,8 +35,10 @@ class Relay:
         clock: Clock,
         *,
         asks_keys: bool = False,
+        tokenizing: Tokenizing | None = None,
     ) -> None:
         """Have no clients; ``look`` has to be called every ``LOOK_S``."""
+        self._prefixes_of = None if tokenizing is None else Prefixes(tokenizing, clock)
         self.router, self.gate, self.settings, self.clock = router, gate, settings, clock
         self._asks_keys = asks_keys
         self._prefixes = tuple(prefix.encode("ascii") for prefix in settings.prefixes)
@@ -69,11 +72,27 @@ class Relay:
             view.key = find_key(head.raw, fields)
         if Needs.TOKENS in needs:
             view.num_tokens = max(len(request.body), head.length) // BYTES_PER_TOKEN
-        if Needs.PREFIX in needs and request.is_whole:
+        if Needs.PREFIX in needs and request.is_whole and self._prefixes_of is None:
             prefix = approximate_prefix(request.body)
             if prefix is not None:
                 view.prefix, view.num_tokens = prefix
         return view
+
+    def prepare(self, request: Request, view: RequestView, then: Callable[[], None]) -> None:
+        """Call ``then`` once the view is complete: at once, unless the prompt is tokenized."""
+        if self._prefixes_of is None or not self.is_tokenizing(request):
+            then()
+        else:
+            self._prefixes_of.fill(request.body, view, then)
+
+    def is_tokenizing(self, request: Request) -> bool:
+        """Whether the prompt of a request is to be tokenized, which takes a while."""
+        return self._prefixes_of is not None and request.is_whole and bool(request.body)
+
+    @property
+    def num_untokenized(self) -> int:
+        """Prompts that had to be routed by load."""
+        return 0 if self._prefixes_of is None else self._prefixes_of.num_missing
 
     def find_authorization(self, request: Request) -> bytes | None:
         """The header that the gate asks for, if it asks."""
@@ -122,6 +141,8 @@ class Relay:
         """See to everything that may take too long."""
         now_s = self.now_s = self.clock.now_s()
         self.gate.tick(now_s)
+        if self._prefixes_of is not None:
+            self._prefixes_of.look(now_s)
         if self.desk is not None:
             self.desk.tick(now_s)
         for client in list(self.clients):

@@ -15,7 +15,7 @@ from kvkeep.router.relay.errors import error_response
 from kvkeep.router.relay.exchange import Exchange
 from kvkeep.router.relay.framing import FramingError
 from kvkeep.router.relay.reader import Request, RequestReader
-from kvkeep.router.relay.waiting import WaitingForEngine
+from kvkeep.router.relay.waiting import WaitingForEngine, WaitingForPrefix
 from kvkeep.router.request import RequestView
 
 if TYPE_CHECKING:
@@ -221,6 +221,13 @@ class ClientConnection(asyncio.Protocol):
         self.relay_request(request, view)
 
     def relay_request(self, request: Request, view: RequestView) -> None:
+        """Send the request that is served to an engine once its prompt has been looked at."""
+        if self.relay.is_tokenizing(request):
+            WaitingForPrefix(self, request, view).begin()
+        else:
+            self.send_request(request, view)
+
+    def send_request(self, request: Request, view: RequestView) -> None:
         """Send the request that is served to an engine."""
         self._served = exchange = Exchange(self, request, view)
         exchange.begin()

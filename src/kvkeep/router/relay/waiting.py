@@ -1,4 +1,4 @@
-"""A request that waits until the engine for its model has started."""
+"""Requests that wait before they are relayed: for an engine to start, or for the tokenizer."""
 
 from typing import TYPE_CHECKING
 
@@ -60,5 +60,48 @@ class WaitingForEngine:
         """The router ends."""
         client = self._client
         self.client_lost()
+        if client is not None:
+            client.refuse(503, message, retry_after_s=1)
+
+
+class WaitingForPrefix:
+    """What its client's connection is busy with while a prompt is tokenized."""
+
+    can_take_body = False
+    is_answered = False
+
+    def __init__(self, client: "ClientConnection", request: Request, view: RequestView) -> None:
+        """Wait for nothing yet."""
+        self._client: ClientConnection | None = client
+        self._request, self._view = request, view
+
+    def begin(self) -> None:
+        """Have the prompt tokenized, and the request relayed then."""
+        client = self._client
+        assert client is not None
+        client.serve(self)
+        client.relay.prepare(self._request, self._view, self._prepared)
+
+    def _prepared(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.send_request(self._request, self._view)
+
+    def take_body(self, payload: bytes, is_over: bool) -> None:
+        """Only whole requests wait."""
+
+    def client_writable(self, is_writable: bool) -> None:
+        """Nothing is sent meanwhile."""
+
+    def client_lost(self) -> None:
+        """The client left."""
+        self._client = None
+
+    def look(self, now_s: float, silence_s_max: float) -> None:
+        """Whoever tokenizes has the time limit."""
+
+    def stop(self, message: str) -> None:
+        """The router ends."""
+        client, self._client = self._client, None
         if client is not None:
             client.refuse(503, message, retry_after_s=1)
