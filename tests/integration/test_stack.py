@@ -15,12 +15,12 @@ import pytest
 
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.stack.engines import Launch, Placement
-from kvkeep.stack.machine import free_port
 from kvkeep.stack.models import resolve_model
 from kvkeep.stack.precedence import make_spec
 from kvkeep.stack.process import ProcessId, StackProcess, end_session
 from kvkeep.stack.programs.reaper import start_ticks
 from kvkeep.stack.record import bring_down, clear, read_record
+from kvkeep.stack.servers.ports import HeldPorts
 from kvkeep.stack.spec import EngineSpec, StackSpec
 from kvkeep.stack.supervisor import Stack
 
@@ -94,6 +94,14 @@ def spec_of(tmp_path: Path, model: Path, more: dict[str, Any]) -> StackSpec:
         ],
     }
     return make_spec(values | more, environment={})
+
+
+@pytest.fixture
+def ports() -> Iterator[HeldPorts]:
+    """Ports for servers that set SO_REUSEADDR, as the engine above does."""
+    held = HeldPorts()
+    yield held
+    held.let_all_go()
 
 
 def fake_stack(spec: StackSpec) -> Stack:
@@ -193,14 +201,14 @@ with t.fake_stack(t.spec_of(Path({str(tmp_path)!r}), Path({str(model)!r}), {{}})
 
 
 @pytest.mark.fault
-def test_a_process_is_ended_without_its_reaper(spec: StackSpec) -> None:
+def test_a_process_is_ended_without_its_reaper(spec: StackSpec, ports: HeldPorts) -> None:
     """With the reaper killed too, a process and its session are ended by what is written down.
 
     Only a child that hid in another session is beyond reach then; the test ends it itself.
     """
     process = StackProcess("engine a", spec.state_path / "logs" / "a.log")
     process.start(
-        [sys.executable, "-c", FAKE_ENGINE, str(free_port()), "a.child"],
+        [sys.executable, "-c", FAKE_ENGINE, str(ports.take()), "a.child"],
         environment=os.environ,
         folder=make_folder(spec.state_path),
     )
@@ -262,9 +270,9 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
     assert record.processes == []
 
 
-def test_a_port_in_use_is_named(tmp_path: Path, model: Path) -> None:
+def test_a_port_in_use_is_named(tmp_path: Path, model: Path, ports: HeldPorts) -> None:
     """A TCP port that another program has is refused before anything starts."""
-    port = free_port()
+    port = ports.take()
     engines = [{"name": "a", "port": port, "kv_cache_bytes": "1MiB"}]
     spec = spec_of(tmp_path, model, {"engines": engines})
     with fake_stack(spec_of(tmp_path / "other", model, {"engines": engines})) as other:

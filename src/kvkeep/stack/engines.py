@@ -43,6 +43,9 @@ class Launch(msgspec.Struct, frozen=True):
     environment: dict[str, str]
     files: dict[str, str] = {}
     """Text by name of files that the command reads, in the folder it runs in."""
+    shares_port: bool = False
+    """Whether the program is known to set SO_REUSEADDR, so that its port may be held for it until
+    it listens (see `kvkeep.stack.servers.ports`)."""
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -159,7 +162,9 @@ def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
     if engine.eager:
         command.append("--enforce-eager")
     return Launch(
-        command=[*command, *engine.args], environment=_vllm_environment(engine, placement)
+        command=[*command, *engine.args],
+        environment=_vllm_environment(engine, placement),
+        shares_port=True,  # vllm 0.32, entrypoints/launchers/launcher.py
     )
 
 

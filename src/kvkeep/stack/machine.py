@@ -49,14 +49,6 @@ def memory_bytes() -> int:
     return total
 
 
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def is_port_free(port: int) -> bool:
     """Whether a server could listen on this port of 127.0.0.1 now."""
     with socket.socket() as probe:
@@ -67,6 +59,17 @@ def is_port_free(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def named_ports(spec: StackSpec) -> dict[str, int]:
+    """The ports that a stack file asks for, by field."""
+    ports = {"daemon.metrics_port": spec.daemon.metrics_port if spec.daemon.enabled else 0}
+    ports |= {f"engines[{idx}].port": engine.port for idx, engine in enumerate(spec.engines)}
+    ports |= {
+        f"daemon.tiers[{server.tier_idx}].port": server.port
+        for server in find_started(spec.daemon.tiers)
+    }
+    return {field: port for field, port in ports.items() if port}
 
 
 def show_bytes(num_bytes: int) -> str:
@@ -144,14 +147,8 @@ def check_machine(spec: StackSpec) -> None:
         _check_pool(spec.daemon_settings().pool_path)
     _check_memory(spec)
     _check_cpus(spec)
-    ports = {"daemon.metrics_port": spec.daemon.metrics_port if spec.daemon.enabled else 0}
-    ports |= {f"engines[{idx}].port": engine.port for idx, engine in enumerate(spec.engines)}
-    ports |= {
-        f"daemon.tiers[{server.tier_idx}].port": server.port
-        for server in find_started(spec.daemon.tiers)
-    }
-    for field, port in ports.items():
-        if port and not is_port_free(port):
+    for field, port in named_ports(spec).items():
+        if not is_port_free(port):
             raise InputError(
                 f"{field} = {port}: another program uses this TCP port; stop it, choose another "
                 "port, or 0 for a free one."

@@ -17,7 +17,7 @@ import msgspec
 
 from kvkeep.model.errors import InputError, KvkeepError, UnavailableError
 from kvkeep.stack.engines import Launch, Placement, launch_daemon, launch_engine
-from kvkeep.stack.machine import HOST, check_machine, free_port, has_gpu, size_pool
+from kvkeep.stack.machine import HOST, check_machine, has_gpu, named_ports, size_pool
 from kvkeep.stack.models import Model, check_model, resolve_model
 from kvkeep.stack.parts import DaemonPart, EnginePart, Part, await_ready
 from kvkeep.stack.process import ProcessId, StackProcess, this_process
@@ -35,6 +35,7 @@ from kvkeep.stack.record import (
 )
 from kvkeep.stack.servers.launch import find_program, launch_server
 from kvkeep.stack.servers.part import ServerPart
+from kvkeep.stack.servers.ports import HeldPorts
 from kvkeep.stack.servers.started import find_started, with_ports
 from kvkeep.stack.spec import EngineSpec, StackSpec
 
@@ -74,6 +75,7 @@ class Stack:
         self._is_pool_made = False
         self._progress = progress or Progress(quiet=True)
         self._launcher = launcher
+        self._ports = HeldPorts(named_ports(spec).values())
         self._lock: FolderLock | None = None
         self._state: State = "starting"
         self._error = ""
@@ -156,13 +158,15 @@ class Stack:
     def _start_servers(self) -> None:
         """Start the servers of tiers; from here on the spec has their ports."""
         tiers = self.spec.daemon.tiers
-        ports = {server.tier_idx: server.port or free_port() for server in find_started(tiers)}
+        ports = {
+            server.tier_idx: server.port or self._ports.take() for server in find_started(tiers)
+        }
         daemon = msgspec.structs.replace(self.spec.daemon, tiers=with_ports(tiers, ports))
         self.spec = msgspec.structs.replace(self.spec, daemon=daemon)
         for server in find_started(daemon.tiers):
             part = ServerPart(
                 server,
-                launch_server(server),
+                launch_server(server, self._ports.take),
                 self.folder,
                 start_timeout_s=self.spec.start_timeout_s,
                 changed=self._write,
@@ -197,18 +201,16 @@ class Stack:
         return launch_daemon(self.spec, metrics_port=metrics_port, more_environment=more)
 
     def _start_engines(self, model: Model) -> None:
-        ports = {0, *(engine.port for engine in self.spec.engines)}
         for engine in self.spec.engines:
-            self.engines[engine.name] = self._make_engine(engine, model, ports)
+            self.engines[engine.name] = self._make_engine(engine, model)
         for part in self.engines.values():
             part.begin()
         self._await(list(self.engines.values()))
 
-    def _make_engine(self, engine: EngineSpec, model: Model, ports: set[int]) -> EnginePart:
+    def _make_engine(self, engine: EngineSpec, model: Model) -> EnginePart:
         port = engine.port
-        while not engine.port and port in ports:
-            port = free_port()
-        ports.add(port)
+        if engine.url is None and not port:
+            port = self._ports.take()
         part = EnginePart(
             engine.name,
             engine.url or f"http://{HOST}:{port}",
@@ -221,8 +223,14 @@ class Stack:
             placement = Placement(
                 spec=self.spec, model=model, port=port, socket=socket, gpu=has_gpu()
             )
-            part.will_start(lambda: self._launcher(engine, placement), self.folder)
+            part.will_start(lambda: self._launch_engine(engine, placement), self.folder)
         return part
+
+    def _launch_engine(self, engine: EngineSpec, placement: Placement) -> Launch:
+        launch = self._launcher(engine, placement)
+        if not launch.shares_port:
+            self._ports.let_go(placement.port)
+        return launch
 
     def _await(self, parts: list[Part]) -> None:
         await_ready(parts, self.spec.start_timeout_s, self._progress, self._say)
@@ -282,6 +290,7 @@ class Stack:
             server.end()
 
     def _unlock(self) -> None:
+        self._ports.let_all_go()
         if self._lock is not None:
             self._lock.give_back()
             self._lock = None

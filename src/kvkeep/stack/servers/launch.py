@@ -17,7 +17,7 @@ import msgspec
 
 from kvkeep.model.errors import InputError
 from kvkeep.stack.engines import LOOPBACK_ENVIRONMENT, Launch
-from kvkeep.stack.machine import HOST, free_port
+from kvkeep.stack.machine import HOST
 from kvkeep.stack.servers.started import StartedServer
 
 NUM_VOLUMES = 16
@@ -78,12 +78,13 @@ def find_program(kind: str) -> str:
     return path
 
 
-def launch_server(server: StartedServer, take_port: Callable[[], int] = free_port) -> ServerLaunch:
+def launch_server(server: StartedServer, take_port: Callable[[], int]) -> ServerLaunch:
     """Start one server in a folder of its own.
 
     Args:
         server: Its port is chosen.
-        take_port: Finds a free port, for what else a server listens on.
+        take_port: Finds a port for what else a server listens on; it may stay bound, for all these
+            programs set SO_REUSEADDR.
 
     Raises:
         InputError: Its program is not installed.
