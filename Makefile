@@ -1,7 +1,7 @@
 # Every target brings what it needs; none needs a step before it. `make help` lists them.
 BIN := .venv/bin
 READY := .venv/.ready
-SETUP_INPUTS := pyproject.toml packages.txt scripts/setup.sh src/kvkeep/transfer/_pages.c
+SETUP_INPUTS := pyproject.toml packages.txt scripts/setup.sh $(shell find src -name '_*.c')
 
 # make test FAST=1 leaves real engines out; NIGHTLY=1 adds the long ones; ARGS go to pytest.
 NOT_FAST := $(if $(FAST),not engine,)
@@ -38,7 +38,8 @@ format: $(READY)  ## put the code into the form that check asks for
 
 clean:  ## remove all that make put into this folder (a converted model stays in the user's cache)
 	rm -rf .venv .venv-* .cache build results uv.lock .mypy_cache .ruff_cache .pytest_cache
-	rm -rf .hypothesis .import_linter_cache src/*.egg-info src/kvkeep/transfer/_pages.*.so
+	rm -rf .hypothesis .import_linter_cache src/*.egg-info
+	find src -name '_*.so' -delete
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(SETUP_INPUTS)

@@ -18,6 +18,7 @@ from kvkeep.model.errors import UnavailableError
 from kvkeep.testing.tier_contract import block_key, in_parts, read, value_bytes, write
 from kvkeep.tiers.mooncake.tier import MooncakeTier
 from tests.integration.daemons import wait_until
+from tests.servers.listening import children_of
 from tests.servers.mooncake import MooncakeStore, mooncake_store, open_tier
 
 TIMEOUT_S = 1.0
@@ -193,12 +194,6 @@ def test_no_client_that_still_starts_outlives_a_killed_owner(
         owner.kill()
 
     wait_until(lambda: not is_running(pid), "the client ended")
-
-
-def children_of(pid: int) -> list[int]:
-    """Pids of a process's children."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in files for child in file.read_text().split()]
 
 
 def has_reached(pids: Sequence[int], moment: str) -> bool:

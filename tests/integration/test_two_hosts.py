@@ -33,10 +33,12 @@ from tests.integration.daemons import (
     wait_until,
 )
 from tests.servers.hosts import Host, three_hosts
+from tests.servers.listening import children_of, listening_addresses
 from tests.servers.seaweed import KEY, SECRET
 from tests.servers.shared_store import KINDS, SharedStore
 
-pytestmark = [pytest.mark.root, pytest.mark.allow_hosts(["127.0.0.1", "192.0.2.3"])]
+LOOPBACK = "127.0.0.1"
+pytestmark = [pytest.mark.root, pytest.mark.allow_hosts([LOOPBACK, "192.0.2.3"])]
 
 NUM_BLOCKS = 24
 ANNOUNCED_S_MAX = 5.0
@@ -190,10 +192,17 @@ def all_is_well(one: Engine, other: Engine) -> None:
 
 
 def test_hosts_share_and_lose_nothing_when_one_is_cut_off(site: Site) -> None:
-    """Each is served what the other stored; its own in time with its cable out; then all again."""
+    """Each is served what the other stored; its own in time with its cable out; then all again.
+
+    Meanwhile each listens on its own address alone.
+    """
     shared, own = fresh(), fresh()
     with engines_of(site) as (one, other):
         all_is_well(one, other)
+        for host, daemon in zip(site.hosts, site.daemons, strict=True):
+            pids = [daemon.pid, *children_of(daemon.pid)]
+            found = {address for pid in pids for address in listening_addresses(pid)}
+            assert found <= {LOOPBACK, host.address}  # what was said, and for its metrics
         one.store(shared)
         site.hosts[0].cut()
         try:

@@ -3,6 +3,7 @@
 import importlib.util
 import mmap
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvkeep.model.errors import InputError
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.tiers.base import length_of
+from kvkeep.tiers.mooncake import listening
+from kvkeep.tiers.mooncake.listening import listening_address
 from kvkeep.tiers.mooncake.placing import clipped, cut, place
 from kvkeep.tiers.mooncake.requests import SCRATCH_REGION, Ask, Operation, ask_decoder, ask_encoder
 from kvkeep.tiers.mooncake.settings import REQUEST_BYTES_MAX, MooncakeSettings
@@ -20,6 +23,7 @@ from kvkeep.tiers.mooncake.tier import MooncakeTier
 
 MASTER = "127.0.0.1:50051"
 PAGE = mmap.PAGESIZE
+NAMED = [(socket.AF_INET6, "2001:db8::7"), (socket.AF_INET, "192.0.2.7")]
 
 
 @pytest.fixture
@@ -53,6 +57,7 @@ class TestSettings:
             ({"segment_bytes": -1}, "segment_bytes"),
             ({"value_bytes_max": 1 << 40}, "value_bytes_max"),
             ({"prefix": "no end"}, "prefix"),
+            ({"listen_address": "localhost"}, "listen_address"),
         ],
     )
     def test_a_wrong_setting_is_named(self, wrong: dict[str, Any], word: str) -> None:
@@ -68,6 +73,65 @@ class TestSettings:
 
         with pytest.raises(InputError, match="pip install"):
             MooncakeTier(MooncakeSettings(master=MASTER))
+
+
+class TestListening:
+    @pytest.mark.parametrize(
+        ("settings", "address"),
+        [
+            ({}, "127.0.0.1"),
+            ({"local_hostname": "192.0.2.7"}, "192.0.2.7"),
+            ({"local_hostname": "192.0.2.7:12345"}, "192.0.2.7"),
+            ({"local_hostname": "2001:db8::7"}, "2001:db8::7"),
+            ({"local_hostname": "[2001:db8::7]:12345"}, "2001:db8::7"),
+            ({"local_hostname": "192.0.2.7", "listen_address": "192.0.2.8"}, "192.0.2.8"),
+            ({"listen_address": "0.0.0.0"}, ""),
+            ({"listen_address": "::"}, ""),
+        ],
+    )
+    def test_it_is_where_peers_look_unless_told(
+        self, settings: dict[str, Any], address: str
+    ) -> None:
+        """An address as such, a name resolved, a port left out; empty is every address."""
+        assert listening_address(MooncakeSettings(master=MASTER, **settings)) == address
+
+    def test_a_name_is_resolved(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """To its IPv4 address, if it has one, as Mooncake does."""
+        found = [(family, 0, 0, "", (text, 0)) for family, text in NAMED]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: found)
+        settings = MooncakeSettings(master=MASTER, local_hostname="node7")
+
+        assert listening_address(settings) == "192.0.2.7"
+
+    def test_a_name_without_an_address_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The tier is away as long as nobody knows the name."""
+
+        def unknown(*_args: object, **_kwargs: object) -> None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+        settings = MooncakeSettings(master=MASTER, local_hostname="no.such.host.invalid")
+
+        with pytest.raises(UnavailableError, match=r"local_hostname 'no\.such\.host\.invalid'"):
+            listening_address(settings)
+
+    def test_without_the_compiled_part_nothing_opens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rather than on every address the tier opens nowhere, and says how to mend that."""
+        monkeypatch.setattr(listening, "find_library", lambda: None)
+
+        with pytest.raises(InputError, match=r"not on 127\.0\.0\.1 alone.*C compiler"):
+            MooncakeTier(MooncakeSettings(master=MASTER))
+        listening.check_library(MooncakeSettings(master=MASTER, listen_address="0.0.0.0"))
+
+    def test_what_is_preloaded_already_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An operator's own libraries come after it."""
+        monkeypatch.setenv("LD_PRELOAD", "/usr/lib/other.so")
+
+        environment = listening.listening_environment("192.0.2.7")
+
+        assert environment["LD_PRELOAD"] == f"{listening.find_library()}:/usr/lib/other.so"
+        assert environment[listening.ADDRESS_VARIABLE] == "192.0.2.7"
+        assert listening.listening_environment("") == {}
 
 
 class TestSharedRegions:

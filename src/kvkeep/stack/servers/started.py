@@ -49,7 +49,7 @@ _SIZE_FIELDS: Mapping[str, str] = {
 _ADDRESS_FIELDS: Mapping[str, Sequence[str]] = {
     "valkey": ("url", "ca_file"),
     "object_store": ("url", "endpoint", "region"),
-    "mooncake": ("master", "metadata", "local_hostname"),
+    "mooncake": ("master", "metadata", "local_hostname", "listen_address"),
 }
 
 

@@ -17,6 +17,7 @@ import msgspec
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import UnavailableError
 from kvkeep.protocol.frames import FrameReader, frame
+from kvkeep.tiers.mooncake.listening import listening_environment
 from kvkeep.tiers.mooncake.requests import (
     Answer,
     Ask,
@@ -52,11 +53,14 @@ class Lane:
 class ClientProcess:
     """A child that lives until ``kill`` or ``close``. Thread-safe."""
 
-    def __init__(self, settings: MooncakeSettings, scratch_fd: int, scratch_bytes: int) -> None:
+    def __init__(
+        self, settings: MooncakeSettings, address: str, scratch_fd: int, scratch_bytes: int
+    ) -> None:
         """Start it; ``wait_ready`` says whether it works.
 
         Args:
             settings: The tier's.
+            address: The only one it may listen on; empty: every one.
             scratch_fd: The lanes' memory; -1 for a process that does nothing but hold the segment.
             scratch_bytes: Its size.
         """
@@ -69,14 +73,14 @@ class ClientProcess:
         self._is_closed = False
         self._changed = threading.Condition()
         theirs = [pair[1].fileno() for pair in pairs]
-        setup = _setup(settings, theirs, scratch_fd, scratch_bytes)
+        setup = _setup(settings, address, theirs, (scratch_fd, scratch_bytes))
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "kvkeep.tiers.mooncake.program", setup],
                 stdin=subprocess.PIPE,  # ends with this process, and the child with it
                 stdout=subprocess.DEVNULL,
                 pass_fds=[*theirs, *([scratch_fd] if scratch_fd >= 0 else [])],
-                env=_environment(settings),
+                env=_environment(settings) | listening_environment(address),
                 start_new_session=True,  # a terminal's Ctrl-C is the tier's business
             )
         except OSError:
@@ -206,7 +210,10 @@ class ClientProcess:
             self._changed.notify_all()
 
 
-def _setup(settings: MooncakeSettings, lanes: list[int], fd: int, scratch_bytes: int) -> str:
+def _setup(
+    settings: MooncakeSettings, address: str, lanes: list[int], scratch: tuple[int, int]
+) -> str:
+    fd, scratch_bytes = scratch
     setup = Setup(
         lanes=lanes,
         scratch_fd=fd,
@@ -214,6 +221,7 @@ def _setup(settings: MooncakeSettings, lanes: list[int], fd: int, scratch_bytes:
         master=settings.master,
         metadata=settings.metadata,
         local_hostname=settings.local_hostname,
+        listen_address=address,
         protocol=settings.protocol,
         rdma_devices=settings.rdma_devices,
         segment_bytes=settings.segment_bytes if fd < 0 else 0,
@@ -231,6 +239,7 @@ def _environment(settings: MooncakeSettings) -> dict[str, str]:
         "MC_RPC_CONNECT_TIMEOUT_MS": timeout_ms,
         # Each attempt to set up waits for the master; the tier has its own pause between attempts.
         "MC_STORE_CLIENT_SETUP_RETRIES": "1",
+        # What it tells a metadata server; it binds nothing to it.
         "MC_TCP_BIND_ADDRESS": settings.local_hostname,
         # It logs every miss as an error; what matters reaches the caller as a code.
         "GLOG_minloglevel": "3",

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from kvkeep.protocol.frames import FrameReader, frame
+from kvkeep.tiers.mooncake.listening import why_not_alone
 from kvkeep.tiers.mooncake.requests import (
     SCRATCH_REGION,
     Answer,
@@ -45,6 +46,9 @@ class Client:
 
     def open(self) -> str:
         """Connect to the master; returns what is wrong, or nothing."""
+        setup = self._setup
+        if setup.listen_address and (why := why_not_alone(setup.listen_address)):
+            return why
         try:
             from mooncake.store import (
                 MooncakeDistributedStore,
@@ -52,7 +56,6 @@ class Client:
             )
         except ImportError as error:
             return f"its client can't be loaded ({error}): install libibverbs1 and librdmacm1"
-        setup = self._setup
         self._store: Any = MooncakeDistributedStore()
         code = self._store.setup(
             setup.local_hostname,

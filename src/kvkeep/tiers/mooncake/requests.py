@@ -58,6 +58,8 @@ class Setup(msgspec.Struct, frozen=True):
     master: str
     metadata: str
     local_hostname: str
+    listen_address: str
+    """The only one it may listen on, in digits; empty: every one."""
     protocol: str
     rdma_devices: str
     segment_bytes: int

@@ -1,5 +1,6 @@
 """What the tier on Mooncake Store can be told."""
 
+import ipaddress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,9 @@ class MooncakeSettings:
     """Where peers learn of each other; this word: from each other, with no metadata server."""
     local_hostname: str = "127.0.0.1"
     """Address of this host as its peers see it."""
+    listen_address: str = ""
+    """Address that the client's ports are opened on; empty: that of ``local_hostname``; 0.0.0.0:
+    every one of this host."""
     protocol: Literal["tcp", "rdma"] = "tcp"
     rdma_devices: str = ""
     """Names of devices with commas between them; empty: found by Mooncake. Of ``rdma`` only."""
@@ -53,6 +57,8 @@ class MooncakeSettings:
             raise InputError(
                 f"Mooncake's protocol {self.protocol!r} is not known here: choose tcp or rdma"
             )
+        if self.listen_address:
+            _check_address(self.listen_address)
         limits = [
             ("segment_bytes", self.segment_bytes, 0, 1 << 46),
             ("local_buffer_bytes", self.local_buffer_bytes, 0, 1 << 40),
@@ -63,3 +69,13 @@ class MooncakeSettings:
         for name, value, low, high in limits:
             if not low <= value <= high:
                 raise InputError(f"{name} = {value} is out of range: choose {low} to {high}")
+
+
+def _check_address(text: str) -> None:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError as error:
+        raise InputError(
+            f"listen_address = {text!r} is no IP address: write one of this host's, or 0.0.0.0 "
+            "for every one"
+        ) from error

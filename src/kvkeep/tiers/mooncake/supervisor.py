@@ -14,6 +14,7 @@ from typing import Final
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import UnavailableError
 from kvkeep.tiers.mooncake.lanes import START_TIMEOUT_S, ClientProcess
+from kvkeep.tiers.mooncake.listening import listening_address
 from kvkeep.tiers.mooncake.requests import Ask, Operation
 from kvkeep.tiers.mooncake.settings import MooncakeSettings
 from kvkeep.tiers.mooncake.shared_regions import Region
@@ -189,11 +190,12 @@ class Supervisor:
         return True
 
     def _started(self, scratch_fd: int, scratch_bytes: int) -> ClientProcess:
+        address = listening_address(self._settings)
         with self._lock:
             if self._stopped.is_set():
                 raise UnavailableError("Mooncake Store is closed")
             try:
-                process = ClientProcess(self._settings, scratch_fd, scratch_bytes)
+                process = ClientProcess(self._settings, address, scratch_fd, scratch_bytes)
             except OSError as error:
                 raise UnavailableError(f"Mooncake's client can't be started: {error}") from error
             self._starting = process

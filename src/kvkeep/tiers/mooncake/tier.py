@@ -22,6 +22,7 @@ from kvkeep.model.ids import BlockKey
 from kvkeep.tiers.base import Parts, length_of
 from kvkeep.tiers.entry_names import entry_name
 from kvkeep.tiers.mooncake.lanes import NUM_LANES, ClientProcess, Lane
+from kvkeep.tiers.mooncake.listening import check_library
 from kvkeep.tiers.mooncake.placing import Placed, clipped, cut, place
 from kvkeep.tiers.mooncake.requests import Ask, Operation
 from kvkeep.tiers.mooncake.settings import REQUEST_BYTES_MAX, MooncakeSettings
@@ -53,10 +54,11 @@ class MooncakeTier:
         """Begin to connect; ``wait_ready`` tells when it is done.
 
         Raises:
-            InputError: Mooncake is not installed.
+            InputError: Mooncake is not installed, or nothing would keep its client to one address.
         """
         if importlib.util.find_spec("mooncake") is None:
             raise InputError("Mooncake is not installed: pip install 'kvkeep[mooncake]'")
+        check_library(settings)
         self.name = "mooncake"
         self._settings = settings
         self._lane_bytes = max(settings.value_bytes_max, REQUEST_BYTES_MAX)
