@@ -4,6 +4,7 @@ import msgspec
 
 from kvkeep.daemon.tables import field_texts
 from kvkeep.router.events.settings import EngineEvents
+from kvkeep.router.handoff.settings import HandOffSettings
 from kvkeep.router.health.book import HealthSettings
 from kvkeep.router.limits.gate import LimitSettings
 from kvkeep.router.limits.keys import ApiKey
@@ -19,6 +20,7 @@ SETTINGS: dict[str, type[msgspec.Struct]] = {
     "relay.": RelaySettings,
     "etcd.": EtcdSettings,
     "events.": EngineEvents,
+    "handoff.": HandOffSettings,
 }
 """Section to its settings."""
 

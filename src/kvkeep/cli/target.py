@@ -35,6 +35,9 @@ def describe(record: StackRecord, folder: Path) -> dict[str, Any]:
         "model": record.model,
         "pid": record.supervisor.pid,
         "engines": {engine.name: engine.url for engine in record.engines},
+        "router": None
+        if record.router is None
+        else {"url": record.router.url, "admin_url": record.router.admin_url},
         "daemon": None
         if daemon is None
         else {"socket": daemon.socket, "metrics_url": daemon.metrics_url},
@@ -45,8 +48,11 @@ def describe(record: StackRecord, folder: Path) -> dict[str, Any]:
 def show(record: StackRecord, folder: Path) -> None:
     """Print a stack for a person."""
     click.echo(f"stack {record.name} is {record.state}")
+    if record.router is not None:
+        click.echo(f"  router            {record.router.url}  (admin {record.router.admin_url})")
     for engine in record.engines:
-        click.echo(f"  engine {engine.name:<10} {engine.url}  (model {record.model})")
+        model = f"model {engine.model or record.model}" + (", on demand" * engine.on_demand)
+        click.echo(f"  engine {engine.name:<10} {engine.url}  ({model})")
     if record.daemon is not None:
         click.echo(f"  daemon            {record.daemon.metrics_url}  {record.daemon.socket}")
     click.echo(f"  logs              {folder / 'logs'}")

@@ -60,9 +60,9 @@ def up(
     quiet: bool,
     **flags: str | None,
 ) -> None:
-    """Start the daemon and the engines of STACK.yaml, and stop them all at the end.
+    """Start the daemon, the engines and the router of STACK.yaml, and stop them all at the end.
 
-    Exit code 0 after a stop that was asked for, 2 if it could not start or an engine ended.
+    Exit code 0 after a stop that was asked for, 2 if it could not start or could not go on.
     """
     texts = [*sets]
     for flag, (field, _) in FLAGS.items():
@@ -134,7 +134,8 @@ def _run_behind(
         UnavailableError: It did not start; everything is stopped again.
     """
     folder = spec.state_path.resolve()
-    check_model(spec.model)
+    for model in spec.models:
+        check_model(model)
     FolderLock.taken(folder).give_back()
     check_machine(spec)
     log = folder / "logs" / "supervisor.log"
@@ -142,7 +143,8 @@ def _run_behind(
     for text in texts:
         command += ["--set", text]
     supervisor = _start_supervisor(command, log)
-    longest_s = MODEL_TIMEOUT_S + 2 * spec.start_timeout_s + SLACK_S
+    timeouts_s = [spec.start_timeout_s, *(each.start_timeout_s or 0.0 for each in spec.engines)]
+    longest_s = MODEL_TIMEOUT_S + 3 * max(timeouts_s) + SLACK_S
     try:
         with (
             _signals_raise(),

@@ -21,6 +21,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from kvkeep.model.errors import InputError, KvkeepError, RefusedError
 from kvkeep.model.loopback import is_loopback, names_loopback
 from kvkeep.model.private_file import read_secret
+from kvkeep.router.handoff.plan import PlanError
+from kvkeep.router.handoff.splice import SpliceError
 from kvkeep.router.membership.member import Member
 from kvkeep.router.metrics import RouterMetrics
 from kvkeep.router.relay.errors import error_object
@@ -155,6 +157,9 @@ class _Pages:
             parts.relay.prepare(asked, view, lambda: prepared.set_result(None))
             await prepared
             choice = parts.router.route(view, parts.clock.now_s(), explain=True)
+            handed = None if parts.handoffs is None else parts.handoffs.explain(asked, view)
+        except (PlanError, SpliceError) as error:
+            return _error(400, str(error))
         except FramingError as error:
             return _error(400, error.message)
         except UnknownModelError as error:
@@ -162,8 +167,9 @@ class _Pages:
         return web.json_response(
             {
                 "endpoint": None if choice.endpoint is None else choice.endpoint.name,
-                "policy": parts.policy.name,
+                "policy": parts.router.policy.name,
                 "reason": choice.reason,
+                "handoff": handed,
                 "model": view.model,
                 "key": None if view.key is None else view.key.decode(errors="replace"),
                 "num_tokens": view.num_tokens,

@@ -48,6 +48,9 @@ class Router:
         book: HealthBook,
         retries: RetryBudget,
         declared: frozenset[str] = frozenset(),
+        *,
+        role: Role = Role.SERVE,
+        needs: Needs = Needs.NOTHING,
     ) -> None:
         """Have counted nothing.
 
@@ -57,8 +60,11 @@ class Router:
             book: Told how each request ended.
             retries: How many requests may be sent again.
             declared: Models that are known also while no endpoint of theirs is there.
+            role: Of the endpoints that may be chosen.
+            needs: What others want to know of a request, beside the policy.
         """
         self.fleet, self.policy = fleet, policy
+        self._role, self._more_needs = role, needs
         self._declared = declared
         self._book, self._retries = book, retries
         self._learner = policy if isinstance(policy, Learns) else None
@@ -73,7 +79,7 @@ class Router:
     @property
     def needs(self) -> Needs:
         """What has to be known of a request before it is routed."""
-        needs = self.policy.needs
+        needs = self.policy.needs | self._more_needs
         return needs | Needs.MODEL if self._distinguishes_models() else needs
 
     def route(
@@ -103,7 +109,7 @@ class Router:
             model = view.model if view.model in self._models else None
             if model is None and not self._is_open_to_any:
                 raise UnknownModelError(view.model)
-        ready = self.fleet.ready(Role.SERVE, model)
+        ready = self.fleet.ready(self._role, model)
         if tried:
             ready = tuple(endpoint for endpoint in ready if endpoint not in tried)
         return ready
@@ -112,7 +118,7 @@ class Router:
         """Whether it depends on the model who can serve a request."""
         if self._version != self.fleet.version:
             self._version = self.fleet.version
-            served = [endpoint.models for endpoint in self.fleet if endpoint.role is Role.SERVE]
+            served = [endpoint.models for endpoint in self.fleet if endpoint.role is self._role]
             self._models = self._declared.union(*served)
             self._is_open_to_any = not all(served)
             self._is_mixed = len(set(served)) > 1 or bool(self._declared)

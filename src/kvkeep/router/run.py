@@ -14,12 +14,14 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import uvloop
 from aiohttp import web
 
 from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import InputError
 from kvkeep.router.admin import find_key, make_application
+from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.health.book import HealthBook
 from kvkeep.router.health.prober import Prober
 from kvkeep.router.limits.bucket import RetryBudget
@@ -39,6 +41,8 @@ from kvkeep.router.snapshot import Fleet
 
 if TYPE_CHECKING:
     from kvkeep.router.events.feeds import EventFeeds
+    from kvkeep.router.handoff.desk import HandOffDesk
+    from kvkeep.router.handoff.wiring import Fronts
     from kvkeep.router.tokenizing import Tokenizing
 
 SPARE_FILES = 256
@@ -115,6 +119,20 @@ def make_policy(settings: RouterSettings) -> Policy:
     raise InputError(f"there is no policy {name!r}: see kvkeep route --help")
 
 
+def make_decode_policy(settings: RouterSettings, policy: Policy) -> Policy:
+    """The policy that chooses decode engines, beside the one that chooses prefill engines."""
+    assert settings.handoff is not None
+    from kvkeep.router.handoff.wiring import share_index
+
+    name = settings.handoff.decode_policy
+    shared = share_index(policy) if name == "prefix_aware" else None
+    if shared is not None:
+        return shared
+    # An index of its own is of text: tokens and events are there for the other policy.
+    plain = msgspec.structs.replace(settings, policy=name, tokenizer="", events=EngineEvents())
+    return make_policy(plain)
+
+
 def make_tokenizing(settings: RouterSettings) -> "Tokenizing | None":
     """What cuts prompts into the engines' blocks; None where that is not wanted.
 
@@ -156,7 +174,8 @@ class Parts:
         self.tokenizing = make_tokenizing(settings)
         self.feeds = make_feeds(settings, self.policy, clock)
         self.book = HealthBook(self.fleet, settings.health)
-        listeners: list[Listener] = [self.policy]
+        fronts = self._make_fronts(settings)
+        listeners: list[Listener] = [self.policy] if fronts is None else [*fronts.listeners]
         if self.feeds is not None:
             listeners.append(self.feeds)
         self.roster = Roster(self.fleet, self.book, listeners, settings.engine_drain_s)
@@ -165,7 +184,10 @@ class Parts:
         retries = RetryBudget(limits.retry_share, limits.retry_min_per_s, limits.retry_burst)
         wanted = settings.on_demand
         declared = frozenset() if wanted is None else wanted.models
-        self.router = Router(self.fleet, self.policy, self.book, retries, declared)
+        if fronts is None:
+            self.router = Router(self.fleet, self.policy, self.book, retries, declared)
+        else:
+            self.router = fronts.make_decode_router(retries)
         self.relay = Relay(
             self.router,
             self.gate,
@@ -174,6 +196,10 @@ class Parts:
             asks_keys=keys is not None,
             tokenizing=self.tokenizing,
         )
+        self.handoffs: HandOffDesk | None = None
+        if fronts is not None and settings.handoff is not None:
+            self.handoffs = fronts.make_desk(self.relay, settings.handoff, retries)
+            self.relay.handoffs = self.handoffs
         self.starter: SupervisedStarter | None = None
         if wanted is not None:
             self.starter = SupervisedStarter(wanted.socket)
@@ -181,6 +207,14 @@ class Parts:
         self.prober = Prober(self.book, settings.health, clock)
         self.roster.declare(STATIC, settings.engines, clock.now_s())
         self.sources = Sources(self.roster, clock, settings.engines_file, settings.etcd)
+
+    def _make_fronts(self, settings: RouterSettings) -> "Fronts | None":
+        if settings.handoff is None:
+            return None
+        from kvkeep.router.handoff.wiring import Fronts
+
+        decode_policy = make_decode_policy(settings, self.policy)
+        return Fronts(self.fleet, self.policy, decode_policy, self.book)
 
     def runs(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run beside the relay, each until it is cancelled."""

@@ -13,6 +13,7 @@ from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
 from kvkeep.router.events.block_events import BLOCK_TOKENS_MAX
 from kvkeep.router.events.settings import EngineEvents
+from kvkeep.router.handoff.settings import HandOffSettings
 from kvkeep.router.health.book import HealthSettings
 from kvkeep.router.limits.gate import LimitSettings
 from kvkeep.router.membership.etcd import EtcdSettings
@@ -20,11 +21,12 @@ from kvkeep.router.membership.member import Member, check_distinct
 from kvkeep.router.on_demand.starter import OnDemandSettings
 from kvkeep.router.prefix_index import BLOCKS_MAX
 from kvkeep.router.relay.settings import RelaySettings
+from kvkeep.router.snapshot import Role
 
 ENVIRONMENT_PREFIX = "KVKEEP_ROUTER_"
 FILE_BYTES_MAX = 1 << 20
 """Of a settings file; a mistaken path must not fill the memory."""
-SECTIONS = ("engines", "etcd", "on_demand", "relay", "health", "limits", "events")
+SECTIONS = ("engines", "etcd", "on_demand", "relay", "health", "limits", "events", "handoff")
 """Fields that the environment can't hold: they are more than one value."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -73,6 +75,8 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Where engines publish their block events that do not say so themselves."""
     engine_drain_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 60.0
     """How long requests may still run on an engine that leaves the fleet, in seconds."""
+    handoff: HandOffSettings | None = None
+    """How engines of the roles prefill and decode work together; none: every engine serves."""
     relay: RelaySettings = RelaySettings()
     health: HealthSettings = HealthSettings()
     limits: LimitSettings = LimitSettings()
@@ -105,6 +109,10 @@ def load_settings(
         if name.startswith(ENVIRONMENT_PREFIX):
             values[name.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
     values.update(flags)
+    if "transport" in values:
+        section = values.get("handoff")
+        told = section if isinstance(section, dict) else {}
+        values["handoff"] = {**told, "transport": values.pop("transport")}
     unknown = sorted(str(name) for name in values if name not in fields)
     if unknown:
         raise InputError(
@@ -115,6 +123,7 @@ def load_settings(
         values["engines"] = [
             {"url": engine} if isinstance(engine, str) else engine for engine in values["engines"]
         ]
+    _add_handoff(values)
     try:
         settings = msgspec.convert(values, RouterSettings, strict=False)
     except msgspec.ValidationError as error:
@@ -124,6 +133,23 @@ def load_settings(
     if not any(sources):
         raise InputError("no engine is named: give URLs such as http://127.0.0.1:8000")
     return settings
+
+
+def _add_handoff(values: dict[str, Any]) -> None:
+    """Hand off where engines of the roles for it are named."""
+    engines = values.get("engines")
+    listed = engines if isinstance(engines, list) else []
+    roles = {each.get("role") for each in listed if isinstance(each, dict)}
+    wanted = {Role.PREFILL.value, Role.DECODE.value}
+    if values.get("handoff") is None and not roles & wanted:
+        return
+    values["handoff"] = values.get("handoff") or {}
+    comes_later = values.get("engines_file") or values.get("etcd")
+    if roles - wanted or not (comes_later or roles >= wanted):
+        raise InputError(
+            "a hand-off needs engines for prefill and for decode, and no others: name them with "
+            "--prefill URL and --decode URL, or role: prefill and role: decode"
+        )
 
 
 def _read_file(file: Path) -> dict[str, Any]:

@@ -19,8 +19,11 @@ import msgspec
 import kvkeep
 from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
 from kvkeep.model.errors import InputError
+from kvkeep.router.events.settings import EngineEvents
+from kvkeep.router.settings import ENVIRONMENT_PREFIX as ROUTER_ENVIRONMENT_PREFIX
 from kvkeep.stack.machine import HOST, compute_cpus, kv_cache_bytes
 from kvkeep.stack.models import Model
+from kvkeep.stack.placement.assign import VISIBLE
 from kvkeep.stack.spec import EngineSpec, StackSpec
 
 LOOPBACK_ENVIRONMENT: Mapping[str, str] = {
@@ -34,6 +37,7 @@ LOOPBACK_ENVIRONMENT: Mapping[str, str] = {
 }
 CONNECTOR_NAME = "KvkeepConnector"
 CONNECTOR_MODULE = "kvkeep.connector.plugin"
+NIXL_NAME = "NixlConnector"
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -57,6 +61,28 @@ class Placement(msgspec.Struct, frozen=True):
     socket: str
     """The daemon's control socket; empty where there is none."""
     gpu: bool = False
+    gpus: tuple[str, ...] = ()
+    """GPUs that it sees and no others; empty: all."""
+    cores: list[int] | None = None
+    """Cores that are its share, where its fields name none; None: all."""
+    side_channel_port: int = 0
+    """Where NixlConnector tells others of its memory."""
+    events: EngineEvents | None = None
+    """Where the router hears of its blocks; None: it publishes nothing."""
+
+
+def launch_router(values: dict[str, Any]) -> Launch:
+    """Start the router with every setting in a file: the environment has been heard already."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ROUTER_ENVIRONMENT_PREFIX)
+    }
+    return Launch(
+        command=[sys.executable, "-m", "kvkeep", "route", "--config", "router.yaml"],
+        environment=_with_kvkeep(environment),
+        files={"router.yaml": json.dumps(values, indent=2) + "\n"},  # JSON is YAML
+    )
 
 
 def launch_daemon(
@@ -120,6 +146,16 @@ def kv_transfer_config(engine: EngineSpec, socket: str, *, gpu: bool) -> dict[st
         return None
     if not isinstance(engine.connector, str):
         return engine.connector
+    if engine.connector == "nixl":
+        # Stock: any decode engine of the same vLLM can fetch from it, and it from any prefill one.
+        device = {} if gpu else {"kv_buffer_device": "cpu"}
+        policy = "fail" if gpu else "recompute"
+        return {
+            "kv_connector": NIXL_NAME,
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": policy,
+            **device,
+        }
     return {
         "kv_connector": CONNECTOR_NAME,
         "kv_connector_module_path": CONNECTOR_MODULE,
@@ -139,7 +175,7 @@ def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
     spec = placement.spec
     flags: dict[str, object | None] = {
         "--model": placement.model.location,
-        "--served-model-name": spec.model_name,
+        "--served-model-name": spec.served_name_of(engine),
         "--host": HOST,
         "--port": placement.port,
         "--block-size": engine.block_tokens,
@@ -154,6 +190,8 @@ def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
     transfer = kv_transfer_config(engine, placement.socket, gpu=placement.gpu)
     if transfer is not None:
         flags["--kv-transfer-config"] = json.dumps(transfer)
+    if placement.events is not None:
+        flags["--kv-events-config"] = json.dumps(_kv_events_config(placement.events))
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for flag, value in flags.items():
         if value is not None:
@@ -168,6 +206,19 @@ def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
     )
 
 
+def _kv_events_config(events: EngineEvents) -> dict[str, Any]:
+    """What vLLM is told of its events: it connects to the router, which listens on loopback.
+
+    The other way round, vLLM would listen on every interface (vllm 0.32, distributed/kv_events.py).
+    """
+    return {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": events.publish,
+        "replay_endpoint": events.replay,
+    }
+
+
 def _vllm_environment(engine: EngineSpec, placement: Placement) -> dict[str, str]:
     own = {
         **LOOPBACK_ENVIRONMENT,
@@ -179,7 +230,11 @@ def _vllm_environment(engine: EngineSpec, placement: Placement) -> dict[str, str
     if placement.model.is_local:
         own["HF_HUB_OFFLINE"] = "1"
     if not placement.gpu:
-        own["VLLM_CPU_OMP_THREADS_BIND"] = compute_cpus(engine)
+        own["VLLM_CPU_OMP_THREADS_BIND"] = compute_cpus(engine, placement.cores)
+    if placement.gpus:
+        own[VISIBLE] = ",".join(placement.gpus)
+    if placement.side_channel_port:
+        own["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(placement.side_channel_port)
     # On a CPU this variable, whole GiB only, would win over --kv-cache-memory-bytes
     # (vllm 0.32, platforms/cpu.py).
     environment = {name: v for name, v in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
@@ -216,9 +271,10 @@ def _launch_trtllm(engine: EngineSpec, placement: Placement) -> Launch:
             command += [flag, str(value)]
     file = f"{engine.name}.trtllm.yaml"
     offline = {"HF_HUB_OFFLINE": "1"} if placement.model.is_local else {}
+    gpus = {VISIBLE: ",".join(placement.gpus)} if placement.gpus else {}
     return Launch(
         command=[*command, "--extra_llm_api_options", file, *engine.args],
-        environment={**os.environ, **LOOPBACK_ENVIRONMENT, **offline, **engine.env},
+        environment={**os.environ, **LOOPBACK_ENVIRONMENT, **offline, **gpus, **engine.env},
         files={file: json.dumps(options, indent=2) + "\n"},
     )
 

@@ -16,6 +16,7 @@ import msgspec
 
 from kvkeep.model.errors import InputError
 from kvkeep.stack.models import Model
+from kvkeep.stack.placement.assign import assign_gpus, find_gpus, fits_without_a_word, share_cores
 from kvkeep.stack.servers.started import find_started
 from kvkeep.stack.spec import EngineSpec, StackSpec
 from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES, check_replaceable
@@ -69,6 +70,8 @@ def named_ports(spec: StackSpec) -> dict[str, int]:
         f"daemon.tiers[{server.tier_idx}].port": server.port
         for server in find_started(spec.daemon.tiers)
     }
+    if spec.router is not None:
+        ports |= {"router.port": spec.router.port, "router.admin_port": spec.router.admin_port}
     return {field: port for field, port in ports.items() if port}
 
 
@@ -105,6 +108,27 @@ def compute_cpus(engine: EngineSpec, allowed: Iterable[int] | None = None) -> st
         )
     ranks = [cores[idx * share : (idx + 1) * share] for idx in range(engine.tensor_parallel)]
     return "|".join(",".join(map(str, rank)) for rank in ranks)
+
+
+def assigned_gpus(spec: StackSpec) -> dict[str, tuple[str, ...]]:
+    """GPUs of each engine by name; without a word here an engine sees them all.
+
+    Raises:
+        InputError: There are too few.
+    """
+    if not has_gpu():
+        return {}
+    available = find_gpus()
+    if not fits_without_a_word(spec.engines, available):
+        return {}
+    return assign_gpus(spec.engines, available)
+
+
+def assigned_cores(spec: StackSpec) -> dict[str, list[int]]:
+    """Cores of each engine by name, where a router keeps all of them busy at the same time."""
+    if has_gpu() or spec.router is None:
+        return {}
+    return share_cores(spec.engines, os.sched_getaffinity(0))
 
 
 def size_pool(spec: StackSpec, model: Model) -> StackSpec:
@@ -147,6 +171,7 @@ def check_machine(spec: StackSpec) -> None:
         _check_pool(spec.daemon_settings().pool_path)
     _check_memory(spec)
     _check_cpus(spec)
+    assigned_gpus(spec)
     for field, port in named_ports(spec).items():
         if not is_port_free(port):
             raise InputError(

@@ -60,7 +60,20 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     url: str
     pid: int | None
-    """None for an engine that ran already."""
+    """None for an engine that ran already, and for one that nobody has asked for yet."""
+    model: str = ""
+    """Name that its clients ask for, where that is not the stack's."""
+    on_demand: bool = False
+    """Whether it runs only while it is asked for."""
+
+
+class RouterRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the router is."""
+
+    url: str
+    """OpenAI-compatible address for clients; empty until it listens."""
+    admin_url: str
+    """Metrics, workers, explanations."""
 
 
 class StackRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +90,9 @@ class StackRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What each process is doing while the stack starts."""
     daemon: DaemonRecord | None = None
     engines: list[EngineRecord] = []
+    router: RouterRecord | None = None
+    drain_s: float = 0.0
+    """How long its requests may still run when it is told to stop, in seconds."""
     processes: list[ProcessRecord] = []
     """In the order of their start."""
 
@@ -280,7 +296,7 @@ def bring_down(folder: Path) -> list[str]:
     running = []
     if record is not None:
         running = [entry.name for entry in reversed(record.processes) if entry.process.is_alive()]
-        _stop_supervisor(record.supervisor)
+        _stop_supervisor(record.supervisor, DOWN_TIMEOUT_S + record.drain_s)
     try:
         with FolderLock.taken(folder, wait_s=DOWN_TIMEOUT_S):
             return list(dict.fromkeys([*running, *clear(folder)]))
@@ -288,13 +304,13 @@ def bring_down(folder: Path) -> list[str]:
         raise UnavailableError(f"The stack would not stop: {error}") from error
 
 
-def _stop_supervisor(supervisor: ProcessId) -> None:
+def _stop_supervisor(supervisor: ProcessId, timeout_s: float) -> None:
     if not supervisor.is_alive() or supervisor.pid == os.getpid():
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(supervisor.pid, signal.SIGTERM)
         os.kill(supervisor.pid, signal.SIGCONT)
-        if not wait_for_end(supervisor, DOWN_TIMEOUT_S):
+        if not wait_for_end(supervisor, timeout_s):
             os.kill(supervisor.pid, signal.SIGKILL)
 
 

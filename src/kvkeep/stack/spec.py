@@ -20,7 +20,7 @@ from kvkeep.daemon.settings import load_settings as load_daemon_settings
 from kvkeep.model.errors import InputError
 from kvkeep.router.settings import Port
 from kvkeep.stack.models import DEFAULT_MODEL
-from kvkeep.stack.routing.spec import RouterSpec, check_router
+from kvkeep.stack.routing.spec import RouterSpec, check_router, whole_router_paths
 from kvkeep.stack.servers.started import check_started, client_settings
 
 ENGINES_MAX = 64
@@ -120,8 +120,9 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Blocks of the engine's own KV cache, whatever its memory would hold."""
     eager: bool = True
     """False compiles the model at start: slower to start, and needs a C++ compiler."""
-    connector: Literal["kvkeep", "none"] | dict[str, Any] = "kvkeep"
-    """``kvkeep``, ``none``, or the engine's whole kv-transfer-config."""
+    connector: Literal["kvkeep", "nixl", "none"] | dict[str, Any] = "kvkeep"
+    """``kvkeep``, ``nixl`` (vLLM's own NixlConnector, for engines with a ``role``), ``none``, or a
+    whole kv-transfer-config."""
     connector_settings: dict[str, Any] = {}
     """Further settings of kvkeep's connector."""
     cartridges: bool = False
@@ -251,6 +252,18 @@ def make_exact(spec: StackSpec) -> StackSpec:
     return msgspec.structs.replace(spec, engines=engines)
 
 
+def with_whole_paths(spec: StackSpec) -> StackSpec:
+    """The daemon and the engines run in the state folder, and must mean the user's paths."""
+    socket, settings = spec.daemon.socket, dict(spec.daemon.settings)
+    if pool := settings.get("pool"):
+        settings["pool"] = os.path.abspath(os.path.expanduser(str(pool)))
+    if socket:
+        socket = os.path.abspath(os.path.expanduser(socket))
+    daemon = msgspec.structs.replace(spec.daemon, socket=socket, settings=settings)
+    router = None if spec.router is None else whole_router_paths(spec.router)
+    return msgspec.structs.replace(spec, daemon=daemon, router=router)
+
+
 def check_spec(spec: StackSpec) -> None:
     """Check what the types alone can't.
 
@@ -317,9 +330,9 @@ def _check_engine(engine: EngineSpec, field: str) -> None:
         raise InputError(
             f"{field}.block_tokens = {engine.block_tokens}: use a multiple of {BLOCK_TOKENS_UNIT}."
         )
-    if engine.server == "trtllm" and engine.connector == "kvkeep":
+    if engine.server == "trtllm" and engine.connector in ("kvkeep", "nixl"):
         raise InputError(
-            f"{field}.connector = kvkeep: kvkeep has no connector for TensorRT-LLM; "
+            f"{field}.connector = {engine.connector}: kvkeep has no connector for TensorRT-LLM; "
             "set connector: none, or server: vllm."
         )
     for argument in engine.args:

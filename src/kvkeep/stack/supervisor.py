@@ -16,10 +16,19 @@ from typing import Self
 import msgspec
 
 from kvkeep.model.errors import InputError, KvkeepError, UnavailableError
-from kvkeep.stack.engines import Launch, Placement, launch_daemon, launch_engine
-from kvkeep.stack.machine import HOST, check_machine, has_gpu, named_ports, size_pool
+from kvkeep.router.events.settings import EngineEvents
+from kvkeep.stack.engines import Launch, Placement, launch_daemon, launch_engine, launch_router
+from kvkeep.stack.machine import (
+    HOST,
+    assigned_cores,
+    assigned_gpus,
+    check_machine,
+    has_gpu,
+    named_ports,
+    size_pool,
+)
 from kvkeep.stack.models import Model, check_model, resolve_model
-from kvkeep.stack.parts import DaemonPart, EnginePart, Part, await_ready
+from kvkeep.stack.parts import DaemonPart, EnginePart, Part, Restartable, await_ready
 from kvkeep.stack.process import ProcessId, StackProcess, this_process
 from kvkeep.stack.progress import Progress
 from kvkeep.stack.record import (
@@ -27,17 +36,21 @@ from kvkeep.stack.record import (
     EngineRecord,
     FolderLock,
     ProcessRecord,
+    RouterRecord,
     StackRecord,
     State,
     clear,
     clear_recorded,
     write_record,
 )
+from kvkeep.stack.routing.on_demand import OnDemandEngines
+from kvkeep.stack.routing.part import RouterPart
+from kvkeep.stack.routing.spec import RouterSpec, router_values
 from kvkeep.stack.servers.launch import find_program, launch_server
 from kvkeep.stack.servers.part import ServerPart
 from kvkeep.stack.servers.ports import HeldPorts
 from kvkeep.stack.servers.started import find_started, with_ports
-from kvkeep.stack.spec import EngineSpec, StackSpec
+from kvkeep.stack.spec import EngineSpec, StackSpec, with_whole_paths
 
 Launcher = Callable[[EngineSpec, Placement], Launch]
 
@@ -67,16 +80,20 @@ class Stack:
             launcher: Makes an engine's command line; for engines kvkeep does not know.
         """
         folder = (state_dir or spec.state_path).expanduser().resolve()
-        self.spec = _with_whole_paths(msgspec.structs.replace(spec, state_dir=str(folder)))
+        self.spec = with_whole_paths(msgspec.structs.replace(spec, state_dir=str(folder)))
         self.folder = folder
         self.engines: dict[str, EnginePart] = {}
         self.servers: list[ServerPart] = []
+        self.on_demand: OnDemandEngines | None = None
+        """Engines that the router has started, and that whoever watches the stack has to see to."""
+        self._router: RouterPart | None = None
         self._daemon: DaemonPart | None = None
         self._is_pool_made = False
         self._progress = progress or Progress(quiet=True)
         self._launcher = launcher
         self._ports = HeldPorts(named_ports(spec).values())
         self._lock: FolderLock | None = None
+        self._events: dict[str, EngineEvents] = {}
         self._state: State = "starting"
         self._error = ""
         self._doing: dict[str, str] = {}
@@ -98,6 +115,22 @@ class Stack:
     def has_daemon(self) -> bool:
         """Whether `daemon` may be asked for."""
         return self._daemon is not None
+
+    @property
+    def router(self) -> RouterPart:
+        """The stack's router.
+
+        Raises:
+            InputError: The stack has none.
+        """
+        if self._router is None:
+            raise InputError(f"The stack {self.spec.name} has no router: write a section router.")
+        return self._router
+
+    @property
+    def has_router(self) -> bool:
+        """Whether `router` may be asked for."""
+        return self._router is not None
 
     @property
     def model_name(self) -> str:
@@ -132,12 +165,12 @@ class Stack:
     def _start(self) -> None:
         clear(self.folder)
         self._write()
-        check_model(self.spec.model)
+        for name in self.spec.models:
+            check_model(name)
+        models: dict[str, Model] = {}
         if any(engine.url is None for engine in self.spec.engines):
-            model = self._resolve_model()
-            self.spec = size_pool(self.spec, model)
-        else:
-            model = Model(location=self.spec.model, is_local=False)
+            models = self._resolve_models()
+            self.spec = size_pool(self.spec, next(iter(models.values())))
         check_machine(self.spec)
         for server in find_started(self.spec.daemon.tiers):
             find_program(server.kind)
@@ -145,15 +178,18 @@ class Stack:
             if self.spec.daemon.enabled:
                 self._start_servers()
                 self._start_daemon()
-            self._start_engines(model)
+            self._start_engines(models)
+            if self.spec.router is not None:
+                self._start_router(self.spec.router, models)
         self._state, self._doing = "ready", {}
         self._write()
 
-    def _resolve_model(self) -> Model:
+    def _resolve_models(self) -> dict[str, Model]:
+        """Every model by the name that the file has for it."""
         self._say("model", "is looked for, and converted the first time")
-        model = resolve_model(self.spec.model, progress=self._progress)
+        models = {name: resolve_model(name, progress=self._progress) for name in self.spec.models}
         self._doing.clear()
-        return model
+        return models
 
     def _start_servers(self) -> None:
         """Start the servers of tiers; from here on the spec has their ports."""
@@ -200,29 +236,71 @@ class Stack:
             more |= part.how.daemon_environment
         return launch_daemon(self.spec, metrics_port=metrics_port, more_environment=more)
 
-    def _start_engines(self, model: Model) -> None:
+    def _start_engines(self, models: dict[str, Model]) -> None:
+        """Start all but those on demand, and wait for them."""
+        gpus, cores = assigned_gpus(self.spec), assigned_cores(self.spec)
         for engine in self.spec.engines:
-            self.engines[engine.name] = self._make_engine(engine, model)
-        for part in self.engines.values():
+            placement = None
+            if engine.url is None:
+                placement = Placement(
+                    spec=self.spec,
+                    model=models[self.spec.model_of(engine)],
+                    port=engine.port or self._ports.take(),
+                    socket=self.spec.socket_path if engine.uses_kvkeep else "",
+                    gpu=has_gpu(),
+                    gpus=gpus.get(engine.name, ()),
+                    cores=cores.get(engine.name),
+                    side_channel_port=self._ports.take() if engine.connector == "nixl" else 0,
+                    events=self._place_events(engine),
+                )
+            self.engines[engine.name] = self._make_engine(engine, placement)
+        started = [self.engines[each.name] for each in self.spec.engines if not each.on_demand]
+        for part in started:
             part.begin()
-        self._await(list(self.engines.values()))
+        longest_s = [engine.start_timeout_s or 0.0 for engine in self.spec.engines]
+        self._await([*started], max(self.spec.start_timeout_s, *longest_s))
 
-    def _make_engine(self, engine: EngineSpec, model: Model) -> EnginePart:
-        port = engine.port
-        if engine.url is None and not port:
-            port = self._ports.take()
-        part = EnginePart(
-            engine.name,
-            engine.url or f"http://{HOST}:{port}",
-            model=None if engine.url else self.spec.model_name,
+    def _place_events(self, engine: EngineSpec) -> EngineEvents | None:
+        if self.spec.router is None or not self.spec.router.events:
+            return None
+        publish, replay = (f"tcp://{HOST}:{self._ports.take()}" for _ in range(2))
+        self._events[engine.name] = EngineEvents(publish=publish, replay=replay, bind=True)
+        return self._events[engine.name]
+
+    def _start_router(self, router: RouterSpec, models: dict[str, Model]) -> None:
+        """Start the router, and listen to what it wants started."""
+        on_demand = [self.engines[each.name] for each in self.spec.engines if each.on_demand]
+        if on_demand:
+            self.on_demand = OnDemandEngines(self.spec.on_demand_socket_path, on_demand)
+        more: dict[str, object] = {
+            "port": router.port or self._ports.take(),
+            "admin_port": router.admin_port or self._ports.take(),
+        }
+        if self._events:
+            more["tokenizer"] = next(iter(models.values())).location
+            more["block_tokens"] = self.spec.engines[0].block_tokens
+        urls = {name: part.url for name, part in self.engines.items()}
+        values = router_values(self.spec, urls, more, self._events)
+        self._router = RouterPart(
+            lambda: launch_router(values),
+            self.folder,
+            num_engines=len(self.engines) - len(on_demand),
+            drain_s=router.drain_s,
             start_timeout_s=self.spec.start_timeout_s,
             changed=self._write,
         )
-        if engine.url is None:
-            socket = self.spec.socket_path if engine.uses_kvkeep else ""
-            placement = Placement(
-                spec=self.spec, model=model, port=port, socket=socket, gpu=has_gpu()
-            )
+        self._router.begin()
+        self._await([self._router])
+
+    def _make_engine(self, engine: EngineSpec, placement: Placement | None) -> EnginePart:
+        part = EnginePart(
+            engine.name,
+            engine.url or f"http://{HOST}:{0 if placement is None else placement.port}",
+            model=None if engine.url else self.spec.served_name_of(engine),
+            start_timeout_s=engine.start_timeout_s or self.spec.start_timeout_s,
+            changed=self._write,
+        )
+        if placement is not None:
             part.will_start(lambda: self._launch_engine(engine, placement), self.folder)
         return part
 
@@ -232,25 +310,45 @@ class Stack:
             self._ports.let_go(placement.port)
         return launch
 
-    def _await(self, parts: list[Part]) -> None:
-        await_ready(parts, self.spec.start_timeout_s, self._progress, self._say)
+    def _await(self, parts: list[Part], timeout_s: float | None = None) -> None:
+        await_ready(parts, timeout_s or self.spec.start_timeout_s, self._progress, self._say)
 
     def _say(self, name: str, doing: str) -> None:
         self._doing[name] = doing
         self._write()
 
     def ended(self) -> list[Part]:
-        """Find the parts whose process ended without having been told to."""
+        """Find the parts whose process ended without having been told to.
+
+        Engines on demand are not among them: those see to themselves.
+        """
+        others = frozenset() if self.on_demand is None else self.on_demand.names
         return [
             part
             for part in self._parts()
+            if part.name not in others or part is not self.engines.get(part.name)
             if part.process is not None and not part.process.is_running()
         ]
+
+    @property
+    def restartable(self) -> list[Restartable]:
+        """Parts that may be started again alone; engines, where a router goes around them."""
+        daemon = [self._daemon] if self._daemon else []
+        found: list[Restartable] = [*self.servers, *daemon]
+        if self._router is not None:
+            found += [
+                self.engines[engine.name]
+                for engine in self.spec.engines
+                if engine.url is None and not engine.on_demand
+            ]
+            found.append(self._router)
+        return found
 
     def _parts(self) -> list[Part]:
         """Everything that was made, in the order of the start."""
         daemon = [self._daemon] if self._daemon else []
-        return [*self.servers, *daemon, *self.engines.values()]
+        router = [self._router] if self._router else []
+        return [*self.servers, *daemon, *self.engines.values(), *router]
 
     def stop(self) -> None:
         """Stop everything in reverse order of the start. Idempotent.
@@ -273,12 +371,17 @@ class Stack:
         clear(self.folder)  # also what an earlier stack left, if it came to nothing more
         clear_recorded(self.folder, self.record())
         self._state, self._error, self._doing = "failed", reason, {}
-        self._daemon, self.engines, self.servers = None, {}, []
+        self._daemon, self.engines, self.servers, self._router = None, {}, [], None
         self._write()
         self._unlock()
 
     def _end_processes(self) -> None:
-        """Engines together, for each takes a while, then the daemon, then what it talks to."""
+        """The router lets what runs come to its end, then all engines go, then what they use."""
+        if self._router is not None:
+            self._router.stop()
+        if self.on_demand is not None:
+            self.on_demand.close()
+            self.on_demand = None
         engines = [p.process for p in reversed(self.engines.values()) if p.process is not None]
         for process in engines:
             process.ask_stop()
@@ -321,13 +424,24 @@ class Stack:
             doing=dict(self._doing),
             daemon=self._daemon_record(),
             engines=[
-                EngineRecord(name=part.name, url=part.url, pid=_pid(part.process))
-                for part in self.engines.values()
+                _engine_record(self.spec, engine, self.engines[engine.name])
+                for engine in self.spec.engines
+                if engine.name in self.engines
             ],
+            router=self._router_record(),
+            drain_s=0.0 if self.spec.router is None else self.spec.router.drain_s,
             processes=[
                 entry for part in self._parts() if (entry := _process_record(part)) is not None
             ],
         )
+
+    def _router_record(self) -> RouterRecord | None:
+        router = self._router
+        if router is None:
+            return None
+        if not router.was_ready:
+            return RouterRecord(url="", admin_url="")
+        return RouterRecord(url=router.url, admin_url=router.admin_url)
 
     def _daemon_record(self) -> DaemonRecord | None:
         if self._daemon is None:
@@ -354,15 +468,15 @@ class Stack:
         return ""
 
 
-def _with_whole_paths(spec: StackSpec) -> StackSpec:
-    """The daemon and the engines run in the state folder, and must mean the user's paths."""
-    socket, settings = spec.daemon.socket, dict(spec.daemon.settings)
-    if pool := settings.get("pool"):
-        settings["pool"] = os.path.abspath(os.path.expanduser(str(pool)))
-    if socket:
-        socket = os.path.abspath(os.path.expanduser(socket))
-    daemon = msgspec.structs.replace(spec.daemon, socket=socket, settings=settings)
-    return msgspec.structs.replace(spec, daemon=daemon)
+def _engine_record(spec: StackSpec, engine: EngineSpec, part: EnginePart) -> EngineRecord:
+    name = spec.served_name_of(engine)
+    return EngineRecord(
+        name=part.name,
+        url=part.url,
+        pid=_pid(part.process),
+        model="" if name == spec.model_name else name,
+        on_demand=engine.on_demand,
+    )
 
 
 def _pid(process: StackProcess | None) -> int | None:

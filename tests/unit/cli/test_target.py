@@ -7,7 +7,7 @@ import pytest
 from kvkeep.cli.target import describe, find_folder
 from kvkeep.model.errors import InputError
 from kvkeep.stack.process import ProcessId
-from kvkeep.stack.record import DaemonRecord, EngineRecord, StackRecord
+from kvkeep.stack.record import DaemonRecord, EngineRecord, RouterRecord, StackRecord
 from kvkeep.stack.spec import default_state_dir
 
 
@@ -45,6 +45,7 @@ def test_a_machine_reads_the_addresses() -> None:
         model="m",
         daemon=DaemonRecord(socket="/s", metrics_url="http://d", pool="/p", keep_pool=False),
         engines=[EngineRecord(name="a", url="http://a", pid=8)],
+        router=RouterRecord(url="http://r", admin_url="http://r:1"),
     )
 
     assert describe(record, Path("/f")) == {
@@ -53,6 +54,7 @@ def test_a_machine_reads_the_addresses() -> None:
         "model": "m",
         "pid": 7,
         "engines": {"a": "http://a"},
+        "router": {"url": "http://r", "admin_url": "http://r:1"},
         "daemon": {"socket": "/s", "metrics_url": "http://d"},
         "logs": "/f/logs",
     }

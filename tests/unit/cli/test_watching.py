@@ -1,4 +1,4 @@
-"""How a daemon that ends is restarted while the engines are watched, with made-up parts."""
+"""How what ends is restarted while the rest is watched, with made-up parts."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 
 from kvkeep.cli import watching as module
 from kvkeep.model.errors import UnavailableError
+from kvkeep.stack.parts import EnginePart
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +46,23 @@ class FakePart:
         return answer
 
 
+class FakeEngine(FakePart, EnginePart):
+    """An engine that ended."""
+
+    process: Any = None
+
+    def __init__(self, name: str, *answers: bool | str) -> None:
+        FakePart.__init__(self, name, *answers)
+
+
 class FakeStack:
     """A stack whose parts end by a plan, one list a look."""
 
     def __init__(self, daemon: FakePart | None, *rounds: list[FakePart]) -> None:
         self.rounds = list(rounds)
-        self.daemon, self.has_daemon = daemon, daemon is not None
-        self.servers: list[FakePart] = []
+        self.restartable = [] if daemon is None else [daemon]
+        self.on_demand: Any = None
+        self.engines: dict[str, FakePart] = {"a": FakePart("a")}
 
     def ended(self) -> list[FakePart]:
         return self.rounds.pop(0)
@@ -71,7 +82,7 @@ def test_a_tiers_server_that_ends_is_restarted_beside_the_daemon(
     """It costs neither the daemon nor an engine."""
     daemon, server = FakePart("daemon"), FakePart("valkey-server", False, True)
     stack: Any = FakeStack(daemon, [server], [], [], [], [FakePart("a")])
-    stack.servers.append(server)
+    stack.restartable.append(server)
 
     with pytest.raises(UnavailableError, match="a ended"):
         module.watch(stack)
@@ -106,7 +117,7 @@ def test_a_daemon_that_can_t_be_restarted_costs_no_engine(
     assert daemon.num_begun == len(module.RESTART_DELAYS_S)
     assert "the daemon is restarted at once: it ended: it was killed" in said
     assert "the daemon is restarted in 1 s: its port is taken" in said
-    assert said.count("the daemon stays down, engines go on without it: no port") == 1
+    assert said.count("the daemon stays down, the others go on without it: no port") == 1
 
 
 def test_a_folder_that_is_gone_costs_no_engine(
@@ -150,3 +161,62 @@ def test_a_daemon_that_came_back_runs_on(capsys: pytest.CaptureFixture[str]) -> 
 
     assert daemon.num_begun == 1
     assert capsys.readouterr().err.endswith("the daemon is back\n")
+
+
+def test_an_engine_behind_a_router_is_restarted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its end is nobody's end but its own, until every engine is down for good."""
+    one, other = FakeEngine("a", False, True), FakeEngine("b", True)
+    stack: Any = FakeStack(None, [one], [], [], [other], [], [], [FakePart("stranger")])
+    stack.restartable, stack.engines = [one, other], {"a": one, "b": other}
+
+    with pytest.raises(UnavailableError, match="stranger ended"):
+        module.watch(stack)
+
+    said = capsys.readouterr().err
+    assert (one.num_begun, other.num_begun) == (1, 1)
+    assert ("the a is back" in said, "the b is back" in said) == (True, True)
+
+
+def test_a_stack_without_any_engine_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once no engine is left that could be started, whoever waits for the stack is told why."""
+    monkeypatch.setattr(module, "RESTART_DELAYS_S", (0.0,))
+    one, other = FakeEngine("a"), FakeEngine("b", *[True] * 20)
+    stack: Any = FakeStack(None, *([one] for _ in range(5)), *([one, other] for _ in range(9)))
+    stack.restartable, stack.engines = [one, other], {"a": one, "b": other}
+    other.answers = [True, "no memory"]
+
+    with pytest.raises(UnavailableError, match="no engine is left: "):
+        module.watch(stack)
+
+    assert one.num_begun == other.num_begun == 1
+    assert len(stack.rounds) > 0
+
+
+def test_a_part_that_ran_for_long_has_its_restarts_again() -> None:
+    """Rare crashes, weeks apart, never add up to an end."""
+    daemon, clock = FakePart("daemon", *[True] * 20), HandClock()
+    restarts = module.Restarts(daemon, clock)  # type: ignore[arg-type]
+    for _ in range(8):
+        for has_ended in (True, False, False):
+            restarts.look(has_ended=has_ended)
+        clock.time_s += module.STEADY_S
+
+    assert daemon.num_begun == 8
+    assert not restarts.has_given_up
+
+
+def test_engines_on_demand_are_seen_to_instead_of_sleeping() -> None:
+    """Orders of the router are heard while nothing else happens."""
+    waits: list[float] = []
+
+    class OnDemand:
+        def look(self, wait_s: float) -> None:
+            waits.append(wait_s)
+
+    stack: Any = FakeStack(None, [], [], [FakePart("a")])
+    stack.on_demand = OnDemand()
+
+    with pytest.raises(UnavailableError):
+        module.watch(stack)
+
+    assert len(waits) == 3

@@ -73,7 +73,7 @@ class PrefixAware:
         """
         self.index = index
         self._settings = settings or PrefixSettings()
-        self._is_approximate = is_approximate
+        self.is_approximate = is_approximate
         self._rates = PrefillRates()
         self._recent = RecentWork()
         self._rings = Rings()
@@ -203,7 +203,7 @@ class PrefixAware:
         reported = None
         if cached_tokens is not None:
             block_tokens = float(self.index.block_tokens)
-            if self._is_approximate and num_tokens:
+            if self.is_approximate and num_tokens:
                 block_tokens = max(1.0, num_tokens / len(prefix))
             # Rounded up: a full hit is reported a token or a block short of the prompt.
             reported = min(len(prefix), -int(-cached_tokens // block_tokens))

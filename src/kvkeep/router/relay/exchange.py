@@ -9,8 +9,8 @@ sent to a second one: a request that kills engines would kill them all.
 
 import asyncio
 from enum import Enum
-from typing import TYPE_CHECKING
 
+from kvkeep.router.handoff.seam import Asker, Leg, Unanswered
 from kvkeep.router.health.book import Outcome
 from kvkeep.router.policies.base import Choice
 from kvkeep.router.relay.answer import Answer
@@ -21,9 +21,6 @@ from kvkeep.router.request import RequestView
 from kvkeep.router.router import Ending, UnknownModelError
 from kvkeep.router.snapshot import Endpoint
 from kvkeep.router.usage import Usage, find_usage
-
-if TYPE_CHECKING:
-    from kvkeep.router.relay.server import ClientConnection
 
 OK = 200
 BUSY = 503
@@ -82,11 +79,15 @@ class Exchange:
         "_is_sent",
         "_keeps",
         "_last",
+        "_leg",
         "_line",
+        "_note",
+        "_outcome",
         "_pool",
         "_received_bytes",
         "_relay",
         "_request",
+        "_router",
         "_sent_bytes",
         "_sent_s",
         "_ticket",
@@ -98,10 +99,28 @@ class Exchange:
         "state",
     )
 
-    def __init__(self, client: "ClientConnection", request: Request, view: RequestView) -> None:
-        """Be new; ``begin`` routes it."""
+    def __init__(
+        self,
+        client: Asker,
+        request: Request,
+        view: RequestView,
+        leg: Leg | None = None,
+        note: str = "",
+    ) -> None:
+        """Be new; ``begin`` routes it.
+
+        Args:
+            client: Who gets the response.
+            request: What is asked.
+            view: What policies see of it.
+            leg: Who decides what is tried again; None: the rules above do.
+            note: What else the header X-Kvkeep-Route says, where there is no leg.
+        """
         self._client, self._request, self._view = client, request, view
         self._relay = client.relay
+        self._leg, self._note = leg, note
+        self._router = client.relay.router if leg is None else leg.router
+        self._outcome: Outcome | None = None
         self._answer: Answer | None = None
         self._connection: UpstreamConnection | None = None
         self._pool: EndpointPool | None = None
@@ -116,7 +135,7 @@ class Exchange:
         """The header that says how it was routed."""
         self._ticket = 0
         self._sent_s = 0.0
-        self._tried: list[Endpoint] = []
+        self._tried: list[Endpoint] = [] if leg is None else leg.tried
         self._had_stale = False
         self._keeps = False
         """Whether the client's connection stays, as its response's head says."""
@@ -134,11 +153,13 @@ class Exchange:
         relay = self._relay
         now_s = relay.clock.now_s()
         try:
-            choice = relay.router.route(self._view, now_s, self._tried)
+            choice = self._router.route(self._view, now_s, self._tried)
         except UnknownModelError as error:
             self._fail(404, f"no engine serves the model {str(error)!r}: see /v1/models")
             return
-        self._line = relay.route_line(choice)
+        leg = self._leg
+        note = self._note if leg is None else leg.note
+        self._line = relay.route_line(choice, self._router.policy.name, note)
         endpoint = choice.endpoint
         if endpoint is None:
             self._refuse(choice)
@@ -146,7 +167,9 @@ class Exchange:
         self._endpoint, self._choice, self._sent_s = endpoint, choice, now_s
         self._was_answered = False
         self._sent_bytes = self._received_bytes = 0
-        self._ticket = relay.router.began(self._view, choice, now_s)
+        self._ticket = self._router.began(self._view, choice, now_s)
+        if leg is not None:
+            leg.chosen(endpoint)
         self._pool = relay.pool_of(endpoint)
         connection = self._pool.take()
         if connection is None:
@@ -197,6 +220,8 @@ class Exchange:
                 out += b"Transfer-Encoding: chunked\r\n"
                 body = chunk(body)
         connection.transport.write(b"".join((out, b"\r\n", body)))
+        if self._leg is not None:
+            self._leg.began()
         if not request.is_whole:
             self._client.pump()
 
@@ -264,7 +289,9 @@ class Exchange:
         assert choice is not None
         now_s = relay.clock.now_s()
         self._was_answered = True
-        relay.router.first_byte(self._view, choice, now_s, now_s - self._sent_s)
+        self._router.first_byte(self._view, choice, now_s, now_s - self._sent_s)
+        if self._leg is not None:
+            self._leg.answered()
         fields = self._line
         self._keeps = self._keeps_client()
         if not self._keeps:
@@ -341,6 +368,8 @@ class Exchange:
         relay = self._relay
         if not self._request.is_whole or self._endpoint is None:
             return False
+        if self._leg is not None:
+            return True  # and it is the leg's to decide
         return relay.router.may_retry(self._view, [*self._tried, self._endpoint])
 
     def _try_elsewhere(self, status: int, message: str) -> None:
@@ -348,7 +377,7 @@ class Exchange:
         relay, endpoint = self._relay, self._endpoint
         assert endpoint is not None
         self._tried.append(endpoint)
-        is_allowed = relay.router.may_retry(self._view, self._tried)
+        is_allowed = self._leg is None and relay.router.may_retry(self._view, self._tried)
         if is_allowed and relay.router.take_retry(relay.clock.now_s()):
             self.begin()
             return
@@ -380,13 +409,19 @@ class Exchange:
     def _fail(self, status: int, message: str, retry_after_s: int | None = None) -> None:
         """Say so to a client that has nothing yet."""
         self._move(ExchangeState.OVER)
+        if self._leg is not None:
+            self._leg.failed(Unanswered(status, message, self._outcome))
+            return
         self._client.refuse(status, message, retry_after_s=retry_after_s, fields=self._line)
 
     def _ended(self, outcome: Outcome, usage: Usage | None = None) -> None:
         relay, choice = self._relay, self._choice
         assert choice is not None
         ending = Ending(outcome, self._was_answered, self._sent_bytes, self._received_bytes, usage)
-        relay.router.ended(self._view, choice, self._ticket, ending, relay.clock.now_s())
+        self._outcome = outcome
+        self._router.ended(self._view, choice, self._ticket, ending, relay.clock.now_s())
+        if self._leg is not None:
+            self._leg.ended(outcome)
 
     def _leave_upstream(self) -> None:
         connection, self._connection = self._connection, None
@@ -411,13 +446,17 @@ class Exchange:
 
     def client_lost(self) -> None:
         """The client left: the engine is told by the end of its connection, and nobody answers."""
+        self.cancel(Outcome.CLIENT_LEFT)
+
+    def cancel(self, outcome: Outcome) -> None:
+        """Give up, for this reason; neither client nor leg are told of a failure."""
         if self.state is ExchangeState.OVER:
             return
         had_endpoint = self.state is not ExchangeState.NEW
         self._leave_upstream()
         self._move(ExchangeState.OVER)
         if had_endpoint:
-            self._ended(Outcome.CLIENT_LEFT)
+            self._ended(outcome)
 
     def look(self, now_s: float, silence_s_max: float) -> None:
         """Give up on an engine that says nothing for too long."""

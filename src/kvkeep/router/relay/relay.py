@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from kvkeep.model.clock import Clock
 from kvkeep.router.limits.gate import Gate
@@ -24,6 +24,22 @@ LINES_MAX: Final = 4096
 """Of remembered X-Kvkeep-Route lines."""
 
 
+class Begins(Protocol):
+    """Who serves requests in a way of their own."""
+
+    def begin(self, client: ClientConnection, request: Request, view: RequestView) -> None:
+        """Serve a request that was let in."""
+        ...
+
+    def look(self, now_s: float) -> None:
+        """See to what may take too long and is no client's."""
+        ...
+
+    def close(self) -> None:
+        """End that at once."""
+        ...
+
+
 class Relay:
     """Everything that one listening address needs."""
 
@@ -43,9 +59,11 @@ class Relay:
         self._asks_keys = asks_keys
         self._prefixes = tuple(prefix.encode("ascii") for prefix in settings.prefixes)
         self._pools: dict[Endpoint, EndpointPool] = {}
-        self._lines: dict[tuple[str, str], bytes] = {}
+        self._lines: dict[tuple[str, str, str, str], bytes] = {}
         self._fleet_version = -1
         self._local = LocalAnswers(self)
+        self.handoffs: Begins | None = None
+        """Who serves requests by hand-off; None: each goes to one engine."""
         self.clients: set[ClientConnection] = set()
         self.connecting: set[asyncio.Task[UpstreamConnection]] = set()
         self.now_s = clock.now_s()
@@ -109,13 +127,13 @@ class Relay:
         """Whether clients may reach this path of an engine."""
         return path.startswith(self._prefixes)
 
-    def route_line(self, choice: Choice) -> bytes:
+    def route_line(self, choice: Choice, policy: str, note: str) -> bytes:
         """The header that says which endpoint was chosen, by which policy and why."""
         name = "none" if choice.endpoint is None else choice.endpoint.name
-        key = (name, choice.reason)
+        key = (name, choice.reason, policy, note)
         line = self._lines.get(key)
         if line is None:
-            text = f"{name}; {self.router.policy.name}; {choice.reason}"
+            text = f"{name}; {policy}; {choice.reason}" + (f"; {note}" if note else "")
             safe = "".join(letter if " " <= letter <= "~" else "?" for letter in text)
             if len(self._lines) >= LINES_MAX:
                 self._lines.clear()
@@ -141,12 +159,14 @@ class Relay:
         """See to everything that may take too long."""
         now_s = self.now_s = self.clock.now_s()
         self.gate.tick(now_s)
-        if self._prefixes_of is not None:
-            self._prefixes_of.look(now_s)
         if self.desk is not None:
             self.desk.tick(now_s)
+        if self._prefixes_of is not None:
+            self._prefixes_of.look(now_s)
         for client in list(self.clients):
             client.look(now_s)
+        if self.handoffs is not None:
+            self.handoffs.look(now_s)
         for pool in self._pools.values():
             pool.close_idle(now_s - self.settings.upstream_idle_s)
         if self._fleet_version != self.router.fleet.version:
@@ -182,6 +202,8 @@ class Relay:
             await asyncio.sleep(0)
         for client in list(self.clients):
             client.transport.abort()
+        if self.handoffs is not None:
+            self.handoffs.close()
         for task in list(self.connecting):
             task.cancel()
         await asyncio.gather(*self.connecting, return_exceptions=True)

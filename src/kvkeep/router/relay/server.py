@@ -228,7 +228,10 @@ class ClientConnection(asyncio.Protocol):
             self.send_request(request, view)
 
     def send_request(self, request: Request, view: RequestView) -> None:
-        """Send the request that is served to an engine."""
+        """Send the request that is served to an engine, or to two of them."""
+        if self.relay.handoffs is not None:
+            self.relay.handoffs.begin(self, request, view)
+            return
         self._served = exchange = Exchange(self, request, view)
         exchange.begin()
 

@@ -6,23 +6,18 @@ Blocking; one thread at a time may use it.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 
 from kvkeep.model.clock import SystemClock
 from kvkeep.stack.engines import Launch
-from kvkeep.stack.machine import is_port_free
 from kvkeep.stack.parts import PROBE_EVERY_S, Changed, RestartedPart, start_process
 from kvkeep.stack.process import STOP_GRACE_S, StackProcess
 from kvkeep.stack.readiness import make_client
 
 PROBED_S_MAX = 10.0
 """Time to probe its engines before it counts as ready without them."""
-
-Ports = tuple[int, int]
-"""For clients, and for the admin."""
 
 
 class RouterReady(msgspec.Struct, frozen=True):
@@ -32,18 +27,13 @@ class RouterReady(msgspec.Struct, frozen=True):
     url: str
     admin_url: str
 
-    @property
-    def ports(self) -> Ports:
-        """Of both addresses."""
-        return urlsplit(self.url).port or 0, urlsplit(self.admin_url).port or 0
-
 
 class RouterPart(RestartedPart):
     """One router in front of the engines."""
 
     def __init__(
         self,
-        launch: Callable[[Ports | None], Launch],
+        launch: Callable[[], Launch],
         folder: Path,
         *,
         num_engines: int,
@@ -54,7 +44,7 @@ class RouterPart(RestartedPart):
         """Prepare a router.
 
         Args:
-            launch: Makes its command, given the ports it must take, or None.
+            launch: Makes its command; the ports in it are always the same.
             folder: The stack's state folder.
             num_engines: It is ready when it has found so many that can be asked.
             drain_s: Requests may take so long when it is told to stop.
@@ -97,12 +87,9 @@ class RouterPart(RestartedPart):
         return self._ready
 
     def begin(self) -> None:
-        """Start it; a second start takes the ports it had, unless another program has them now."""
-        ports = None if self._ready is None else self._ready.ports
-        if ports is not None and not all(map(is_port_free, ports)):
-            ports = None
+        """Start it; `await_ready` waits for it."""
         self._heard_s = None
-        start_process(self.process, self._launch(ports), self._folder)
+        start_process(self.process, self._launch(), self._folder)
         self._changed()
 
     def is_ready(self) -> bool:

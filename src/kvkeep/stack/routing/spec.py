@@ -1,12 +1,13 @@
 """What a stack file says of its router, and what the router is told in its own settings."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from kvkeep.model.errors import InputError
+from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.settings import SECTIONS, PolicyName, Port, RouterSettings, load_settings
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 SETTINGS = "router.settings"
 _FILES = (("admin_key_file",), ("engines_file",), ("limits", "keys_file"))
 """Settings that name a file of the user's."""
+
+_ELSEWHERE = {"engines": "engines", "on_demand": "engines", "handoff": "router.handoff"}
+"""Settings of the router that a stack says in another place, and that place."""
 
 Values = dict[str, Any]
 
@@ -34,45 +38,57 @@ class RouterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """How long requests may still run when the stack goes down, in seconds."""
     limits: dict[str, Any] = {}
     """How much is taken on, and whose requests; docs/router-operations.md has the fields."""
+    handoff: dict[str, Any] = {}
+    """How prefill is handed off, where engines have a ``role``; docs/hand-off.md has the fields.
+    ``transport`` follows from the engines' ``connector``."""
+    events: bool = False
+    """With ``policy: prefix_aware``: prompts are cut into the engines' own blocks of tokens, and
+    engines tell the router what they hold, instead of a comparison of texts."""
     settings: dict[str, Any] = {}
     """Any further setting of the router, passed on."""
 
 
 def router_values(
-    router: RouterSpec,
-    members: Sequence[Values],
-    *,
-    on_demand: Values | None = None,
-    ports: tuple[int, int] | None = None,
+    spec: "StackSpec",
+    urls: Mapping[str, str],
+    more: Values,
+    events: Mapping[str, EngineEvents] | None = None,
 ) -> Values:
     """What the router is told, as its settings file says it.
 
     Args:
-        router: Of the stack.
-        members: Engines that are there from the start, as `kvkeep.router` announces them.
-        on_demand: Engines that start at their first request, and where to ask for them.
-        ports: Of clients and of the admin, instead of the section's.
+        spec: Of the stack; it has a router.
+        urls: Addresses of all engines, by name.
+        more: Further settings that the stack decides.
+        events: Where engines publish what they hold, by name.
 
     Raises:
         InputError: ``router.settings`` holds something the router does not take.
     """
-    port, admin_port = ports or (router.port, router.admin_port)
+    router = spec.router
+    assert router is not None
     own: Values = {
         "policy": router.policy,
         "host": router.host,
-        "port": port,
-        "admin_port": admin_port,
+        "port": router.port,
+        "admin_port": router.admin_port,
         "limits": router.limits,
-        "engines": list(members),
+        "engines": [
+            member_values(engine, urls[engine.name], events)
+            for engine in spec.engines
+            if not engine.on_demand
+        ],
+        **more,
     }
+    on_demand = on_demand_values(spec, urls)
     if on_demand is not None:
         own["on_demand"] = on_demand
-    places = {field: f"router.{field}" for field in own} | {
-        "engines": "engines",
-        "on_demand": "engines",
-    }
-    for field in places.keys() & router.settings.keys():
-        raise InputError(f"{SETTINGS}.{field}: write it as {places[field]} instead.")
+    transport = transport_of(spec)
+    if transport is not None:
+        own["handoff"] = {**router.handoff, "transport": transport}
+    for field in (own.keys() | _ELSEWHERE.keys()) & router.settings.keys():
+        place = _ELSEWHERE.get(field, f"router.{field}")
+        raise InputError(f"{SETTINGS}.{field}: write it as {place} instead.")
     relay = router.settings.get("relay", {})
     if not isinstance(relay, dict):
         raise InputError(f"{SETTINGS}.relay: it is a mapping of settings.")
@@ -100,14 +116,98 @@ def check_router(spec: "StackSpec") -> None:
         _check_engine(spec, engine, f"engines[{idx}]")
     if spec.router is None:
         return
-    placed = [
-        {"url": engine.url or f"http://127.0.0.1:{idx + 1}", "name": engine.name}
+    _check_roles(spec)
+    _check_events(spec, spec.router)
+    urls = {
+        engine.name: engine.url or f"http://127.0.0.1:{idx + 1}"
         for idx, engine in enumerate(spec.engines)
+    }
+    router_values(spec, urls, {})
+
+
+def member_values(
+    engine: "EngineSpec", url: str, events: Mapping[str, EngineEvents] | None = None
+) -> Values:
+    """An engine as the router's settings announce it."""
+    found: Values = {"url": url, "name": engine.name}
+    if engine.role != "serve":
+        found["role"] = engine.role
+    if events and engine.name in events:
+        found["events"] = msgspec.to_builtins(events[engine.name])
+    return found
+
+
+def on_demand_values(spec: "StackSpec", urls: Mapping[str, str]) -> Values | None:
+    """Engines that start at their first request, and where the router asks for them."""
+    listed = [
+        {
+            **member_values(engine, urls[engine.name]),
+            "models": [spec.served_name_of(engine)],
+            "idle_stop_s": engine.idle_stop_s,
+            "start_timeout_s": engine.start_timeout_s or spec.start_timeout_s,
+        }
+        for engine in spec.engines
+        if engine.on_demand
     ]
-    router_values(spec.router, placed)
+    return {"socket": spec.on_demand_socket_path, "engines": listed} if listed else None
+
+
+def transport_of(spec: "StackSpec") -> str | None:
+    """How blocks get from prefill to decode engines; None where no engine has a role."""
+    with_role = [engine for engine in spec.engines if engine.role != "serve"]
+    if not with_role:
+        if spec.router is not None and spec.router.handoff:
+            raise InputError(
+                "router.handoff: no engine has a role; give some role: prefill and others "
+                "role: decode, or leave handoff out."
+            )
+        return None
+    started = [engine.connector for engine in with_role if engine.url is None]
+    ours = {"kvkeep": "pool", "nixl": "nixl"}
+    own = {
+        ours[connector] for connector in started if isinstance(connector, str) and connector in ours
+    }
+    named = spec.router.handoff.get("transport") if spec.router is not None else None
+    if len(own) > 1 or (own and named is not None and own != {named}):
+        raise InputError(
+            "engines with a role: all need the connector of one transport, kvkeep (transport pool) "
+            "or nixl; give them the same."
+        )
+    return own.pop() if own else str(named or "pool")
+
+
+def _check_roles(spec: "StackSpec") -> None:
+    roles = {engine.role for engine in spec.engines}
+    for role, other in (("prefill", "decode"), ("decode", "prefill")):
+        if role in roles and other not in roles:
+            raise InputError(
+                f"engines: there is a role {role} and no {other}, and one is nothing without the "
+                f"other; give an engine role: {other}, or none a role."
+            )
+
+
+def _check_events(spec: "StackSpec", router: RouterSpec) -> None:
+    if not router.events:
+        return
+    if router.policy != "prefix_aware":
+        raise InputError(
+            f"router.events: policy {router.policy} has no use for them; set policy: prefix_aware."
+        )
+    started = [engine for engine in spec.engines if engine.url is None]
+    kinds = {(spec.model_of(engine), engine.block_tokens) for engine in started}
+    if len(kinds) != 1:
+        raise InputError(
+            "router.events: engines that tell of their blocks need one model and one block_tokens; "
+            "give all the same, or leave events out."
+        )
 
 
 def _check_engine(spec: "StackSpec", engine: "EngineSpec", field: str) -> None:
+    if engine.role != "serve" and spec.router is None:
+        raise InputError(
+            f"{field}.role = {engine.role}: a router hands requests from prefill to decode; write "
+            "a section router, or leave role out."
+        )
     if not engine.on_demand:
         return
     if spec.router is None:
@@ -137,7 +237,7 @@ def _check_engine(spec: "StackSpec", engine: "EngineSpec", field: str) -> None:
         )
 
 
-def with_whole_paths(router: RouterSpec) -> RouterSpec:
+def whole_router_paths(router: RouterSpec) -> RouterSpec:
     """The router runs in the state folder, and must mean the user's paths."""
     sections: dict[str, Values] = {"limits": dict(router.limits), "": dict(router.settings)}
     for path in _FILES:

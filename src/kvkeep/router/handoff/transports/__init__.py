@@ -1,0 +1,1 @@
+"""How a prefill engine's blocks get to a decode engine."""
