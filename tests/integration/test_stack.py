@@ -361,6 +361,22 @@ def test_a_detached_stack_runs_until_it_is_brought_down(stack_file: Path) -> Non
     assert start_ticks(found["pid"]) is None
 
 
+def test_a_stack_in_a_folder_of_its_own_is_found_by_its_name(
+    stack_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What messages tell a user to type works: `down` and `wait` with the name alone."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    found = json.loads(kvkeep("up", str(stack_file), "--detach", "--json", "--quiet").stdout)
+    wait = kvkeep("wait", "s", "--json", "--quiet")
+    down = kvkeep("down", "s", "--json")
+    down_again = kvkeep("down", "s", "--json")
+
+    assert json.loads(wait.stdout) == found
+    assert json.loads(down.stdout) == {"state": "down", "stopped": ["daemon"]}
+    assert json.loads(down_again.stdout) == {"state": "down", "stopped": []}
+    assert start_ticks(found["pid"]) is None
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_stack_in_the_foreground(stack_file: Path, number: int) -> None:
     """Ctrl-C and SIGTERM stop everything, and that is a success."""

@@ -7,7 +7,7 @@ import click
 
 from kvkeep.model.errors import InputError
 from kvkeep.stack.precedence import load_spec
-from kvkeep.stack.record import StackRecord
+from kvkeep.stack.record import StackRecord, noted_folder
 from kvkeep.stack.spec import default_state_dir
 
 
@@ -23,7 +23,7 @@ def find_folder(target: str, state_dir: Path | None) -> Path:
         return load_spec(target).state_path.expanduser().resolve()
     if "/" in target or target.endswith((".yaml", ".yml")):
         raise InputError(f"{target} is not there: name a stack, or its file.")
-    return default_state_dir(target).resolve()
+    return noted_folder(target) or default_state_dir(target).resolve()
 
 
 def describe(record: StackRecord, folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import platformdirs
 
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError, UnavailableError
@@ -113,6 +114,41 @@ def read_record(folder: Path) -> StackRecord | None:
         return None
 
 
+def note_folder(name: str, folder: Path) -> None:
+    """Leave word where the stack of this name keeps its state, for who knows its name alone.
+
+    Of two stacks of one name the latest counts. Where no note can be left, the stack is found by
+    its file.
+    """
+    note = _note_of(name)
+    partial = note.with_name(f"{name}.{os.getpid()}.partial")
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial.write_text(str(folder))
+        partial.rename(note)
+
+
+def noted_folder(name: str) -> Path | None:
+    """Where the stack of this name is, or was until it crashed; None if nobody left word."""
+    try:
+        folder = Path(_note_of(name).read_text())
+    except (OSError, ValueError):
+        return None
+    record = read_record(folder)
+    return folder if record is not None and record.name == name else None
+
+
+def _forget_folder(name: str, folder: Path) -> None:
+    note = _note_of(name)
+    with contextlib.suppress(OSError, ValueError):
+        if note.read_text() == str(folder):
+            _remove(note)
+
+
+def _note_of(name: str) -> Path:
+    return Path(platformdirs.user_state_dir("kvkeep")) / "places" / name
+
+
 class FolderLock:
     """Held by the one supervisor of a state folder; also a context manager."""
 
@@ -198,6 +234,7 @@ def clear_recorded(folder: Path, record: StackRecord) -> list[str]:
     now = read_record(folder)
     if now is None or now.supervisor == record.supervisor:  # not one that came after it
         _remove(folder / RECORD_NAME)
+        _forget_folder(record.name, folder)
     return ended
 
 

@@ -41,6 +41,7 @@ from kvkeep.stack.record import (
     State,
     clear,
     clear_recorded,
+    note_folder,
     write_record,
 )
 from kvkeep.stack.routing.on_demand import OnDemandEngines
@@ -165,6 +166,7 @@ class Stack:
     def _start(self) -> None:
         clear(self.folder)
         self._write()
+        note_folder(self.spec.name, self.folder)
         for name in self.spec.models:
             check_model(name)
         models: dict[str, Model] = {}

@@ -7,7 +7,16 @@ import pytest
 from kvkeep.cli.target import describe, find_folder
 from kvkeep.model.errors import InputError
 from kvkeep.stack.process import ProcessId
-from kvkeep.stack.record import DaemonRecord, EngineRecord, RouterRecord, StackRecord
+from kvkeep.stack.record import (
+    DaemonRecord,
+    EngineRecord,
+    RouterRecord,
+    StackRecord,
+    clear,
+    note_folder,
+    noted_folder,
+    write_record,
+)
 from kvkeep.stack.spec import default_state_dir
 
 
@@ -21,6 +30,38 @@ def test_a_file_names_its_folder(tmp_path: Path) -> None:
 
 def test_a_name_leads_to_the_default_folder() -> None:
     """A stack without a folder of its own is found by its name."""
+    assert find_folder("s", None) == default_state_dir("s").resolve()
+
+
+def test_a_name_leads_to_where_the_stack_said_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack with a folder of its own is found by its name for as long as it has a record."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    record = StackRecord(name="s", state="ready", supervisor=ProcessId(7, 1), model="m")
+    note_folder("s", folder)
+    assert find_folder("s", None) == default_state_dir("s").resolve()
+
+    write_record(folder, record)
+    assert find_folder("s", None) == folder
+    assert find_folder("another", None) == default_state_dir("another").resolve()
+
+    clear(folder)
+    assert noted_folder("s") is None
+    assert find_folder("s", None) == default_state_dir("s").resolve()
+    assert list((tmp_path / "home" / "kvkeep" / "places").iterdir()) == []
+
+
+def test_without_a_place_for_notes_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack starts all the same, and its name leads to the default folder."""
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    note_folder("s", tmp_path)
+
     assert find_folder("s", None) == default_state_dir("s").resolve()
 
 
