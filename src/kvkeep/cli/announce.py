@@ -9,9 +9,9 @@ import sys
 
 import aiohttp
 import click
-import msgspec
 
 from kvkeep.model.errors import InputError
+from kvkeep.model.settings.sources import checked
 from kvkeep.router.membership.etcd import EtcdSettings
 from kvkeep.router.membership.member import Member
 from kvkeep.router.membership.registration import Registration
@@ -35,13 +35,10 @@ def announce(url: str, etcd_urls: tuple[str, ...], prefix: str, ttl_s: int, **fi
     """
     if not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
         raise InputError(f"--ttl-s {ttl_s} is no lease: choose {TTL_S_MIN} to {TTL_S_MAX}")
-    try:
-        told = {"publish": fields.pop("events"), "replay": fields.pop("replay")}
-        events = {"events": told} if any(told.values()) else {}
-        member = msgspec.convert({"url": url, **fields, **events}, Member)
-        settings = msgspec.convert({"urls": list(etcd_urls), "prefix": prefix}, EtcdSettings)
-    except msgspec.ValidationError as error:
-        raise InputError(str(error)) from error
+    told = {"publish": fields.pop("events"), "replay": fields.pop("replay")}
+    events = {"events": told} if any(told.values()) else {}
+    member = checked(Member, {"url": url, **fields, **events})
+    settings = checked(EtcdSettings, {"urls": list(etcd_urls), "prefix": prefix})
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     asyncio.run(_announce(settings, member, ttl_s))
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvkeep.model.errors import InputError
+from kvkeep.model.settings.wording import wording_of
 
 
 class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,6 +43,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     handoff_wait_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 1.0
     """How long a request waits for blocks that a prefill engine named to it, in seconds; what has
     not come by then is computed."""
+    announce_blocks: bool = False
+    """Whether the engine's block events (vLLM's ``--kv-events-config``) also say what its stored
+    blocks are of, so that a router that hears the daemon knows their prompts."""
     start_wait_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 20.0
     """How long the start of the engine waits for the daemon before it goes on without."""
     copy_threads: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
@@ -56,10 +60,11 @@ def load_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
     Raises:
         InputError: One sentence that names the field and the mend.
     """
+    values = dict(extra)
     try:
-        return msgspec.convert(dict(extra), ConnectorSettings, strict=False)
+        return msgspec.convert(values, ConnectorSettings, strict=False)
     except msgspec.ValidationError as error:
         raise InputError(
-            f"kv_connector_extra_config is wrong: {error}; "
-            f"fields are {', '.join(ConnectorSettings.__struct_fields__)}"
+            "kv_connector_extra_config is wrong: "
+            f"{wording_of(str(error), values, ConnectorSettings)}"
         ) from error

@@ -22,19 +22,18 @@ from kvkeep.daemon.tier_settings import (
     with_names,
     with_sizes,
 )
-from kvkeep.model.errors import InputError
-from kvkeep.model.plain import check_plain
+from kvkeep.model.settings import sources
 from kvkeep.model.sizes import parse_bytes
 
 ENVIRONMENT_PREFIX = "KVKEEP_"
 ROUTER_PREFIX = "KVKEEP_ROUTER_"
 """The router's variables, which it checks itself: one environment may serve both."""
-_COMPLAINT = re.compile(r"^(.*) - at `\$\.(.+)`$")
-"""How msgspec words what does not fit."""
-FILE_BYTES_MAX = 1 << 20
-"""Of a settings file; a mistaken path must not fill the memory."""
-SHOWN_CHARS_MAX = 200
-"""Of a value that is refused."""
+_DAEMON = sources.Program(
+    name="daemon",
+    prefix=ENVIRONMENT_PREFIX,
+    not_its_own=(ROUTER_PREFIX,),
+    example="pool_bytes: 2GiB",
+)
 SOCKET_PATH_BYTES_MAX = 107
 """``sun_path`` of Linux, less its terminating zero (unix(7))."""
 
@@ -128,73 +127,12 @@ def load_settings(
     Raises:
         InputError: One sentence that names the field and the mend.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values.update(_read_file(file))
-    fields = {field.name for field in msgspec.structs.fields(DaemonSettings)}
-    for name, text in environment.items():
-        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(ROUTER_PREFIX):
-            field = name.removeprefix(ENVIRONMENT_PREFIX).lower()
-            if field not in fields:
-                raise InputError(
-                    f"the environment's {name} is not a setting of the daemon: unset it, "
-                    f"or choose from {', '.join(sorted(fields))}"
-                )
-            values[field] = text
-    values.update(flags)
-    unknown = sorted(str(name) for name in values if name not in fields)
-    if unknown:
-        raise InputError(
-            f"{unknown[0]!r} is not a setting of the daemon: "
-            f"choose from {', '.join(sorted(fields))}"
-        )
+    return sources.load_settings(DaemonSettings, _DAEMON, file, environment, flags, _prepare)
+
+
+def _prepare(values: dict[str, Any]) -> None:
+    """Understand sizes such as ``2GiB``."""
     if "pool_bytes" in values:
         values["pool_bytes"] = parse_bytes(values["pool_bytes"])
     if isinstance(values.get("tiers"), list):
         values["tiers"] = [with_sizes(tier) for tier in values["tiers"]]
-    try:
-        return msgspec.convert(values, DaemonSettings, strict=False)
-    except msgspec.ValidationError as error:
-        raise InputError(_name_field(str(error), values)) from error
-
-
-def _name_field(complaint: str, values: Mapping[str, object]) -> str:
-    """Put first what the user wrote, as it stands in the file."""
-    match = _COMPLAINT.match(complaint)
-    if match is None:
-        return complaint
-    said, name = match[1][0].lower() + match[1][1:], match[2]
-    if name not in values:
-        return f"{name} can't be: {said}"
-    return f"{name} = {_short(repr(values[name]))} can't be: {_short(said)}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARS_MAX else f"{text[:SHOWN_CHARS_MAX]}..."
-
-
-def _on_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        if file.exists() and not file.is_file():
-            raise InputError(f"{file} is not a file: name a YAML file of settings")
-        with file.open("rb") as opened:
-            text = opened.read(FILE_BYTES_MAX + 1)
-        if len(text) > FILE_BYTES_MAX:
-            raise InputError(f"{file} is larger than {FILE_BYTES_MAX} bytes: settings fit in less")
-        values = msgspec.yaml.decode(text)
-    except OSError as error:
-        raise InputError(f"{file} can't be read: {error.strerror}") from error
-    except RecursionError as error:
-        raise InputError(f"{file} is nested too deeply: make it flat") from error
-    except (msgspec.DecodeError, ValueError) as error:
-        raise InputError(f"{file} is not YAML: {_on_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{file} is not a mapping of settings: write lines such as 'pool_bytes: 2GiB'"
-        )
-    check_plain(values, str(file))
-    return values

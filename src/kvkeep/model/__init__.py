@@ -1,1 +1,1 @@
-"""Values and names; standard library only."""
+"""Values, names and settings: no sockets, no threads, no clock but its own."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvkeep.model.errors import InputError
-from kvkeep.model.plain import check_plain
+from kvkeep.model.settings import sources
 from kvkeep.router.events.block_events import BLOCK_TOKENS_MAX
 from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.handoff.settings import HandOffSettings
@@ -24,8 +24,7 @@ from kvkeep.router.relay.settings import RelaySettings
 from kvkeep.router.snapshot import Role
 
 ENVIRONMENT_PREFIX = "KVKEEP_ROUTER_"
-FILE_BYTES_MAX = 1 << 20
-"""Of a settings file; a mistaken path must not fill the memory."""
+_ROUTER = sources.Program(name="router", prefix=ENVIRONMENT_PREFIX, example="port: 8080")
 SECTIONS = ("engines", "etcd", "on_demand", "relay", "health", "limits", "events", "handoff")
 """Fields that the environment can't hold: they are more than one value."""
 
@@ -103,36 +102,25 @@ def load_settings(
     Raises:
         InputError: One sentence that names the field and the mend.
     """
-    values = {} if file is None else _read_file(file)
-    fields = {field.name for field in msgspec.structs.fields(RouterSettings)}
-    for name, text in environment.items():
-        if name.startswith(ENVIRONMENT_PREFIX):
-            values[name.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
-    values.update(flags)
+    settings = sources.load_settings(RouterSettings, _ROUTER, file, environment, flags, _prepare)
+    check_distinct(settings.engines, "the router's settings")
+    named = (settings.engines, settings.engines_file, settings.etcd, settings.on_demand)
+    if not any(named):
+        raise InputError("no engine is named: give URLs such as http://127.0.0.1:8000")
+    return settings
+
+
+def _prepare(values: dict[str, Any]) -> None:
+    """Understand what people write more shortly."""
     if "transport" in values:
         section = values.get("handoff")
         told = section if isinstance(section, dict) else {}
         values["handoff"] = {**told, "transport": values.pop("transport")}
-    unknown = sorted(str(name) for name in values if name not in fields)
-    if unknown:
-        raise InputError(
-            f"{unknown[0]!r} is not a setting of the router: "
-            f"choose from {', '.join(sorted(fields))}"
-        )
     if isinstance(values.get("engines"), list):
         values["engines"] = [
             {"url": engine} if isinstance(engine, str) else engine for engine in values["engines"]
         ]
     _add_handoff(values)
-    try:
-        settings = msgspec.convert(values, RouterSettings, strict=False)
-    except msgspec.ValidationError as error:
-        raise InputError(f"the router's settings are wrong: {error}") from error
-    check_distinct(settings.engines, "the router's settings")
-    sources = (settings.engines, settings.engines_file, settings.etcd, settings.on_demand)
-    if not any(sources):
-        raise InputError("no engine is named: give URLs such as http://127.0.0.1:8000")
-    return settings
 
 
 def _add_handoff(values: dict[str, Any]) -> None:
@@ -150,21 +138,3 @@ def _add_handoff(values: dict[str, Any]) -> None:
             "a hand-off needs engines for prefill and for decode, and no others: name them with "
             "--prefill URL and --decode URL, or role: prefill and role: decode"
         )
-
-
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        with file.open("rb") as opened:
-            text = opened.read(FILE_BYTES_MAX + 1)
-        if len(text) > FILE_BYTES_MAX:
-            raise InputError(f"{file} is larger than {FILE_BYTES_MAX} bytes: settings fit in less")
-        values = msgspec.yaml.decode(text)
-    except OSError as error:
-        raise InputError(f"{file} can't be read: {error.strerror}") from error
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"{file} is not YAML: {said}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file} is not a mapping of settings: write lines such as 'port: 8080'")
-    check_plain(values, str(file))
-    return values

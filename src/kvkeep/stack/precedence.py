@@ -15,6 +15,7 @@ import msgspec
 from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
 from kvkeep.model.errors import InputError
 from kvkeep.model.plain import check_plain
+from kvkeep.model.settings.wording import mend_of
 from kvkeep.model.sizes import parse_bytes
 from kvkeep.router.settings import ENVIRONMENT_PREFIX as ROUTER_PREFIX
 from kvkeep.stack.routing.spec import RouterSpec, environment_fields
@@ -217,10 +218,11 @@ def _sentence(text: str, values: Values) -> str:
     if missing:
         return f"{_join(path, missing[1])}: it is missing; write it."
     if path.endswith("name") and "regex" in what:
-        what = "expected letters, digits, dots, dashes and underscores, at most 63"
+        what = "write letters, digits, dots, dashes and underscores, at most 63"
     found = _at(values, path)
     shown = "" if found is None or isinstance(found, dict | list) else f" = {found}"
-    return f"{path or 'the stack file'}{shown}: {what[0].lower() + what[1:]}."
+    mend = mend_of(what, StackSpec, path) or what[0].lower() + what[1:]
+    return f"{path or 'the stack file'}{shown}: {mend}."
 
 
 def _unknown_field(path: str, name: str) -> str:

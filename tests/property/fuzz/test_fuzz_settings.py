@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvkeep.connector.settings import load_settings as load_connector_settings
-from kvkeep.daemon.settings import FILE_BYTES_MAX, DaemonSettings, load_settings
+from kvkeep.daemon.settings import DaemonSettings, load_settings
 from kvkeep.model.errors import InputError
+from kvkeep.model.settings.sources import FILE_BYTES_MAX
 from kvkeep.stack.precedence import load_spec
 from kvkeep.tiers.entry_names import checked_prefix, entry_name, parse_entry_name
 from kvkeep.tiers.wrappers.key_ring import KEY_BYTES, read_key_file

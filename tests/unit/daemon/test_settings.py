@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from kvkeep.daemon.settings import (
-    FILE_BYTES_MAX,
     DaemonSettings,
     load_settings,
     runtime_folder,
 )
 from kvkeep.model.errors import InputError
+from kvkeep.model.settings.sources import FILE_BYTES_MAX
 from kvkeep.model.sizes import parse_bytes
 
 
@@ -45,17 +45,23 @@ def test_what_is_no_size_is_refused(text: object) -> None:
             "'pool_byte' is not a setting of the daemon: choose from eviction, lease_s_max",
         ),
         ("1: 2", "'1' is not a setting"),
-        ("metrics_port: 99999", "metrics_port = 99999 can't be: expected `int` <= 65535"),
-        ("lease_s_max: .nan", "lease_s_max = nan can't be: expected `float` > 0.0"),
-        ("verify_on_start: maybe", "verify_on_start = 'maybe' can't be: expected `bool`, got"),
-        ("socket: 5", "socket = 5 can't be: expected `str`"),
+        (
+            "metrics_port: 99999",
+            "metrics_port = 99999 can't be: write a whole number of at most",
+        ),
+        ("lease_s_max: .nan", "lease_s_max = nan can't be: write a number above 0"),
+        ("verify_on_start: maybe", "verify_on_start = 'maybe' can't be: write true or false"),
+        ("socket: 5", "socket = 5 can't be: write text"),
         ("quotas: {a: 0.6, b: 0.5}", "quotas are more than 1 together: lower a share"),
         ("quotas: {a: .nan}", "quotas"),
-        ("quotas: {a: 1.5}", "quotas"),
-        ("quotas: {'': 0.5}", "quotas"),
+        ("quotas: {a: 1.5}", "quotas[...] can't be so: write a number of at most 1"),
+        ("quotas: {'': 0.5}", "a name in quotas can't be: write text of length 1 or more"),
         ("quotas: {others: 0.5}", "quotas can't name 'others'"),
-        ("quotas: 0.5", "quotas = 0.5 can't be: expected `object`, got `float`"),
-        ("pool_bytes: 1KiB", "pool_bytes = 1024 can't be: expected `int` >= 16777216"),
+        ("quotas: 0.5", "quotas = 0.5 can't be: write a mapping"),
+        (
+            "pool_bytes: 1KiB",
+            "pool_bytes = 1024 can't be: write a whole number of at least 16",
+        ),
         ("", "is not a mapping of settings"),
         ("- a", "is not a mapping of settings"),
         ("a: [", "is not YAML"),
@@ -71,7 +77,7 @@ def test_a_bad_file_is_one_sentence(text: str, sentence: str, tmp_path: Path) ->
         load_settings(file, {}, {})
 
     assert sentence in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert not set("\n`$") & set(str(caught.value))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_each_kind_is_understood(tmp_path: Path) -> None:
         ({"kind": "valkey", "url": "u", "num_threads": 0}, "num_threads"),
         ({"kind": "mooncake", "master": "m", "probation_share": 1.5}, "probation_share"),
         ({}, "kind"),
-        ("disk", "object"),
+        ("disk", "write a mapping"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, tier: object, said: str) -> None:
