@@ -151,9 +151,14 @@ class Handoffs:
             num_stored: Leading blocks that are in the pool or on their way there.
 
         Returns:
-            The ticket, or nothing where no block can be named.
+            The ticket, or nothing where no block can be named. Of a prompt without a full block
+            there is nothing to hand over, which is no failure: its ticket is empty.
         """
-        num_blocks = min(num_stored, request.num_prompt_tokens // self._block_tokens)
+        num_in_prompt = request.num_prompt_tokens // self._block_tokens
+        if not num_in_prompt:
+            self._count("offered", "", request)
+            return {FIELD: {"ticket": "", "tokens": 0}}
+        num_blocks = min(num_stored, num_in_prompt)
         if not num_blocks:
             self._count("not_offered", "no block of its prompt was stored", request)
             return {}

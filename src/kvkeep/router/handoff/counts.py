@@ -7,6 +7,7 @@ from kvkeep.router.handoff.plan import SKIPS
 
 OUTCOMES = {
     "handed_off": "requests whose response came from another engine than their prefill",
+    "empty": "requests whose prompt had no block to hand over",
     "fell_back": "requests that a decode engine did alone because the hand-off failed",
     "refused": "requests that the prefill engine, or this router, said are wrong",
     "failed": "requests that were answered with an error, or broke off",
@@ -51,7 +52,9 @@ class HandOffCounts:
 def outcome_of(machine: HandOff) -> str:
     """A key of ``OUTCOMES``; the machine is over."""
     if machine.state is HandOffState.DONE:
-        return "fell_back" if machine.fallback else "handed_off"
+        if machine.fallback:
+            return "fell_back"
+        return "empty" if machine.is_empty else "handed_off"
     if machine.state is HandOffState.ABORTED:
         return "aborted"
     return "refused" if machine.is_refused else "failed"

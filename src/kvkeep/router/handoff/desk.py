@@ -12,6 +12,7 @@ from kvkeep.router.handoff.plan import (
     PATHS,
     Facts,
     PlanError,
+    estimate_tokens,
     why_not_possible,
     why_not_worth,
 )
@@ -114,7 +115,7 @@ class HandOffDesk:
             client.refuse(400, str(error))
             return
         if body is not None and not reason:
-            reason = why_not_worth(self.facts_of(view), self.settings)
+            reason = why_not_worth(self.facts_of(view, body), self.settings)
         if body is None or reason:
             self._skip(client, request, view, reason)
             return
@@ -137,9 +138,11 @@ class HandOffDesk:
         body = JsonObject(request.body)
         return body, why_not_possible(body, self.settings)
 
-    def facts_of(self, view: RequestView) -> Facts:
+    def facts_of(self, view: RequestView, body: JsonObject) -> Facts:
         """What is known of a request's work."""
-        num_tokens = view.num_tokens or 0
+        # Whoever cut the prompt into blocks has counted better.
+        is_counted = view.prefix is not None and view.num_tokens is not None
+        num_tokens = (view.num_tokens or 0) if is_counted else estimate_tokens(body)
         if view.prefix is None or not self.settings.min_tokens:
             return Facts(num_tokens, num_tokens)
         try:
@@ -159,7 +162,7 @@ class HandOffDesk:
         body, reason = self._look_at(request)
         if body is None or reason:
             return reason
-        return why_not_worth(self.facts_of(view), self.settings) or "hand_off"
+        return why_not_worth(self.facts_of(view, body), self.settings) or "hand_off"
 
     def _skip(
         self, client: "ClientConnection", request: Request, view: RequestView, reason: str

@@ -13,6 +13,7 @@ from kvkeep.router.handoff.machine import Failure, FailureKind
 from kvkeep.router.handoff.plan import PARAMS
 from kvkeep.router.handoff.seam import Unanswered
 from kvkeep.router.handoff.splice import JsonObject, SpliceError
+from kvkeep.router.handoff.transports.base import Transport
 from kvkeep.router.health.book import FAILURES, Outcome
 from kvkeep.router.relay.framing import (
     CHUNKED,
@@ -162,6 +163,7 @@ class PrefillLeg(Aside):
         relay: "Relay",
         router: Router,
         tried: list[Endpoint],
+        transport: Transport,
         ended: Callable[["PrefillLeg"], None],
     ) -> None:
         """Report once, with ``offer``, ``refusal`` or ``failure``.
@@ -170,10 +172,11 @@ class PrefillLeg(Aside):
             relay: Exchanges it.
             router: Chooses among prefill engines.
             tried: Those that are not chosen any more.
+            transport: Knows an offer when it sees one.
             ended: Told when it is over.
         """
         super().__init__(relay, router, tried)
-        self._ended = ended
+        self._transport, self._ended = transport, ended
         self.offer: bytes | None = None
         self.refusal: bytes | None = None
         """A response that says what is wrong with the request, ready to be passed on."""
@@ -209,16 +212,17 @@ class PrefillLeg(Aside):
 
     def _find_offer(self, body: bytes) -> None:
         try:
-            self.offer = JsonObject(body).find(PARAMS)
+            offer = JsonObject(body).find(PARAMS)
         except SpliceError:
-            self.offer = None
-        if self.offer is None or self.offer == b"null":
+            offer = None
+        if offer is None or self._transport.decode_params(offer) is None:
             message = (
                 "prefill: the engine offers no blocks: start it with the connector of the "
                 "router's transport"
             )
             self._fail(FailureKind.NO_OFFER, 502, message)
         else:
+            self.offer = offer
             self._ended(self)
 
     def _fail(self, kind: FailureKind, status: int, message: str) -> None:

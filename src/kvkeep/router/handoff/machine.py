@@ -188,6 +188,7 @@ class HandOff:
         "deadline_s",
         "fallback",
         "history",
+        "is_empty",
         "is_refused",
         "state",
     )
@@ -217,6 +218,8 @@ class HandOff:
         """When ``tick`` has something to do; infinity where only the relay's own limits count."""
         self.fallback = ""
         """Why a decode engine computes the prompt; empty while none does."""
+        self.is_empty = False
+        """Whether the prompt has nothing to hand over; the decode engine computes it then."""
         self.is_refused = False
         """Whether the prefill engine said that the request is wrong."""
         self.history: deque[tuple[HandOffState, float]] = deque(maxlen=HISTORY_MAX)
@@ -254,6 +257,13 @@ class HandOff:
         self._offer, self._lease_end_s = offer, now_s + self._lease_s
         self._move(S.OFFERED, now_s, self._lease_end_s - self._settings.offer_margin_s)
         return self._decode(now_s)
+
+    def prefill_empty(self, now_s: float) -> Actions:
+        """The prefill engine is done, and the prompt has nothing that could be handed over."""
+        if self.state is not S.PREFILL_SENT:
+            return ()
+        self.is_empty = True
+        return self._send_decode(None, now_s)
 
     def prefill_refused(self, now_s: float) -> Actions:
         """The prefill engine says that the request is wrong; so would any other."""

@@ -29,6 +29,12 @@ _SAMPLES: Final = ("n", "best_of")
 _SEARCHES: Final = ("use_beam_search",)
 
 
+BYTES_PER_TOKEN: Final = 4
+"""Of text, roughly."""
+BYTES_PER_MESSAGE: Final = 32
+"""What JSON adds to a message's text, roughly."""
+
+
 class PlanError(Exception):
     """A request that is refused with 400; the text says why."""
 
@@ -41,6 +47,20 @@ class Facts:
     """Of the prompt, an estimate."""
     num_uncached: int
     """Of these, what the decode engine that would be chosen has to compute."""
+
+
+def estimate_tokens(body: JsonObject) -> int:
+    """Tokens of the prompt: of ids exactly so many, of text a guess."""
+    prompt, messages = body.find("prompt"), body.find("messages")
+    if prompt is not None:
+        if prompt[:1] == b"[" and b'"' not in prompt:
+            return prompt.count(b",") + 1
+        return len(prompt) // BYTES_PER_TOKEN
+    if messages is None:
+        return 0
+    overhead = BYTES_PER_MESSAGE * messages.count(b'"role"')
+    tools = body.find("tools") or b""
+    return max(0, len(messages) - overhead + len(tools)) // BYTES_PER_TOKEN
 
 
 def why_not_worth(facts: Facts, settings: HandOffSettings) -> str:

@@ -116,7 +116,11 @@ class HandedOff:
             self._request, self._body, desk.transport.prefill_params(), self._fields
         )
         leg = self._prefill = PrefillLeg(
-            desk.relay, desk.prefill_router, self._tried_prefill, self._prefill_ended
+            desk.relay,
+            desk.prefill_router,
+            self._tried_prefill,
+            desk.transport,
+            self._prefill_ended,
         )
         self._exchange = Exchange(leg, request, self.view, leg)
         self._exchange.begin()
@@ -135,14 +139,19 @@ class HandedOff:
             self._act(self._machine.decode_failed(refused, self._now_s))
             return
         params = None if offer is None else desk.transport.decode_params(offer)
-        self.note = f"fallback={self._machine.fallback}"
-        if offer is not None:
-            assert self._prefill is not None
-            name = "" if self._prefill.endpoint is None else self._prefill.endpoint.name
-            self.note = f"prefill={name} transport={desk.transport.name}"
+        self.note = self._note(offer)
         request = decode_request(self._request, self._body, params, self._fields)
         self._exchange = Exchange(self._client, request, self.view, self)
         self._exchange.begin()
+
+    def _note(self, offer: bytes | None) -> str:
+        """What the header says of the hand-off."""
+        machine, prefill = self._machine, self._prefill
+        if machine.fallback:
+            return f"fallback={machine.fallback}"
+        name = "none" if prefill is None or prefill.endpoint is None else prefill.endpoint.name
+        blocks = "" if offer is not None else " empty"
+        return f"prefill={name} transport={self._desk.transport.name}{blocks}"
 
     def _cancel(self, is_late: bool) -> None:
         exchange, self._exchange = self._exchange, None
@@ -189,7 +198,12 @@ class HandedOff:
             self._act(machine.prefill_refused(now_s))
         else:
             assert leg.offer is not None
-            self._act(machine.prefill_answered(leg.offer, now_s))
+            is_empty = self._desk.transport.is_empty(leg.offer)
+            self._act(
+                machine.prefill_empty(now_s)
+                if is_empty
+                else machine.prefill_answered(leg.offer, now_s)
+            )
 
     # --- The decode leg ---------------------------------------------------------------------------
 

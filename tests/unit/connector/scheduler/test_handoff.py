@@ -81,6 +81,19 @@ def test_a_prefill_is_stored_whole_whatever_the_limits_of_stores_say() -> None:
     assert engine.finish(request) == {"kvkeep": ticket(5)}
 
 
+def test_a_prompt_without_a_full_block_has_an_empty_ticket() -> None:
+    """There is nothing to hand over, and the router is told that nothing went wrong."""
+    engine = Engine()
+    sampling = SamplingParams(
+        max_tokens=4, extra_args={"kv_transfer_params": {"kvkeep": {"hand_off": "prefill"}}}
+    )
+    request = engine.arrive(make_request("p", BLOCK_TOKENS - 1, sampling_params=sampling))
+    assert engine.admit(request) == 0
+    engine.end(engine.step((request, BLOCK_TOKENS - 1)))
+
+    assert engine.finish(request) == {"kvkeep": {"ticket": "", "tokens": 0}}
+
+
 def test_what_the_pool_has_is_named_without_being_stored_again() -> None:
     """A prefix that another request left in the pool is as good as one that was stored now."""
     engine = Engine()

@@ -28,6 +28,13 @@ class Transport(Protocol):
         """What a prefill engine is told, as JSON."""
         ...
 
+    def is_empty(self, offer: bytes) -> bool:
+        """Whether an offer says that the prompt has nothing that could be handed over.
+
+        The decode engine then computes it, and nothing has failed.
+        """
+        ...
+
     def decode_params(self, offer: bytes) -> bytes | None:
         """What a decode engine is told, as JSON; None if this is no offer.
 

@@ -36,6 +36,10 @@ class NixlTransport:
         """As NixlConnector wants them."""
         return PREFILL_PARAMS
 
+    def is_empty(self, offer: bytes) -> bool:
+        """Never: the block of the last token is handed over too."""
+        return False
+
     def decode_params(self, offer: bytes) -> bytes | None:
         """The offer itself, byte by byte."""
         try:

@@ -23,13 +23,14 @@ class PoolTransport:
         """Have every full block of the prompt stored."""
         return PREFILL_PARAMS
 
+    def is_empty(self, offer: bytes) -> bool:
+        """Whether the prompt has no full block."""
+        ticket = _ticket(offer)
+        return ticket is not None and ticket.find("tokens") == b"0"
+
     def decode_params(self, offer: bytes) -> bytes | None:
         """The ticket, with what to do about it."""
-        try:
-            own = JsonObject(offer).find("kvkeep")
-            ticket = None if own is None else JsonObject(own)
-        except SpliceError:
-            return None
+        ticket = _ticket(offer)
         if ticket is None or ticket.find("ticket") is None:
             return None
         return b'{"kvkeep":%b}' % ticket.edited({"hand_off": b'"decode"'})
@@ -37,3 +38,11 @@ class PoolTransport:
     def release_body(self, offer: bytes) -> None:
         """Blocks in the pool are held for nobody."""
         return
+
+
+def _ticket(offer: bytes) -> JsonObject | None:
+    try:
+        own = JsonObject(offer).find("kvkeep")
+        return None if own is None else JsonObject(own)
+    except SpliceError:
+        return None
