@@ -169,6 +169,6 @@ def up_stack(values: dict[str, Any], *files: str) -> Iterator[UpStack]:
 
 
 if __name__ == "__main__":
-    up.Stack = functools.partial(Stack, launcher=launch)  # type: ignore[assignment,misc]
+    vars(up)["Stack"] = functools.partial(Stack, launcher=launch)
     spec = make_spec(json.loads(sys.argv[1]), environment={})
     sys.exit(up._run(spec, as_json=True, quiet=True))

@@ -94,8 +94,9 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     idle_stop_s: Annotated[float, msgspec.Meta(ge=0, le=31_536_000)] = 900.0
     """An engine on demand that has had nothing to do for so long is stopped; 0: never."""
     start_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] | None = None
-    """Longest wait for it to be ready, in seconds, also of a request on demand; left out: as the
-    stack says."""
+    """Longest wait for it to be ready, in seconds; left out: as the stack says."""
+    start_wait_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 120.0
+    """A request waits for its start so long at most, in seconds; then 503 with Retry-After."""
     gpus: Annotated[int, msgspec.Meta(ge=0, le=64)] | list[int | str] | None = None
     """How many GPUs it gets for itself, or which, such as ``[0]``; left out: one for each rank."""
     kv_cache_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 46)] | None = None

@@ -1,5 +1,6 @@
 """How what ends is restarted while the rest is watched, with made-up parts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -58,13 +59,13 @@ class FakeEngine(FakePart, EnginePart):
 class FakeStack:
     """A stack whose parts end by a plan, one list a look."""
 
-    def __init__(self, daemon: FakePart | None, *rounds: list[FakePart]) -> None:
+    def __init__(self, daemon: FakePart | None, *rounds: Sequence[FakePart]) -> None:
         self.rounds = list(rounds)
         self.restartable = [] if daemon is None else [daemon]
         self.on_demand: Any = None
         self.engines: dict[str, FakePart] = {"a": FakePart("a")}
 
-    def ended(self) -> list[FakePart]:
+    def ended(self) -> Sequence[FakePart]:
         return self.rounds.pop(0)
 
 

@@ -159,7 +159,7 @@ class StartDesk:
         engine = self._find(model)
         if engine is None or self._is_draining or self._is_served(engine, model):
             return None
-        waiting = Waiting(decided, now_s + engine.member.start_timeout_s)
+        waiting = Waiting(decided, now_s + engine.member.start_wait_s)
         if engine.phase is Phase.RESTING and now_s < engine.rest_until_s:
             left_s = ceil(engine.rest_until_s - now_s)
             decided(_refusal(f"could not be started ({engine.doing})", engine, left_s))

@@ -55,7 +55,7 @@ class OnDemandMember(Member, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Models that it will serve."""
     idle_stop_s: Annotated[float, msgspec.Meta(ge=0)] = 900.0
     """It is stopped after so many seconds without a request; 0: never."""
-    start_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
+    start_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 120.0
     """A request waits for it so long at most, in seconds."""
 
 

@@ -144,7 +144,7 @@ def on_demand_values(spec: "StackSpec", urls: Mapping[str, str]) -> Values | Non
             **member_values(engine, urls[engine.name]),
             "models": [spec.served_name_of(engine)],
             "idle_stop_s": engine.idle_stop_s,
-            "start_timeout_s": engine.start_timeout_s or spec.start_timeout_s,
+            "start_wait_s": engine.start_wait_s,
         }
         for engine in spec.engines
         if engine.on_demand

@@ -11,7 +11,7 @@ from kvkeep.router.on_demand.desk import REST_S, STARTS_MAX, WAITING_MAX, StartD
 from kvkeep.router.on_demand.starter import OnDemandMember, StartNews, StartState
 from kvkeep.router.snapshot import Endpoint, Fleet
 
-IDLE_S, TIMEOUT_S = 60.0, 20.0
+IDLE_S, WAIT_S = 60.0, 20.0
 
 
 class Scene:
@@ -68,7 +68,7 @@ def member(name: str, *models: str) -> OnDemandMember:
         name=name,
         models=list(models),
         idle_stop_s=IDLE_S,
-        start_timeout_s=TIMEOUT_S,
+        start_wait_s=WAIT_S,
     )
 
 
@@ -114,7 +114,7 @@ def test_a_request_waits_no_longer_than_its_time() -> None:
     scene = Scene()
     scene.ask()
     scene.tell("starting", "loading the model")
-    scene.tick(TIMEOUT_S - 0.1)
+    scene.tick(WAIT_S - 0.1)
     early = list(scene.answers)
     scene.tick(0.2)
 
@@ -156,7 +156,7 @@ def test_a_start_for_nobody_is_not_tried_again() -> None:
     assert waiting is not None
     scene.desk.leave(waiting)
     scene.tell("failed", "no memory")
-    scene.tick(TIMEOUT_S * 2)
+    scene.tick(WAIT_S * 2)
 
     assert scene.orders == [("start", "e")]
     assert scene.answers == []

@@ -69,7 +69,7 @@ def test_the_router_s_own_variables_count() -> None:
 def test_an_engine_on_demand_is_not_there_from_the_start() -> None:
     """The router knows its model, where to ask for it, and when to have it stopped."""
     engine = {"name": "c", "on_demand": True, "idle_stop_s": 60, "served_model_name": "later"}
-    stack = spec([{"name": "a"}, {**engine, "start_timeout_s": 9}])
+    stack = spec([{"name": "a"}, {**engine, "start_wait_s": 9}])
 
     settings = load_settings(None, {}, told(stack))
 
@@ -77,7 +77,7 @@ def test_an_engine_on_demand_is_not_there_from_the_start() -> None:
     assert settings.on_demand is not None
     (found,) = settings.on_demand.engines
     assert (found.title, found.models, found.idle_stop_s) == ("c", ["later"], 60.0)
-    assert found.start_timeout_s == 9.0
+    assert found.start_wait_s == 9.0
     assert settings.on_demand.socket == stack.on_demand_socket_path
 
 
@@ -183,6 +183,7 @@ def test_the_transport_follows_from_the_connectors(connector: str, transport: st
     settings = load_settings(None, {}, told(spec(engines, handoff={"min_tokens": 9})))
 
     assert [each.role for each in settings.engines] == [Role.PREFILL, Role.DECODE]
+    assert settings.handoff is not None
     assert (settings.handoff.transport, settings.handoff.min_tokens) == (transport, 9)
 
 
