@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from kvkeep.model.errors import InputError
+from kvkeep.router.events.settings import EngineEvents
 from kvkeep.stack import engines
 from kvkeep.stack.engines import Placement, launch_daemon, launch_engine
 from kvkeep.stack.models import Model
@@ -22,11 +23,17 @@ def _everything_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
 
 
-def launch(gpu: bool = False, is_local: bool = True, **fields: Any) -> engines.Launch:
-    engine = EngineSpec(name="a", cpus=[0, 1], **fields)
+def launch(
+    gpu: bool = False,
+    is_local: bool = True,
+    places: dict[str, Any] | None = None,
+    **fields: Any,
+) -> engines.Launch:
+    engine = EngineSpec(**{"name": "a", "cpus": [0, 1]} | fields)
     spec = StackSpec(name="s", engines=[engine], served_model_name="m")
     model = Model(location="/models/m", is_local=is_local)
-    placement = Placement(spec=spec, model=model, port=8201, socket="/run/k.sock", gpu=gpu)
+    known: dict[str, Any] = {"port": 8201, "socket": "/run/k.sock", "gpu": gpu}
+    placement = Placement(spec=spec, model=model, **known | (places or {}))
     return launch_engine(engine, placement)
 
 
@@ -133,6 +140,69 @@ def test_a_gpu_engine_takes_the_memory_it_finds(monkeypatch: pytest.MonkeyPatch)
 
     assert "VLLM_CPU_OMP_THREADS_BIND" not in made.environment
     assert "--kv-cache-memory-bytes" not in made.command
+
+
+@pytest.mark.parametrize("server", ["vllm", "trtllm"])
+def test_an_engine_sees_its_own_gpus(server: str) -> None:
+    """What it was given, unless its own environment says otherwise."""
+    places = {"gpus": ("2", "3")}
+    fields: dict[str, Any] = {"gpu": True, "server": server, "connector": "none"}
+
+    assert launch(places=places, **fields).environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+    own = launch(places=places, env={"CUDA_VISIBLE_DEVICES": "7"}, **fields)
+    assert own.environment["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_an_engine_computes_on_its_share_of_the_cores() -> None:
+    """Where its fields name none; each of its ranks has as many."""
+    made = launch(places={"cores": [2, 3, 4, 5]}, cpus=None, tensor_parallel=2)
+
+    assert made.environment["VLLM_CPU_OMP_THREADS_BIND"] == "2,3|4,5"
+
+
+@pytest.mark.parametrize(("gpu", "device"), [(False, "cpu"), (True, None)])
+def test_nixl_is_vllm_s_own(gpu: bool, device: str | None) -> None:
+    """Stock connector, with a port of this engine's own for its side channel."""
+    made = launch(gpu=gpu, places={"side_channel_port": 5701}, connector="nixl")
+
+    config = json.loads(value_of(made.command, "--kv-transfer-config") or "{}")
+    assert (config["kv_connector"], config["kv_role"]) == ("NixlConnector", "kv_both")
+    assert config.get("kv_buffer_device") == device
+    assert made.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5701"
+    assert made.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+
+
+def test_events_go_to_the_router_on_loopback() -> None:
+    """The engine connects, for it would listen on every interface."""
+    events = EngineEvents(publish="tcp://127.0.0.1:1", replay="tcp://127.0.0.1:2", bind=True)
+
+    config = json.loads(
+        value_of(launch(places={"events": events}).command, "--kv-events-config") or "{}"
+    )
+
+    assert config == {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": "tcp://127.0.0.1:1",
+        "replay_endpoint": "tcp://127.0.0.1:2",
+    }
+    assert value_of(launch().command, "--kv-events-config") is None
+
+
+def test_an_engine_is_called_by_its_own_model() -> None:
+    """The name that its clients ask for."""
+    assert value_of(launch(model="o/m").command, "--served-model-name") == "o/m"
+
+
+def test_a_router_s_settings_are_in_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables have been heard already, and must not be heard again."""
+    monkeypatch.setenv("KVKEEP_ROUTER_PORT", "9")
+
+    made = engines.launch_router({"port": 8080})
+
+    assert json.loads(made.files["router.yaml"]) == {"port": 8080}
+    assert "KVKEEP_ROUTER_PORT" not in made.environment
+    assert made.command[-3:] == ["route", "--config", "router.yaml"]
 
 
 @pytest.mark.parametrize(("is_local", "offline"), [(True, "1"), (False, None)])

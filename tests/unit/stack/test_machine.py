@@ -12,6 +12,7 @@ import pytest
 from kvkeep.model.errors import InputError
 from kvkeep.stack import machine
 from kvkeep.stack.models import Model
+from kvkeep.stack.routing.spec import RouterSpec
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec
 
 GIB = 1 << 30
@@ -103,6 +104,36 @@ def test_a_gpu_engine_s_cache_is_not_this_machine_s_memory(
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
 
     machine.check_machine(stack({"kv_cache_bytes": 60 * GIB}))
+
+
+def test_too_few_gpus_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that say how many they need are not started on fewer."""
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "find_gpus", lambda: ["0"])
+
+    with pytest.raises(InputError, match="engine e1: it needs 2 GPUs"):
+        machine.check_machine(stack({}, {"gpus": 2}))
+    assert machine.assigned_gpus(stack({}, {})) == {}
+    assert machine.assigned_gpus(stack({"gpus": 1})) == {"e0": ("0",)}
+
+
+def test_cores_are_shared_out_behind_a_router() -> None:
+    """Its engines work at the same time; without one each has them all."""
+    plain = stack({}, {})
+
+    assert machine.assigned_cores(plain) == {}
+    routed = msgspec.structs.replace(plain, router=RouterSpec())
+    assert machine.assigned_cores(routed) == {"e0": [0], "e1": [1]}
+
+
+def test_the_router_s_ports_are_looked_at() -> None:
+    """One that is taken is refused like an engine's."""
+    routed = msgspec.structs.replace(stack({}), router=RouterSpec(port=8201))
+
+    with pytest.raises(
+        InputError, match=r"router\.port = 8201: another program uses this TCP port"
+    ):
+        machine.check_machine(routed)
 
 
 def test_a_pool_that_is_there_already_needs_no_new_room(
