@@ -32,6 +32,8 @@ TIMEOUT_S = 1.0
 """Of every tier for one call."""
 PATIENCE_S = 3.0
 """Beyond what was announced, on a busy machine; far from hung."""
+CONFIG = "daemon.yaml"
+"""Name of a daemon's settings file."""
 QUESTIONS = 4
 """Asked of a broken medium: the first is answered late, the last not any more."""
 BACK_TIMEOUT_S = 30.0
@@ -182,7 +184,7 @@ class Site:
 
 def write_config(folder: Path, tiers: Sequence[dict[str, object]]) -> Path:
     """A daemon's settings file with these tiers."""
-    config = folder / "daemon.yaml"
+    config = folder / CONFIG
     config.write_text(json.dumps({"tiers": list(tiers), "planner": "load"}))
     return config
 

@@ -10,11 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from kvkeep.cli.main import main
 from kvkeep.client.prefixes import Answer, PrefixLease
 from kvkeep.model.ids import BlockHash, Namespace
 from kvkeep.testing.tcp_proxy import NetworkFault, Towards
 from tests.fault.media import (
+    BACK_TIMEOUT_S,
+    CONFIG,
     S3_ENVIRONMENT,
     Medium,
     Site,
@@ -38,6 +42,8 @@ MID_BYTES = 10 * LAYOUT.block_bytes + LAYOUT.block_bytes // 2
 """In the middle of a value, in the middle of a prefix."""
 SLOW_BYTES_PER_S = 2 << 20
 """The prefix takes 0.2 s then, more than ten times what it takes otherwise."""
+IN_A_FIRST_VALUE_BYTES = 2048
+"""Of answers: behind eight short ones to writes, in the first value that is read."""
 SERVERS = ["valkey", "object_store", "mooncake"]
 
 
@@ -112,6 +118,64 @@ def test_a_network_that_breaks_in_mid_value(
     medium.relay.heal()
 
     site.wait_for_service(HASHES)
+
+
+# --- Before a tier serves -------------------------------------------------------------------------
+
+
+def tier_status(site: Site) -> dict[str, object]:
+    """What the daemon says of its tier; nothing if it has none."""
+    tiers: list[dict[str, object]] = site.daemon.status()["movement"]["tiers"]
+    return tiers[0] if tiers else {}
+
+
+def told_by_doctor(site: Site, config: Path) -> str:
+    """What ``kvkeep doctor`` prints of the daemon's tiers."""
+    environment = {"KVKEEP_SOCKET": site.daemon.socket}
+    return CliRunner().invoke(main, ["doctor", "--config", str(config)], env=environment).stdout
+
+
+@pytest.mark.parametrize("medium", ["valkey", "object_store"], indirect=True)
+def test_a_server_that_is_away_at_first_is_proven_when_it_answers(
+    medium: Medium, tmp_path: Path
+) -> None:
+    """Nothing is taken from it before; then what was stored meanwhile goes there too."""
+    assert medium.server is not None
+    medium.server.kill()
+    with running_site(medium, tmp_path) as site:
+        assert tier_status(site)["proof"] == "awaited"
+        site.worker.store(HASHES)
+        said = told_by_doctor(site, tmp_path / CONFIG)
+        assert "not used before it has given bytes back" in said or "left alone" in said
+        medium.restart()
+        wait_until(lambda: tier_status(site)["proof"] == "done", "proven", BACK_TIMEOUT_S)
+        wait_until(
+            lambda: site.daemon.counter("blocks_cascaded") >= len(HASHES),
+            "what was stored meanwhile is there",
+            BACK_TIMEOUT_S,
+        )
+        site.wait_for_service(HASHES)
+
+
+@pytest.mark.parametrize("medium", ["valkey"], indirect=True)
+def test_a_server_that_first_answers_with_other_bytes_is_switched_off(
+    medium: Medium, tmp_path: Path
+) -> None:
+    """Named and counted; the daemon serves from its pool."""
+    assert medium.relay is not None
+    medium.relay.strike(NetworkFault.REFUSED)
+    with running_site(medium, tmp_path) as site:
+        assert tier_status(site)["proof"] == "awaited"
+        flipped = medium.relay.strike(NetworkFault.BIT_FLIP, after_bytes=IN_A_FIRST_VALUE_BYTES)
+        wait_until(lambda: not tier_status(site), "switched off", BACK_TIMEOUT_S)
+
+        assert flipped.is_set()
+        failed = site.daemon.status()["movement"]["failed"]
+        assert "gave back other bytes than it was given" in failed["valkey"]
+        assert site.daemon.counter("tier_proofs_failed") == 1
+        assert "gave back other bytes" in told_by_doctor(site, tmp_path / CONFIG)
+        site.worker.store(HASHES)
+        assert site.serve(HASHES) == len(HASHES)
 
 
 # --- What is on the disk --------------------------------------------------------------------------

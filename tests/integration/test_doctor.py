@@ -86,5 +86,6 @@ def is_found(daemon: Daemon, worker: Worker, config: Path, kind: str, level: str
     worker.store(hashes_of(10 * daemon.counter("blocks_stored") + 1, 4))
     code, found = report(config, kind)
     assert code == (found["level"] == "fail")
-    assert found["level"] != "fail" or "left alone" in found["text"]
+    said = ("left alone", "has not answered yet")  # Mooncake's client takes a second to start
+    assert found["level"] != "fail" or any(text in found["text"] for text in said)
     return bool(found["level"] == level)

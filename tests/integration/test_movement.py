@@ -211,7 +211,7 @@ def hanging_tier(kind: str, port: int) -> dict[str, object]:
         case "valkey":
             return patience | {"url": f"valkey://127.0.0.1:{port}"}
         case "object_store":
-            return patience | {"url": "s3://kv", "endpoint": f"http://127.0.0.1:{port}"}
+            return patience | {"url": "s3://kv1", "endpoint": f"http://127.0.0.1:{port}"}
         case _:
             return patience | {"master": f"127.0.0.1:{port}"}
 

@@ -88,9 +88,7 @@ def rows_of(status: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "tier": tier["name"],
-                "state": "open"
-                if tier["breaker"] == "closed"
-                else f"left alone ({tier['breaker']})",
+                "state": _state_of(tier),
                 "num_blocks": tier["num_values"],
                 "used_bytes": tier["used_bytes"],
                 "capacity_bytes": tier["capacity_bytes"],
@@ -103,6 +101,12 @@ def rows_of(status: dict[str, Any]) -> list[dict[str, Any]]:
         none = dict.fromkeys(("num_blocks", "used_bytes", "capacity_bytes", "bytes_per_s"))
         rows.append({"tier": kind, "state": reason, **none, "num_asked": 0, "num_hits": 0})
     return rows
+
+
+def _state_of(tier: dict[str, Any]) -> str:
+    if tier["breaker"] != "closed":
+        return f"left alone ({tier['breaker']})"
+    return "not proven yet" if tier["proof"] == "awaited" else "open"
 
 
 def _open_tiers(connection: Connection) -> list[str]:

@@ -36,6 +36,7 @@ from kvkeep.cli.findings import (
     warn,
 )
 from kvkeep.cli.status import readable_bytes
+from kvkeep.daemon.movement.lower_tier import LowerTier
 from kvkeep.daemon.movement.opening import open_tier
 from kvkeep.daemon.movement.proving import prove_tier
 from kvkeep.daemon.settings import DaemonSettings, load_settings
@@ -46,7 +47,6 @@ from kvkeep.daemon.tier_settings import (
 )
 from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import CorruptDataError, InputError, RefusedError, UnavailableError
-from kvkeep.tiers.base import Tier
 
 VALUE_BYTES = 1 << 20
 """Of the values that are written and read: about a block."""
@@ -187,6 +187,12 @@ def asked_tier(tier: AnyTierSettings, status: dict[str, Any]) -> Finding:
     if found["breaker"] != "closed":
         mend = "see what answers there; it is tried again every two seconds"
         return fail(name, "calls fail or hang: left alone for now", mend)
+    if found.get("proof") == "awaited":
+        mend = "see what answers there; it is asked again every second"
+        return fail(name, "has not answered yet: not used before it has given bytes back", mend)
+    if found.get("proof") == "declined":
+        mend = "make room there, or raise its limits"
+        return warn(name, "open; it answers and keeps no value, so it is not proven yet", mend)
     speed = movement.get("bytes_per_s", {}).get(name)
     read = "" if speed is None else f", reads {readable_bytes(int(speed))}/s"
     return ok(name, f"open{read}")
@@ -233,20 +239,20 @@ def _measured(settings: AnyTierSettings) -> tuple[list[tuple[int, float]], str]:
     clock = SystemClock()
     tier = open_tier(settings, VALUE_BYTES, clock)
     try:
-        reads = _proven(tier.queue.tier, settings, clock)
+        reads = _proven(tier, settings, clock)
         return reads, speed_text(tier.queue.tier, reads)
     finally:
         if not tier.queue.close(CLOSE_S):
             tier.queue.tier.close()
 
 
-def _proven(tier: Tier, settings: AnyTierSettings, clock: Clock) -> list[tuple[int, float]]:
+def _proven(tier: LowerTier, settings: AnyTierSettings, clock: Clock) -> list[tuple[int, float]]:
     end_s = clock.now_s()
     if isinstance(settings, MooncakeTierSettings) and _is_listening(settings.master):
         end_s += START_S
     while True:
         try:
-            return prove_tier(tier, VALUE_BYTES)
+            return prove_tier(tier.queue.tier, VALUE_BYTES, lambda: tier.num_rejected)
         except UnavailableError:
             if clock.now_s() >= end_s:
                 raise

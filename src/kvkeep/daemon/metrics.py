@@ -38,6 +38,7 @@ COUNTERS = {
     "cascades_too_late": "blocks that were evicted before they could be written to a lower tier",
     "cascades_refused": "blocks that a lower tier was not asked to keep, or failed to",
     "leases_granted": "leases for reading and writing",
+    "tier_proofs_failed": "tiers that gave back other bytes than they were given: switched off",
     "leases_expired": "leases that ended at their deadline",
     "stores_fenced": "commits refused because their lease was over",
     "stores_without_room": "blocks not stored because every slot was in use",

@@ -61,6 +61,7 @@ class Operation(Enum):
     PROBE = "probe"
     WRITE = "write"
     DELETE = "delete"
+    PROOF = "proof"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class _Job:
 
     @property
     def is_urgent(self) -> bool:
-        return self.operation in (Operation.READ, Operation.PROBE)
+        return self.operation in (Operation.READ, Operation.PROBE, Operation.PROOF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,20 @@ class TierQueue:
         if not isinstance(tier, Probes):
             return False
         return self._submit(Operation.PROBE, lambda: tier.lookup(keys), done, 0)
+
+    def submit_proof(
+        self, proof: Callable[[Tier], Answer], done: Callable[[Outcome[Answer]], None]
+    ) -> bool:
+        """Have several calls made on the tier as one job, in memory of their own; as a read goes.
+
+        Args:
+            proof: Raises nothing but ``UnavailableError``.
+            done: Told how it ended.
+
+        Returns:
+            False if the job was refused: ``done`` is not called.
+        """
+        return self._submit(Operation.PROOF, lambda: proof(self.tier), done, 0)
 
     def _submit(
         self,

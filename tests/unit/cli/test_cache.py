@@ -24,6 +24,7 @@ STATUS: dict[str, Any] = {
             {
                 "name": "disk",
                 "breaker": "open",
+                "proof": "done",
                 "num_values": 5,
                 "used_bytes": 5120,
                 "capacity_bytes": 1 << 30,

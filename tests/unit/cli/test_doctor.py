@@ -79,6 +79,16 @@ def test_what_can_t_be_opened_fails(tmp_path: Path) -> None:
         ({"is_open": True, "tiers": []}, Level.WARN, "no such tier"),
         ({"tiers": [{"name": "disk", "breaker": "open"}]}, Level.FAIL, "left alone"),
         (
+            {"tiers": [{"name": "disk", "breaker": "closed", "proof": "awaited"}]},
+            Level.FAIL,
+            "has not answered yet: not used before it has given bytes back",
+        ),
+        (
+            {"tiers": [{"name": "disk", "breaker": "closed", "proof": "declined"}]},
+            Level.WARN,
+            "keeps no value, so it is not proven yet",
+        ),
+        (
             {"tiers": [{"name": "disk", "breaker": "closed"}], "bytes_per_s": {"disk": 1 << 30}},
             Level.OK,
             "reads 1.0 GiB/s",

@@ -12,10 +12,11 @@ from typing import TypeVar
 from kvkeep.core.admission import AdmissionPolicy
 from kvkeep.core.breaker import BreakerState
 from kvkeep.core.eviction.base import fingerprint_of
+from kvkeep.daemon.movement.proving import Proof, Reads, prove_tier
 from kvkeep.model.clock import Clock
-from kvkeep.model.errors import UnavailableError
+from kvkeep.model.errors import CorruptDataError, UnavailableError
 from kvkeep.model.ids import BlockKey
-from kvkeep.tiers.base import BATCH_MAX, Gauges, Parts, Probes
+from kvkeep.tiers.base import BATCH_MAX, Gauges, Parts, Probes, Tier
 from kvkeep.tiers.io_queue import Outcome, TierQueue
 from kvkeep.tiers.wrappers.metered import MeteredTier
 
@@ -88,10 +89,17 @@ class LowerTier:
         """Blocks that it may have and must not give: neither read nor written until deleted."""
         self._is_deleting = False
         self._delete_at_s = 0.0
+        self.proof = Proof.DONE
+        """Whoever opens it says if it is not."""
         self.is_held = False
         """It is being cleared: nothing is written to it and nothing is looked for in it."""
 
     # ---- what is known
+
+    @property
+    def is_closed_off(self) -> bool:
+        """Whether nothing is to be looked for in it or written to it now."""
+        return self.is_held or self.proof is Proof.AWAITED
 
     @property
     def is_asked(self) -> bool:
@@ -100,7 +108,7 @@ class LowerTier:
 
     def may_have(self, key: BlockKey) -> bool:
         """False if it surely has not got this block; costs no call."""
-        if self.is_held or key in self._unwanted:
+        if self.is_closed_off or key in self._unwanted:
             return False
         return self.has(key) if self.is_local else self.is_asked
 
@@ -132,6 +140,7 @@ class LowerTier:
         return {
             "name": self.name,
             "breaker": self.queue.breaker_state.value,
+            "proof": self.proof.value,
             "queued_bytes": self.queue.queued_bytes,
             "deletions_waiting": len(self._unwanted),
             "num_values": None if use is None else use.num_values,
@@ -156,7 +165,7 @@ class LowerTier:
 
     def admits(self, key: BlockKey) -> bool:
         """Decide whether this block is to be written; if so, ``write`` or ``give_up`` follows."""
-        if self.is_held or key in self._unwanted or self.has(key) or not self.is_asked:
+        if self.is_closed_off or key in self._unwanted or self.has(key) or not self.is_asked:
             return False
         tier = self.queue.tier
         free_share = None
@@ -185,11 +194,36 @@ class LowerTier:
 
     # ---- calls
 
+    def _require_proof(self) -> None:
+        if self.proof is Proof.AWAITED:
+            raise UnavailableError(f"the tier {self.name} has not proven yet that it keeps bytes")
+
+    async def prove(self) -> Reads:
+        """As ``prove_tier``, in a job of the queue: its breaker and its limits count here too.
+
+        Raises:
+            CorruptDataError: Other bytes came back; the tier must not be used.
+            UnavailableError: Refused, or failed.
+        """
+
+        def attempt(tier: Tier) -> Reads | CorruptDataError:
+            try:
+                return prove_tier(tier, self._value_bytes, lambda: self.num_rejected)
+            except CorruptDataError as error:
+                return error
+
+        found: Reads | CorruptDataError = await self._call(
+            partial(self.queue.submit_proof, attempt)
+        )
+        if isinstance(found, CorruptDataError):
+            raise found
+        return found
+
     async def probe(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which of these blocks it has, as far as it can tell; none if it can't be asked."""
-        found = await self._probe(keys)
+        found = [] if self.is_closed_off else await self._probe(keys)
         # A question may have been on its way when clearing began, or a block was found rotten.
-        if self.is_held:
+        if self.is_closed_off:
             return [False] * len(keys)
         return [
             is_there and key not in self._unwanted
@@ -247,7 +281,7 @@ class LowerTier:
         A question costs far less than the bytes of a block, in the object store too.
         """
         tier = self.queue.tier
-        if self.is_local or self.is_held or not isinstance(tier, Probes):
+        if self.is_local or self.is_closed_off or not isinstance(tier, Probes):
             return
         with contextlib.suppress(UnavailableError):
             await self._probe_batch(keys)
@@ -258,6 +292,7 @@ class LowerTier:
         Raises:
             UnavailableError: Refused, or failed.
         """
+        self._require_proof()
         read = partial(self.queue.submit_read, keys, into)
         async with self._reads:
             lengths: list[int | None] = await self._call(read)
@@ -275,6 +310,7 @@ class LowerTier:
             UnavailableError: Refused, or failed.
         """
         try:
+            self._require_proof()
             write = partial(self.queue.submit_write, keys, values)
             kept: list[bool] = await self._call(write)
         except UnavailableError:

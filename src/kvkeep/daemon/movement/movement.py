@@ -15,7 +15,8 @@ from kvkeep.daemon.movement.cascade import Cascade
 from kvkeep.daemon.movement.lower_tier import LowerTier
 from kvkeep.daemon.movement.pace import LIMIT_PINNED_S, Pace
 from kvkeep.daemon.movement.promotion import Promotion, Wanted
-from kvkeep.daemon.movement.tier_set import Reads, TierSet, raise_defect
+from kvkeep.daemon.movement.proving import Reads
+from kvkeep.daemon.movement.tier_set import TierSet, raise_defect
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import Clock
@@ -56,7 +57,7 @@ class Movement:
         self._count = count
         self._pool_id: bytes | None = None
         """Of the pool that the tiers were opened for."""
-        self._set = TierSet(settings.named_tiers, clock)
+        self._set = TierSet(settings.named_tiers, clock, count)
         self.pace: Pace | None = None
         self._cascade: Cascade | None = None
         self._promotion: Promotion | None = None
@@ -102,7 +103,7 @@ class Movement:
                 pace.measured(tier.name, num_bytes, seconds)
             self._begin(self._take_stock(cascade, tier), self._stocks)
 
-        self._set = TierSet(self._settings.named_tiers, self._clock)
+        self._set = TierSet(self._settings.named_tiers, self._clock, self._count)
         tiers = self._set.tiers
         cascade = self._cascade = Cascade(self._shell, tiers, view, self._count)
         self._promotion = Promotion(self._shell, tiers, view, pace, self._clock, self._count)

@@ -4,7 +4,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import Enum
 
 from kvkeep.model.errors import CorruptDataError, UnavailableError
 from kvkeep.model.ids import CANARY_NAMESPACE, HASH_BYTES, BlockHash, BlockKey
@@ -14,12 +15,31 @@ BATCH = 8
 """Values of the larger of the two batches: two sizes tell latency and bandwidth apart."""
 
 
-def prove_tier(tier: Tier, value_bytes: int) -> list[tuple[int, float]]:
+Reads = Sequence[tuple[int, float]]
+"""Bytes and seconds of reads that were measured."""
+
+
+class Proof(Enum):
+    """How far a tier has been proven."""
+
+    DONE = "done"
+    """It gave back what it was given."""
+    DECLINED = "declined"
+    """It answers and kept nothing: nothing speaks against what it has, which is checked anyway."""
+    AWAITED = "awaited"
+    """It has not answered yet: nothing is taken from it or given to it."""
+
+
+def prove_tier(
+    tier: Tier, value_bytes: int, num_rejected: Callable[[], int] = lambda: 0
+) -> list[tuple[int, float]]:
     """Write and read back what no engine wants.
 
     Args:
         tier: With all its wrappers.
         value_bytes: Length of the values that it is to keep.
+        num_rejected: How many values its wrappers have not believed so far: what they reject is a
+            miss to whoever reads, and here it is the proof that failed.
 
     Returns:
         Bytes and seconds of each read; fewer where the tier declined to keep a value.
@@ -38,7 +58,10 @@ def prove_tier(tier: Tier, value_bytes: int) -> list[tuple[int, float]]:
         for count in (1, BATCH):
             if not all(kept[:count]):
                 break
+            before = num_rejected()
             seconds = _read_back(tier, keys[:count], values[:count])
+            if seconds is None and num_rejected() > before:
+                raise CorruptDataError(_gave_back_others(tier))
             if seconds is not None:
                 samples.append((count * value_bytes, seconds))
         return samples
@@ -56,5 +79,9 @@ def _read_back(tier: Tier, keys: Sequence[BlockKey], values: Sequence[bytes]) ->
     seconds = time.perf_counter() - begun_s
     for length, room, value in zip(lengths, rooms, values, strict=True):
         if length is not None and (length != len(value) or room != value):
-            raise CorruptDataError(f"the tier {tier.name} gave back other bytes than it was given")
+            raise CorruptDataError(_gave_back_others(tier))
     return None if None in lengths else seconds
+
+
+def _gave_back_others(tier: Tier) -> str:
+    return f"the tier {tier.name} gave back other bytes than it was given"

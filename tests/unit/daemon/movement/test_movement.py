@@ -18,7 +18,7 @@ from kvkeep.daemon.movement.pace import LIMIT_PINNED_S
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.tier_settings import AnyTierSettings, DiskTierSettings, ValkeyTierSettings
 from kvkeep.model.clock import Clock, SystemClock
-from kvkeep.model.errors import InputError
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.layout import KvLayout
 from kvkeep.tiers.faulty import TierFault
 from tests.unit.daemon.movement.grounds import WAIT_S, Grounds, keys, wanted
@@ -347,8 +347,111 @@ async def test_a_tier_that_gives_other_bytes_is_switched_off(
 
     assert rig.movement.tiers == []
     assert "other bytes" in rig.movement.closed_tiers["disk"]
+    assert rig.counts["tier_proofs_failed"] == 1
     rig.movement.tick()
     assert not rig.movement.status()["opening"]
+    await rig.movement.close()
+
+
+async def unanswering(grounds: Grounds, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A rig whose tier has the prefix and did not answer when it was opened."""
+    monkeypatch.setattr(tier_set, "PROVE_S", 0.0)
+    grounds.keep(BLOCKS)
+    grounds.medium.chances = {TierFault.IO_ERROR: 1.0}
+    rig = Rig(grounds, monkeypatch)
+    await rig.movement.opened()
+    return rig
+
+
+async def asked_again(rig: Rig) -> None:
+    """Let the tier be asked once to prove itself, and wait for what comes of that."""
+    rig.movement.tick()
+    assert rig.movement._set._proving
+    await asyncio.wait(set(rig.movement._set._proving.values()), timeout=WAIT_S)
+
+
+def proof_of(rig: Rig) -> object:
+    """What ``/status`` says of the tier."""
+    tiers = rig.movement.status()["tiers"]
+    assert isinstance(tiers, list)
+    return tiers[0]["proof"]
+
+
+async def test_a_tier_that_did_not_answer_is_proven_before_it_serves(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is taken from it or given to it until it has given back what it was given."""
+    rig = await unanswering(grounds, monkeypatch)
+    await asked_again(rig)
+    assert proof_of(rig) == "awaited"
+    grounds.medium.chances = {}
+    with pytest.raises(UnavailableError, match="not proven"):
+        await grounds.tier.read(BLOCKS[:1], [[memoryview(bytearray(grounds.value_bytes))]])
+    assert not rig.movement.may_come(WANTED, 0)
+    assert not grounds.tier.admits(keys(100, 1)[0])
+    assert await grounds.tier.probe(BLOCKS) == [False] * COUNT
+
+    await asked_again(rig)
+    assert proof_of(rig) == "done"
+    assert rig.movement.may_come(WANTED, 0)
+    await rig.bring()
+    assert grounds.num_right(BLOCKS) == COUNT
+    rig.movement.tick()
+    assert not rig.movement._set._proving
+    await rig.movement.close()
+
+
+async def test_what_was_stored_while_a_tier_did_not_answer_reaches_it(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a restart: it takes stock of the pool."""
+    rig = await unanswering(grounds, monkeypatch)
+    later = keys(100, 5)
+    grounds.store(later)
+    rig.movement.stored(later)
+    grounds.medium.chances = {}
+    await asked_again(rig)
+    while rig.counts["blocks_cascaded"] < len(later):
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, int)])
+
+    assert grounds.kept(later) == len(later)
+    await rig.movement.close()
+
+
+async def test_a_tier_that_first_answers_with_other_bytes_is_switched_off(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named, counted and closed; none of its bytes was served, and it is not asked again."""
+    rig = await unanswering(grounds, monkeypatch)
+    grounds.medium.chances = {TierFault.BIT_FLIP: 1.0}
+    await asked_again(rig)
+
+    assert rig.movement.tiers == []
+    assert "other bytes" in rig.movement.closed_tiers["disk"]
+    assert rig.counts["tier_proofs_failed"] == 1
+    assert not rig.movement.may_come(WANTED, 0)
+    rig.movement.tick()
+    assert not rig.movement._set._proving
+    assert not rig.movement.status()["opening"]
+    await rig.movement.close()
+
+
+async def test_a_tier_that_answers_and_keeps_nothing_serves_what_it_has(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full server is no wrong one; it is proven when it takes values again."""
+    monkeypatch.setattr(tier_set, "PROVE_DECLINED_S", 0.0)
+    grounds.keep(BLOCKS)
+    grounds.medium.chances = {TierFault.DISK_FULL: 1.0}
+    rig = Rig(grounds, monkeypatch)
+    await rig.movement.opened()
+
+    assert proof_of(rig) == "declined"
+    await rig.bring()
+    assert grounds.num_right(BLOCKS) == COUNT
+    grounds.medium.chances = {}
+    await asked_again(rig)
+    assert proof_of(rig) == "done"
     await rig.movement.close()
 
 

@@ -9,6 +9,7 @@ from kvkeep.model.errors import CorruptDataError, UnavailableError
 from kvkeep.model.ids import BlockKey
 from kvkeep.tiers.faulty import FaultyTier, TierFault
 from kvkeep.tiers.memory import MemoryTier
+from kvkeep.tiers.wrappers.verified import VerifiedTier
 
 VALUE_BYTES = 3000
 
@@ -43,6 +44,18 @@ def test_a_tier_that_gives_other_bytes_is_not_used(fault: TierFault, deletes: bo
         faulty.delete = fail  # type: ignore[method-assign]
     with pytest.raises(CorruptDataError, match="other bytes"):
         prove_tier(faulty, VALUE_BYTES)
+
+
+def test_what_wrappers_do_not_believe_is_no_proof() -> None:
+    """To a reader it is a miss, as if the tier had forgotten it."""
+    verified = VerifiedTier(tier(TierFault.BIT_FLIP))
+
+    def num_rejected() -> int:
+        return sum(verified.counts().values())
+
+    assert prove_tier(verified, VALUE_BYTES) == []
+    with pytest.raises(CorruptDataError, match="other bytes"):
+        prove_tier(verified, VALUE_BYTES, num_rejected)
 
 
 def test_a_tier_that_declines_proves_nothing() -> None:
