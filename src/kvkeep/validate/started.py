@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.stack.precedence import ENVIRONMENT as STACK_ENVIRONMENT
 from kvkeep.stack.precedence import load_spec, make_spec
@@ -88,7 +90,7 @@ def started(spec: StackSpec, *, quiet: bool = False) -> Iterator[Started]:
     if record is not None and record.state == "ready" and record.supervisor.is_alive():
         yield Started(_addresses(spec, _urls_of(record), _daemon_of(record)), None)
         return
-    stack = Stack(spec, progress=Progress(quiet=quiet))
+    stack = Stack(_without_router(spec), progress=Progress(quiet=quiet))
     try:
         stack.start()
     except UnavailableError as error:
@@ -97,6 +99,12 @@ def started(spec: StackSpec, *, quiet: bool = False) -> Iterator[Started]:
         yield _started(spec, stack)
     finally:
         stack.stop()
+
+
+def _without_router(spec: StackSpec) -> StackSpec:
+    """A check asks the engines themselves, so all of them run from its start."""
+    engines = [msgspec.structs.replace(engine, on_demand=False) for engine in spec.engines]
+    return msgspec.structs.replace(spec, engines=engines, router=None)
 
 
 def _started(spec: StackSpec, stack: Stack) -> Started:
@@ -126,8 +134,12 @@ def _is_small(engine: EngineSpec) -> bool:
 
 
 def _big_engines(spec: StackSpec) -> list[EngineSpec]:
-    """Engines that the suite itself may run on: all, where all are small."""
-    return [engine for engine in spec.engines if not _is_small(engine)] or list(spec.engines)
+    """Engines that the suite itself may run on: all, where all are small.
+
+    Those that may not run, in a stack that is up already, come last.
+    """
+    engines = sorted(spec.engines, key=lambda engine: engine.on_demand)
+    return [engine for engine in engines if not _is_small(engine)] or engines
 
 
 def _addresses(spec: StackSpec, urls: Mapping[str, str], daemon_url: str | None) -> Addresses:

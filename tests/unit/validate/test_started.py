@@ -8,6 +8,7 @@ from kvkeep.model.errors import InputError
 from kvkeep.stack.precedence import make_spec
 from kvkeep.stack.process import this_process
 from kvkeep.stack.record import DaemonRecord, EngineRecord, StackRecord, write_record
+from kvkeep.validate import started as module
 from kvkeep.validate.settings import CheckSettings
 from kvkeep.validate.started import own_spec, spec_from_file, started
 
@@ -46,6 +47,18 @@ def test_without_flags_the_file_decides(stack_file: Path) -> None:
     assert spec.exact is True
     assert spec.engines[0].max_num_batched_tokens == spec.engines[0].block_tokens
     assert spec.check == {"seed": 7}
+
+
+def test_a_check_asks_the_engines_themselves() -> None:
+    """No router is started for it, and no engine waits to be asked for."""
+    on_demand = {"name": "a", "on_demand": True}
+    spec = make_spec({"router": {}, "engines": [on_demand, {"name": "b"}]}, environment={})
+
+    checked = module._without_router(spec)
+
+    assert checked.router is None
+    assert [engine.on_demand for engine in checked.engines] == [False, False]
+    assert [engine.name for engine in module._big_engines(spec)] == ["b", "a"]
 
 
 def test_a_missing_stack_file_is_refused(tmp_path: Path) -> None:
