@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 import kvkeep
 from kvkeep.router.events.source_counters import SourceCounters
+from kvkeep.router.handoff import metrics as handoff
 from kvkeep.router.limits.gate import REFUSALS
 from kvkeep.router.policies.prefix_aware import PrefixAware
 from kvkeep.router.prefix_index import PrefixIndex
@@ -96,8 +97,10 @@ class RouterMetrics(Collector):
         """Every counter of the table."""
         parts, sources = self._parts, self._parts.sources
         etcd, file, desk = sources.etcd, sources.file, parts.relay.desk
+        handoffs = parts.handoffs
+        num_retries = 0 if handoffs is None else handoffs.prefill_router.num_retries
         return {
-            "retries": parts.router.num_retries,
+            "retries": num_retries + parts.router.num_retries,
             "malformed": parts.relay.num_malformed,
             "etcd_outages": 0 if etcd is None else etcd.num_outages,
             "etcd_entries_bad": 0 if etcd is None else etcd.view.num_bad,
@@ -160,11 +163,13 @@ class RouterMetrics(Collector):
         return {
             "version": kvkeep.__version__,
             "policy": parts.policy.name,
+            "decode_policy": None if parts.handoffs is None else parts.router.policy.name,
             "gauges": self.gauges(),
             "counters": self.counters(),
             "refused": dict(parts.gate.num_refused),
             "total": _traffic(parts.router.total),
             "workers": [self.worker(endpoint) for endpoint in parts.fleet],
+            "handoff": None if parts.handoffs is None else handoff.told_of(parts.handoffs),
             "on_demand": [] if parts.relay.desk is None else parts.relay.desk.status(),
         }
 
@@ -217,6 +222,8 @@ class RouterMetrics(Collector):
         gauges = self.gauges()
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(f"kvkeep_router_{name}", text, value=gauges[name])
+        if parts.handoffs is not None:
+            yield from handoff.collect(parts.handoffs)
         yield from self._collect_endpoints(list(parts.fleet))
 
     def _collect_endpoints(self, endpoints: list[Endpoint]) -> Iterator[Metric]:
@@ -243,6 +250,7 @@ def metrics_table() -> str:
         lines.append(f"| `kvkeep_router_{name}_total` | counter | {text} |")
     for code, text in REFUSALS.items():
         lines.append(f'| `kvkeep_router_refused_total{{code="{code}"}}` | counter | {text} |')
+    lines += handoff.table_lines()
     for name, text in GAUGES.items():
         lines.append(f"| `kvkeep_router_{name}` | gauge | {text} |")
     for name, _ in TRAFFIC.values():
