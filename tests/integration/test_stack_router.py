@@ -1,7 +1,10 @@
 """A stack with a router: one address, engines that come back, and engines that start on demand."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +66,19 @@ def test_one_address_serves_all_engines(stack: UpStack) -> None:
     assert record is not None
     assert [entry.name for entry in record.processes][-1] == "router"
     assert [each.on_demand for each in record.engines] == [False, False, True, True, True]
+
+
+def test_top_shows_a_stack_by_its_file(stack: UpStack) -> None:
+    """Nobody has to know the router's admin port."""
+    stack.ask("m")
+    file = stack.folder / "s.yaml"
+    file.write_text(f"state_dir: {stack.state}\nengines: [{{name: a}}]\n")
+    command = [sys.executable, "-m", "kvkeep", "top", str(file), "--once", "--json"]
+    done = subprocess.run(command, capture_output=True, check=True)
+
+    router = json.loads(done.stdout)["router"]
+    assert router["total"]["requests_done"] > 0
+    assert [each["name"] for each in router["on_demand"]] == ["c", "d", "e"]
 
 
 @pytest.mark.fault

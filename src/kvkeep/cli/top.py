@@ -16,8 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kvkeep.cli.status import readable_bytes
+from kvkeep.cli.target import find_folder
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.stack.record import StackRecord, require_ready
 
 TIMEOUT_S = 5.0
 """For one answer: whoever is not frozen answers within milliseconds."""
@@ -37,6 +39,7 @@ Page = dict[str, Any]
 
 
 @click.command()
+@click.argument("stack", required=False)
 @click.option("--router", "router_url", help="Admin address of a router: see what it prints.")
 @click.option("--daemon", "daemon_urls", multiple=True, help="Metrics address of a daemon.")
 @click.option("--admin-key-file", type=click.Path(path_type=Path), help="The router's admin key.")
@@ -44,6 +47,7 @@ Page = dict[str, Any]
 @click.option("--once", is_flag=True, help="Look once and end.")
 @click.option("--json", "as_json", is_flag=True, help="With --once: print one JSON line.")
 def top(
+    stack: str | None,
     router_url: str | None,
     daemon_urls: tuple[str, ...],
     admin_key_file: Path | None,
@@ -53,10 +57,15 @@ def top(
 ) -> None:
     """Show requests, tokens, hits of each tier, bytes and what is in flight, as it changes.
 
-    For example: kvkeep top --router http://127.0.0.1:8081 --daemon http://127.0.0.1:9100
+    With STACK, a name or a stack file, of its router and its daemon. Without, of those named:
+    kvkeep top --router http://127.0.0.1:8081 --daemon http://127.0.0.1:9100
     """
+    if stack is not None:
+        if router_url is not None or daemon_urls:
+            raise InputError("name a stack, or addresses: not both")
+        router_url, daemon_urls = _addresses(require_ready(find_folder(stack, None)))
     if router_url is None and not daemon_urls:
-        raise InputError("name what to look at: --router URL, --daemon URL, or both")
+        raise InputError("name what to look at: a stack, --router URL, --daemon URL")
     if as_json and not once:
         raise InputError("--json shows one moment: add --once")
     if not interval_s >= INTERVAL_S_MIN:
@@ -77,6 +86,12 @@ def top(
         else:
             with contextlib.suppress(KeyboardInterrupt):
                 _watch(look, interval_s)
+
+
+def _addresses(record: StackRecord) -> tuple[str | None, tuple[str, ...]]:
+    """Of a stack's router and its daemon, as far as it has them."""
+    router = None if record.router is None else record.router.admin_url
+    return router, () if record.daemon is None else (record.daemon.metrics_url,)
 
 
 def _headers(key_file: Path | None) -> dict[str, str]:

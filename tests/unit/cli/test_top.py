@@ -83,6 +83,8 @@ def test_hits_are_counted_by_place() -> None:
     ("arguments", "said"),
     [
         ([], "--router URL"),
+        (["s", "--router", "http://127.0.0.1:1"], "not both"),
+        (["no-stack-of-this-name"], "No stack is up"),
         (["--router", "http://127.0.0.1:1", "--json"], "add --once"),
         (["--router", "http://127.0.0.1:1", "--interval-s", "0"], "too short"),
         (["--router", "http://127.0.0.1:1", "--admin-key-file", "/none/there"], "can't be read"),
