@@ -6,7 +6,15 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.router.relay.wires import STREAM, Room, chunked, request, response, split
+from tests.unit.router.relay.wires import (
+    STREAM,
+    Room,
+    chunked,
+    request,
+    response,
+    split,
+    unchunked,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -34,19 +42,6 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
     """Data in pieces, as a network might deliver them."""
     edges = [0, *sorted({at for at in cuts if 0 < at < len(data)}), len(data)]
     return [data[a:b] for a, b in pairwise(edges) if a < b]
-
-
-def unchunked(data: bytes) -> bytes:
-    """The payload of a whole chunked body, by a reader of its own."""
-    payload = b""
-    while True:
-        size, _, data = data.partition(b"\r\n")
-        if int(size, 16) == 0:
-            assert data == b"\r\n"
-            return payload
-        payload += data[: int(size, 16)]
-        assert data[int(size, 16) :][:2] == b"\r\n"
-        data = data[int(size, 16) + 2 :]
 
 
 @settings(max_examples=50, deadline=None)

@@ -4,13 +4,23 @@ Engines read HTTP with llhttp (through httptools). Whatever the relay accepts fr
 passes on, llhttp must read as the same one request, with the same body.
 """
 
+import contextlib
+import socket
 from itertools import pairwise
 
 import httptools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkeep.router.relay.framing import FramingError
+from kvkeep.router.relay.framing import (
+    ChunkScanner,
+    FramingError,
+    RequestHead,
+    ResponseHead,
+    parse_request,
+    parse_response,
+)
+from kvkeep.router.relay.plain import Pump, plain_request, plain_response, whole_chunks
 from kvkeep.router.relay.reader import RequestReader
 from tests.unit.router.relay.wires import STREAM, Room, chunked, request, response, split
 
@@ -174,3 +184,152 @@ def httptools_status(data: bytes) -> int:
     parser = httptools.HttpResponseParser(seen)
     parser.feed_data(data)
     return parser.get_status_code()
+
+
+RESPONSES = [
+    response(b"abc", "Content-Type: application/json", "X-Odd:  a "),
+    response(b"", line="HTTP/1.1 503 Service Unavailable"),
+    response(b"abc", line="HTTP/1.1 200"),
+    STREAM + chunked([b"data: 1\n\n"]),
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(seed=st.sampled_from(SEEDS), mutations=MUTATIONS)
+def test_a_plain_request_is_read_as_in_python(
+    seed: bytes, mutations: list[tuple[int, str, bytes]]
+) -> None:
+    """What the compiled part takes for plain is that request, to be passed on unchanged."""
+    data = mutated(seed, mutations)
+    found = plain_request(data)
+    if found is None:
+        return
+    method, target, length, end = found
+    head = data[:end]
+
+    assert end == data.index(b"\r\n\r\n") + 4
+    assert parse_request(head) == RequestHead(
+        method, target, length, True, False, False, head, head[:-2]
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(seed=st.sampled_from(RESPONSES), mutations=MUTATIONS)
+def test_a_plain_response_is_read_as_in_python(
+    seed: bytes, mutations: list[tuple[int, str, bytes]]
+) -> None:
+    """Likewise of an engine."""
+    data = mutated(seed, mutations)
+    found = plain_response(data)
+    if found is None:
+        return
+    status, length, is_event_stream, end = found
+
+    assert end == data.index(b"\r\n\r\n") + 4
+    assert parse_response(data[:end], is_for_head=False) == ResponseHead(
+        status, length, True, is_event_stream, data[: end - 2]
+    )
+
+
+def test_most_heads_are_plain() -> None:
+    """What clients and engines really send is not left to Python."""
+    assert plain_request(SEEDS[0]) == (b"POST", b"/v1/completions", 8, SEEDS[0].index(b"{"))
+    assert plain_request(request(b"{}", "Connection: keep-alive")) is not None
+    assert [plain_response(each) is not None for each in RESPONSES] == [True] * 4
+    assert plain_response(STREAM) == (200, -2, True, len(STREAM))
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.sampled_from([b"data: 1\n\n", b"x\n", b"ab", b": ping\r\n\r\n"]).map(
+            lambda payload: b"%x\r\n%b\r\n" % (len(payload), payload)
+        ),
+        st.sampled_from([b"0\r\n\r\n", b"2;x\r\na\n\r\n", b"02\r\na\n\r\n", b"2\r\na\n\n"]),
+        st.binary(min_size=1, max_size=8),
+    ),
+    min_size=1,
+    max_size=4,
+).map(b"".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=PIECES, mutations=MUTATIONS, is_event_stream=st.booleans())
+def test_whole_chunks_are_whole_to_the_scanner(
+    data: bytes, mutations: list[tuple[int, str, bytes]], is_event_stream: bool
+) -> None:
+    """What is passed on unread leaves the reader between two chunks, and a client between lines."""
+    data = mutated(data, mutations)
+    if whole_chunks(data, is_event_stream):
+        scanner = ChunkScanner()
+        payload = b"".join(scanner.feed(data))
+
+        assert scanner.is_between
+        assert not is_event_stream or payload.endswith((b"\r", b"\n"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(pieces=st.lists(PIECES, min_size=1, max_size=12), is_event_stream=st.booleans())
+def test_a_pump_passes_on_all_or_tells(pieces: list[bytes], is_event_stream: bool) -> None:
+    """Of every piece either the client has all, or whoever reads on: nothing is lost or doubled."""
+    told: list[tuple[bytes, bytes, int]] = []
+    (engine, ours), (client, theirs) = socket.socketpair(), socket.socketpair()
+    with engine, ours, client, theirs:
+        pump = Pump(
+            ours.fileno(), theirs.fileno(), is_event_stream, lambda *each: told.append(each)
+        )
+        client.setblocking(False)
+        passed = b""
+        for piece in pieces:
+            engine.sendall(piece)
+            told.clear()
+            pump()
+            if whole_chunks(piece, is_event_stream):
+                passed += piece
+                assert client.recv(1 << 16) == piece
+                assert not told
+            else:
+                assert told == [(b"", piece, 0)]
+                with contextlib.suppress(BlockingIOError):
+                    raise AssertionError(client.recv(1))
+        pump()
+        assert (pump.num_bytes, pump.tail) == (len(passed), passed[-4096:])
+        engine.close()
+        told.clear()
+        pump()
+
+    assert told == [(b"", b"", 0)]
+
+
+def test_a_pump_keeps_what_finds_no_room() -> None:
+    """The client's socket is full: what it did not take is told, and nothing of it is lost."""
+    told: list[tuple[bytes, bytes, int]] = []
+    chunk = b"4e20\r\n" + b"x" * 20_000 + b"\r\n"
+    (engine, ours), (client, theirs) = socket.socketpair(), socket.socketpair()
+    with engine, ours, client, theirs:
+        theirs.setblocking(False)
+        pump = Pump(ours.fileno(), theirs.fileno(), False, lambda *each: told.append(each))
+        num_sent = 0
+        while not told:
+            engine.sendall(chunk)
+            num_sent += 1
+            pump()
+        client.setblocking(False)
+        got = b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                got += client.recv(1 << 16)
+
+    assert got + told[0][0] == chunk * num_sent
+    assert told[0][1:] == (b"", 0)
+    assert pump.tail == (chunk * 2)[-len(pump.tail) :]
+
+
+def test_a_pump_tells_of_an_error() -> None:
+    """A socket that is none can't be read; who was told goes on, and may be deaf by then."""
+    told: list[tuple[bytes, bytes, int]] = []
+    client, theirs = socket.socketpair()
+    with client, theirs:
+        Pump(-1, theirs.fileno(), True, lambda *each: told.append(each))()
+
+    assert [(unsent, unread) for unsent, unread, _ in told] == [(b"", b"")]
+    assert told[0][2] > 0

@@ -9,14 +9,13 @@ from typing import Final
 from kvkeep.router.relay.errors import error_event
 from kvkeep.router.relay.framing import (
     CHUNKED,
-    HEAD_BYTES_MAX,
     LAST_CHUNK,
     UNTIL_CLOSE,
     ChunkScanner,
-    FramingError,
     ResponseHead,
+    are_whole_chunks,
     chunk,
-    parse_response,
+    split_response,
     without_fields,
 )
 
@@ -64,11 +63,6 @@ class Answer:
         """Whether nothing came that does not belong to it."""
 
     @property
-    def has_begun(self) -> bool:
-        """Whether a single byte came."""
-        return self.head is not None or bool(self._data)
-
-    @property
     def is_ended_by_close(self) -> bool:
         """Whether the end of the connection is the end of the body."""
         return self.head is not None and self.head.length == UNTIL_CLOSE
@@ -78,6 +72,15 @@ class Answer:
         """Whether an error can be put into what the client has so far."""
         head = self.head
         return head is not None and head.is_event_stream and head.length < 0
+
+    @property
+    def can_be_pumped(self) -> bool:
+        """Whether whole chunks, of whole lines, may be passed on behind this object's back."""
+        return (
+            self._scanner is not None
+            and self._scanner.is_between
+            and not (self._held or self._is_for_old)
+        )
 
     def find_head(self, data: bytes) -> tuple[bytes, bytes] | None:
         """Take bytes until the head is whole.
@@ -92,13 +95,11 @@ class Answer:
         data = self._data + data if self._data else data
         interim = b""
         while True:
-            end = data.find(b"\r\n\r\n") + 4
-            if end == 3:
-                if len(data) > HEAD_BYTES_MAX:
-                    raise FramingError(502, "the engine's response head is too long")
+            found = split_response(data, is_for_head=self._is_for_head)
+            if found is None:
                 self._data = data
                 return (interim, b"") if interim else None
-            head = parse_response(data[:end], is_for_head=self._is_for_head)
+            head, end = found
             if head.status >= 200:
                 break
             # Whoever asked to be told to go on was told by the relay.
@@ -132,11 +133,7 @@ class Answer:
             return self._take_plain(data)
         assert self.head is not None
         is_event_stream = self.head.is_event_stream
-        if (
-            not self._is_for_old
-            and scanner.find_single(data) >= 0
-            and not (is_event_stream and (self._held or data[-3] not in _LINE_ENDS))
-        ):
+        if self.can_be_pumped and are_whole_chunks(data, is_event_stream):
             return data
         payload = b"".join(scanner.feed(data))
         self.is_over = scanner.is_done

@@ -8,13 +8,14 @@ sent to a second one: a request that kills engines would kill them all.
 """
 
 import asyncio
-from enum import Enum
 
 from kvkeep.router.handoff.seam import Asker, Leg, Unanswered
 from kvkeep.router.health.book import Outcome
 from kvkeep.router.policies.base import Choice
 from kvkeep.router.relay.answer import Answer
+from kvkeep.router.relay.exchange_state import TRANSITIONS, ExchangeState
 from kvkeep.router.relay.framing import CHUNKED, LAST_CHUNK, FramingError, chunk
+from kvkeep.router.relay.plain import Pump, plain_response
 from kvkeep.router.relay.reader import Request
 from kvkeep.router.relay.upstream import EndpointPool, UpstreamConnection
 from kvkeep.router.request import RequestView
@@ -26,43 +27,10 @@ OK = 200
 BUSY = 503
 TAIL_BYTES = 2048
 """Pieces are put together up to so much: an engine may send the end of a response in many."""
+PUMPED_AFTER = 4
+"""Pieces in a row that passed as they came; then it pays to have the next ones pumped."""
 ENGINE_FAULTS = frozenset({500, 502, 504})
 """Statuses that say something of the engine's health; 503 says that it is busy."""
-
-
-class ExchangeState(Enum):
-    """How far an exchange is."""
-
-    NEW = 0
-    CONNECTING = 1
-    SENT = 2
-    """The request, or its beginning, is on its way; nothing came back."""
-    ANSWERING = 3
-    """The client has the response's head."""
-    OVER = 4
-
-    __hash__ = object.__hash__  # members are singletons; Enum's own hash is a call of Python
-
-
-TRANSITIONS: dict[ExchangeState, frozenset[ExchangeState]] = {
-    ExchangeState.NEW: frozenset(
-        {ExchangeState.CONNECTING, ExchangeState.SENT, ExchangeState.OVER}
-    ),
-    ExchangeState.CONNECTING: frozenset(
-        {ExchangeState.CONNECTING, ExchangeState.SENT, ExchangeState.OVER}
-    ),
-    ExchangeState.SENT: frozenset(
-        {
-            ExchangeState.CONNECTING,
-            ExchangeState.SENT,
-            ExchangeState.ANSWERING,
-            ExchangeState.OVER,
-        }
-    ),
-    ExchangeState.ANSWERING: frozenset({ExchangeState.OVER}),
-    ExchangeState.OVER: frozenset(),
-}
-"""The legal moves; anything else is a defect of kvkeep."""
 
 
 class Exchange:
@@ -82,8 +50,10 @@ class Exchange:
         "_leg",
         "_line",
         "_note",
+        "_num_whole",
         "_outcome",
         "_pool",
+        "_pump",
         "_received_bytes",
         "_relay",
         "_request",
@@ -131,6 +101,10 @@ class Exchange:
         self._sent_bytes = self._received_bytes = 0
         self._before = self._last = b""
         """The last two pieces of the response: near its end it says what it took."""
+        self._num_whole = 0
+        """Pieces in a row that passed as they came."""
+        self._pump: Pump | None = None
+        """What passes on pieces by itself; None while they come here."""
         self._line = b""
         """The header that says how it was routed."""
         self._ticket = 0
@@ -206,8 +180,7 @@ class Exchange:
 
     def _send(self, connection: UpstreamConnection) -> None:
         request, head = self._request, self._request.head
-        self._connection, connection.listener = connection, self
-        self._answer = Answer(is_for_head=head.method == b"HEAD", is_for_old=head.is_old)
+        self._connection, connection.listener, self._answer = connection, self, None
         self._move(ExchangeState.SENT)
         self.silent_since_s = self._relay.now_s
         body = request.body
@@ -258,7 +231,12 @@ class Exchange:
         else:
             self._before, self._last = self._last, data
         answer = self._answer
-        assert answer is not None
+        if answer is None:
+            if self._pass_whole(data):
+                return
+            asked = self._request.head
+            answer = Answer(is_for_head=asked.method == b"HEAD", is_for_old=asked.is_old)
+            self._answer = answer
         try:
             if self.state is ExchangeState.ANSWERING:
                 out = answer.take(data)
@@ -270,7 +248,29 @@ class Exchange:
         if out:
             self._client.transport.write(out)
         if answer.is_over and self.state is ExchangeState.ANSWERING:
-            self._finish(answer)
+            self._finish_answer(answer)
+        elif out is data:
+            self._num_whole += 1
+            if self._num_whole == PUMPED_AFTER and answer.can_be_pumped and self._is_sent:
+                assert self._connection is not None
+                is_lines = answer.can_be_mended
+                self._pump = self._connection.begin_pump(self._client.transport, is_lines)
+
+    def pump_ended(self, unsent: bytes) -> None:
+        """Pieces come here again; the client did not take these bytes of what was passed on."""
+        self._take_over()
+        if unsent:
+            self._client.transport.write(unsent)
+
+    def _take_over(self) -> None:
+        """Know what a pump has seen, if there was one."""
+        pump, self._pump = self._pump, None
+        if pump is None:
+            return
+        self._num_whole = 0
+        self._received_bytes += pump.num_bytes
+        self.is_heard = self.is_heard or pump.is_heard
+        self._before, self._last = self._last, pump.tail
 
     def _begin_answer(self, answer: Answer, data: bytes) -> bytes:
         found = answer.find_head(data)
@@ -285,19 +285,7 @@ class Exchange:
             self._ended(Outcome.FINISHED)
             self._try_elsewhere(BUSY, "the engine is busy")
             return b""
-        relay, choice = self._relay, self._choice
-        assert choice is not None
-        now_s = relay.clock.now_s()
-        self._was_answered = True
-        self._router.first_byte(self._view, choice, now_s, now_s - self._sent_s)
-        if self._leg is not None:
-            self._leg.answered()
-        fields = self._line
-        self._keeps = self._keeps_client()
-        if not self._keeps:
-            fields += b"Connection: close\r\n"
-        out = interim + answer.head_bytes(fields)
-        self._move(ExchangeState.ANSWERING)
+        out = interim + answer.head_bytes(self._first_byte())
         if head.length == 0:
             answer.is_over = True
             answer.is_exact = not rest
@@ -310,6 +298,34 @@ class Exchange:
                 raise
         return out
 
+    def _pass_whole(self, data: bytes) -> bool:
+        """Pass on a whole plain response, as most are; returns whether it was one."""
+        if plain_response is None or self._request.head.method == b"HEAD":
+            return False
+        plain = plain_response(data)
+        if plain is None:
+            return False
+        status, length, _, end = plain
+        if end + length != len(data) or status == BUSY:
+            return False
+        end -= 2
+        self._client.transport.write(b"".join((data[:end], self._first_byte(), data[end:])))
+        self._finish(status, is_reusable=True)
+        return True
+
+    def _first_byte(self) -> bytes:
+        """The endpoint answers; returns what is added to the head."""
+        choice = self._choice
+        assert choice is not None
+        now_s = self._relay.clock.now_s()
+        self._was_answered = True
+        self._router.first_byte(self._view, choice, now_s, now_s - self._sent_s)
+        if self._leg is not None:
+            self._leg.answered()
+        self._keeps = self._keeps_client()
+        self._move(ExchangeState.ANSWERING)
+        return self._line if self._keeps else self._line + b"Connection: close\r\n"
+
     def _keeps_client(self) -> bool:
         """Whether the client's connection can serve another request after this one."""
         asked = self._request.head
@@ -319,49 +335,54 @@ class Exchange:
             and not self._relay.is_draining
         )
 
-    def _finish(self, answer: Answer) -> None:
-        head, connection, pool = answer.head, self._connection, self._pool
+    def _finish_answer(self, answer: Answer) -> None:
+        head = answer.head
         assert head is not None
+        self._finish(head.status, is_reusable=head.is_persistent and answer.is_exact)
+
+    def _finish(self, status: int, *, is_reusable: bool) -> None:
+        connection, pool = self._connection, self._pool
         assert connection is not None
         assert pool is not None
         self._connection = None
         if self._client.is_stalled:
             connection.transport.resume_reading()
-        if head.is_persistent and answer.is_exact and self._is_sent:
+        if is_reusable and self._is_sent:
             pool.give_back(connection, self._relay.now_s)
         else:
             connection.abort()
         self._move(ExchangeState.OVER)
-        usage = find_usage(self._before, self._last) if head.status == OK else None
-        self._ended(Outcome.ERROR if head.status in ENGINE_FAULTS else Outcome.FINISHED, usage)
+        usage = find_usage(self._before, self._last) if status == OK else None
+        self._ended(Outcome.ERROR if status in ENGINE_FAULTS else Outcome.FINISHED, usage)
         self._client.exchange_ended(self._keeps)
 
     # --- Failures --------------------------------------------------------------------------------
 
     def upstream_lost(self, error: Exception | None) -> None:
         """The connection to the engine is over."""
+        self._take_over()
         connection, self._connection = self._connection, None
         answer, pool = self._answer, self._pool
         assert connection is not None
-        assert answer is not None
         assert pool is not None
         if self.state is ExchangeState.ANSWERING:
+            assert answer is not None
             if answer.is_ended_by_close and error is None:
                 self._client.transport.write(answer.end())
                 self._connection = connection
-                self._finish(answer)
+                self._finish_answer(answer)
                 return
             self._broken("the engine broke off its response")
             return
-        if connection.is_reused and not self._had_stale and self._can_repeat(answer):
+        if connection.is_reused and not self._had_stale and self._can_repeat():
             # Engines close idle connections; this request crossed such an end on its way.
             self._had_stale = True
             self._connect(pool)
             return
         self._broken("the engine closed the connection without a response")
 
-    def _can_repeat(self, answer: Answer) -> bool:
-        return self._request.is_whole and not answer.has_begun
+    def _can_repeat(self) -> bool:
+        return self._request.is_whole and self._answer is None
 
     def _can_retry(self) -> bool:
         """Whether the request could be sent to another endpoint."""
@@ -424,6 +445,7 @@ class Exchange:
             self._leg.ended(outcome)
 
     def _leave_upstream(self) -> None:
+        self._take_over()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.abort()
@@ -460,6 +482,8 @@ class Exchange:
 
     def look(self, now_s: float, silence_s_max: float) -> None:
         """Give up on an engine that says nothing for too long."""
+        if self._pump is not None and self._pump.is_heard:
+            self._pump.is_heard, self.is_heard = False, True
         if self.is_heard:
             self.is_heard, self.silent_since_s = False, now_s
         elif self.state in (ExchangeState.SENT, ExchangeState.ANSWERING):

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from kvkeep.router.relay.plain import plain_request, plain_response, whole_chunks
+
 HEAD_BYTES_MAX: Final = 64 << 10
 """Of a request or response head; engines refuse more as well."""
 FIELDS_MAX: Final = 128
@@ -124,6 +126,25 @@ def without_fields(head: bytes, names: frozenset[bytes]) -> bytes:
     first, *lines = head.split(b"\r\n")
     kept = [line for line in lines if line.partition(b":")[0].lower() not in names]
     return b"\r\n".join([first, *kept])
+
+
+def split_request(data: bytes) -> tuple[RequestHead, int] | None:
+    """The head that data begins with, and where it ends; None while it is not whole.
+
+    Raises:
+        FramingError: It is refused; the status says why.
+    """
+    plain = None if plain_request is None else plain_request(data)
+    if plain is not None:
+        method, target, length, end = plain
+        head, forwarded = data[:end], data[: end - 2]
+        return RequestHead(method, target, length, True, False, False, head, forwarded), end
+    end = data.find(b"\r\n\r\n") + 4
+    if end == 3:
+        return None
+    if end > HEAD_BYTES_MAX:
+        raise FramingError(431, f"the request head has more than {HEAD_BYTES_MAX} bytes")
+    return parse_request(data[:end]), end
 
 
 def parse_request(head: bytes) -> RequestHead:
@@ -261,6 +282,24 @@ def _with_origin(
     return method + b" " + target + b" HTTP/1.1\r\nHost: " + host + b"\r\n" + fields, target
 
 
+def split_response(data: bytes, *, is_for_head: bool) -> tuple[ResponseHead, int] | None:
+    """The head that data begins with, and where it ends; None while it is not whole.
+
+    Raises:
+        FramingError: An engine said something that is not HTTP, or that can't be relayed.
+    """
+    plain = None if is_for_head or plain_response is None else plain_response(data)
+    if plain is not None:
+        status, length, is_event_stream, end = plain
+        return ResponseHead(status, length, True, is_event_stream, data[: end - 2]), end
+    end = data.find(b"\r\n\r\n") + 4
+    if end > 3:
+        return parse_response(data[:end], is_for_head=is_for_head), end
+    if len(data) > HEAD_BYTES_MAX:
+        raise FramingError(502, "the engine's response head is too long")
+    return None
+
+
 def parse_response(head: bytes, *, is_for_head: bool) -> ResponseHead:
     """Understand a response head.
 
@@ -342,21 +381,8 @@ class ChunkScanner:
     @property
     def is_between(self) -> bool:
         """Whether no chunk is open, so that another could be put in here."""
-        return not (self._missing or self._at_end_of_chunk or self._line or self.is_done)
-
-    def find_single(self, data: bytes) -> int:
-        """Where the payload begins, if the data is one whole plain chunk; else -1.
-
-        This is how a stream of events comes, so it is worth a way of its own: such data can be
-        passed on as it is, and nothing is fed.
-        """
-        match = _PLAIN_CHUNK_LINE.match(data)
-        if match is None or not self.is_between or self._trailer_bytes >= 0:
-            return -1
-        begin, size = match.end(), int(match[1], 16)
-        if size == 0 or begin + size + 2 != len(data) or data[-2:] != b"\r\n":
-            return -1
-        return begin
+        is_open = self._missing or self._at_end_of_chunk or self._line
+        return not (is_open or self.is_done or self._trailer_bytes >= 0)
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take more bytes; returns what of them is payload, in order.
@@ -409,6 +435,23 @@ class ChunkScanner:
             self._missing = int(match[1], 16)
             if not self._missing:
                 self._trailer_bytes = 0
+
+
+def are_whole_chunks(data: bytes, is_event_stream: bool) -> bool:
+    """Whether data that comes between two chunks may be passed on as it is.
+
+    It is plain chunks from beginning to end, the last one not among them, and of a stream of events
+    whole lines. This is how a stream comes, so it is worth a way of its own: nothing is fed then.
+    """
+    if whole_chunks is not None:
+        return whole_chunks(data, is_event_stream)
+    match = _PLAIN_CHUNK_LINE.match(data)
+    if match is None:
+        return False
+    begin, size = match.end(), int(match[1], 16)
+    if size == 0 or begin + size + 2 != len(data) or data[-2:] != b"\r\n":
+        return False
+    return not is_event_stream or data[-3] in b"\r\n"
 
 
 def chunk(payload: bytes) -> bytes:

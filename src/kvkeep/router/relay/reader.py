@@ -14,7 +14,7 @@ from kvkeep.router.relay.framing import (
     ChunkScanner,
     FramingError,
     RequestHead,
-    parse_request,
+    split_request,
 )
 
 
@@ -90,13 +90,11 @@ class RequestReader:
         data = self._data
         while data[:2] == b"\r\n":  # some clients end a body with a line too many (RFC 9112, 2.2)
             data = self._data = data[2:]
-        end = data.find(b"\r\n\r\n") + 4
-        if end == 3:
+        found = split_request(data)
+        if found is None:
             _check_beginning(data)
             return None
-        if end > HEAD_BYTES_MAX:
-            raise FramingError(431, f"the request head has more than {HEAD_BYTES_MAX} bytes")
-        head = parse_request(data[:end])
+        head, end = found
         length = head.length
         if length > self._body_bytes_max:
             raise FramingError(413, f"the body has more than {self._body_bytes_max} bytes")

@@ -4,8 +4,10 @@ Everything here runs on the event loop's thread and never blocks.
 """
 
 import asyncio
+import os
 from typing import Protocol, cast
 
+from kvkeep.router.relay.plain import Pump
 from kvkeep.router.snapshot import Endpoint
 
 IDLE_PER_ENDPOINT_MAX = 512
@@ -27,16 +29,22 @@ class Listener(Protocol):
         """The engine takes less than it is sent, or has caught up."""
         ...
 
+    def pump_ended(self, unsent: bytes) -> None:
+        """A pump ended by itself; the client did not take these bytes of what it passed on."""
+        ...
+
 
 class UpstreamConnection(asyncio.Protocol):
     """One connection to an engine."""
 
-    __slots__ = ("_pool", "idle_since_s", "is_reused", "listener", "transport")
+    __slots__ = ("_pool", "_pumped_fd", "idle_since_s", "is_reused", "listener", "transport")
 
     transport: asyncio.Transport
 
     def __init__(self, pool: "EndpointPool") -> None:
         self._pool = pool
+        self._pumped_fd = -1
+        """The socket once more while a pump reads it: the loop knows a descriptor in one way."""
         self.listener: Listener | None = None
         self.is_reused = False
         """Whether it has served before: the engine may close it at any time."""
@@ -58,6 +66,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is over."""
         listener, self.listener = self.listener, None
+        self.end_pump()
         self._pool.forget(self)
         if listener is not None:
             listener.upstream_lost(exc)
@@ -75,7 +84,57 @@ class UpstreamConnection(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once and tell nobody; vLLM aborts a request whose connection is gone."""
         self.listener = None
+        self.end_pump()
         self.transport.abort()
+
+    def begin_pump(self, client: asyncio.Transport, is_lines: bool) -> Pump | None:
+        """Pass on what comes without a look at it by Python, as long as it is whole chunks.
+
+        The rest comes to the listener as ever, after ``pump_ended``; ``end_pump`` ends it sooner.
+
+        Args:
+            client: Where it goes; it has all that was written to it, and nobody writes meanwhile.
+            is_lines: Whether only whole lines are passed on, as of a stream of events.
+
+        Returns:
+            None if there are no sockets that this could be done with.
+        """
+        ours, theirs = self.transport.get_extra_info("socket"), client.get_extra_info("socket")
+        if Pump is None or ours is None or theirs is None or client.get_write_buffer_size():
+            return None
+        # Its own descriptor, but not the client's: that one stays open until the listener, who ends
+        # the pump then, was told that the client is gone.
+        self._pumped_fd = os.dup(ours.fileno())
+        pump = Pump(self._pumped_fd, theirs.fileno(), is_lines, self._pump_ended)
+        self.transport.pause_reading()
+        asyncio.get_running_loop().add_reader(self._pumped_fd, pump)
+        return pump
+
+    @property
+    def is_pumped(self) -> bool:
+        """Whether a pump reads it."""
+        return self._pumped_fd >= 0
+
+    def end_pump(self) -> None:
+        """Read as ever again, if a pump runs."""
+        pumped_fd, self._pumped_fd = self._pumped_fd, -1
+        if pumped_fd < 0:
+            return
+        asyncio.get_running_loop().remove_reader(pumped_fd)
+        os.close(pumped_fd)
+
+    def _pump_ended(self, unsent: bytes, unread: bytes, error: int) -> None:
+        """A pump has found what is not for it: the end of the connection, if it is nothing else."""
+        self.end_pump()
+        listener = self.listener
+        assert listener is not None
+        self.transport.resume_reading()
+        listener.pump_ended(unsent)
+        if unread:
+            listener.upstream_data(unread)
+        elif error:
+            self.abort()
+            listener.upstream_lost(OSError(error, os.strerror(error)))
 
 
 class EndpointPool:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from kvkeep.router.relay.exchange import TRANSITIONS, ExchangeState
+from kvkeep.router.relay.exchange_state import TRANSITIONS, ExchangeState
 from kvkeep.router.relay.upstream import EndpointPool, UpstreamConnection
 from kvkeep.router.snapshot import EndpointState
 from tests.unit.router.relay.wires import STREAM, Room, Wire, chunked, request, response, split

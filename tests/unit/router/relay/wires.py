@@ -140,6 +140,19 @@ def chunked(pieces: list[bytes]) -> bytes:
     )
 
 
+def unchunked(data: bytes) -> bytes:
+    """The payload of a whole chunked body, by a reader of its own."""
+    payload = b""
+    while True:
+        size, _, data = data.partition(b"\r\n")
+        if int(size, 16) == 0:
+            assert data == b"\r\n"
+            return payload
+        payload += data[: int(size, 16)]
+        assert data[int(size, 16) :][:2] == b"\r\n"
+        data = data[int(size, 16) + 2 :]
+
+
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
