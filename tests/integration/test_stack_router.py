@@ -197,6 +197,21 @@ def test_a_request_waits_for_a_start_no_longer_than_its_time(stack: UpStack) -> 
     assert "the engine for slow" in late.json()["error"]["message"]
 
 
+def test_a_pair_is_announced_with_its_roles() -> None:
+    """The router knows who does what; a short prompt is not worth a hand-off."""
+    engines = [
+        {**engine("d", served_model_name="m"), "role": "decode", "connector": "nixl"},
+        {**engine("p", served_model_name="m"), "role": "prefill", "connector": "nixl"},
+    ]
+    with up_stack({"router": QUICK, "engines": engines}) as stack:
+        roles = {each["name"]: each["role"] for each in stack.workers()["workers"]}
+        answer = stack.ask("m")
+
+    assert roles == {"d": "decode", "p": "prefill"}
+    assert answer.status_code == 200
+    assert answer.headers["x-kvkeep-route"].startswith("d;")
+
+
 def test_down_lets_requests_come_to_their_end() -> None:
     """What runs is answered while nothing new is taken, and nothing is left afterwards."""
     engines = [engine("a", served_model_name="m")]
