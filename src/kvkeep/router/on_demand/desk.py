@@ -201,6 +201,7 @@ class StartDesk:
 
     def told(self, news: StartNews, now_s: float) -> None:
         """Something became of an engine; of strangers nothing is heard."""
+        self._now_s = now_s
         engine = self._engines.get(news.engine)
         if engine is None:
             return
