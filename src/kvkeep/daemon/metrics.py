@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 import kvkeep
 from kvkeep.daemon.movement.movement import Movement
+from kvkeep.daemon.sequences.listener import SequenceListener
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import Clock
 
@@ -91,6 +92,7 @@ class Metrics(Collector):
         self._begun_s = clock.now_s()
         self._own = dict.fromkeys(COUNTERS, 0)
         self.movement: Movement | None = None
+        self.sequences: SequenceListener | None = None
         self.num_sessions = 0
         """Kept by the server."""
 
@@ -173,6 +175,7 @@ class Metrics(Collector):
                 else {name: getattr(layout, name) for name in layout.__dataclass_fields__},
             },
             "movement": None if self.movement is None else self.movement.status(),
+            "sequences": None if self.sequences is None else self.sequences.status(),
             "workers": self._shell.num_workers,
             "tenants": self.tenants(),
             "gauges": self.gauges(),
@@ -190,6 +193,8 @@ class Metrics(Collector):
             yield CounterMetricFamily(f"kvkeep_{name}", text, value=values[name])
         for name, value in self.gauges().items():
             yield GaugeMetricFamily(f"kvkeep_{name}", GAUGES[name], value=value)
+        if self.sequences is not None:
+            yield from self.sequences.figures.collect()
         tenants = self.tenants()
         for name, text in TENANT_GAUGES.items():
             family = GaugeMetricFamily(f"kvkeep_{name}", text, labels=["tenant"])

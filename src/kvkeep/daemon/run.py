@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvloop
 from aiohttp import web
@@ -27,6 +27,7 @@ from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.movement.opening import judge_tiers
 from kvkeep.daemon.recovery import recover
+from kvkeep.daemon.sequences.listener import SequenceListener
 from kvkeep.daemon.server import Server, SessionProtocol
 from kvkeep.daemon.settings import DaemonSettings, runtime_folder
 from kvkeep.daemon.shell import Shell
@@ -44,6 +45,13 @@ BACKLOG = 256
 """Connections that wait to be accepted: every engine of a host may come back at once."""
 SPARE_FILES = 256
 """Descriptors beside those of the sessions: HTTP, watched processes, the pool, the logs."""
+
+
+class Listeners(NamedTuple):
+    """The TCP ports, taken before the pool, so that a port in use costs nothing."""
+
+    http: socket.socket
+    sequences: SequenceListener | None
 
 
 def run(settings: DaemonSettings) -> None:
@@ -64,11 +72,15 @@ def run(settings: DaemonSettings) -> None:
         # What can be refused for little comes before what takes memory.
         stack.callback(os.close, _lock_socket(path))
         http = stack.enter_context(_bind_http(settings.metrics_port))
+        sequences = None if settings.sequences is None else SequenceListener(settings.sequences)
+        if sequences is not None:
+            stack.callback(sequences.release)
+        listeners = Listeners(http, sequences)
         pool = PoolFile.open(settings.pool_path, settings.pool_bytes)
         path.unlink(missing_ok=True)
         stack.callback(path.unlink, missing_ok=True)
         failures: list[BaseException] = []
-        is_hanging = uvloop.run(_serve(settings, pool, http, failures))
+        is_hanging = uvloop.run(_serve(settings, pool, listeners, failures))
     for failure in failures:
         if isinstance(failure, UnavailableError):
             raise failure
@@ -147,7 +159,7 @@ def _check_private(folder: Path) -> None:
 
 
 def _bind_http(port: int) -> socket.socket:
-    """Take the port before the pool, so that a port in use costs nothing."""
+    """Take the port of metrics."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -170,7 +182,7 @@ def _lru(_num_slots: int) -> EvictionPolicy:
 async def _serve(
     settings: DaemonSettings,
     pool: PoolFile,
-    http: socket.socket,
+    listeners: Listeners,
     failures: list[BaseException],
 ) -> bool:
     """Serve until told to stop, or until something happens that the core rules out.
@@ -197,9 +209,12 @@ async def _serve(
         metrics.count("blocks_dropped", num_dropped)
         await _until_open(movement, stopped)
         await runner.setup()
-        await web.SockSite(runner, http).start()
+        await web.SockSite(runner, listeners.http).start()
+        if listeners.sequences is not None:
+            metrics.sequences = listeners.sequences
+            await listeners.sequences.open()
         listener = await _listen(loop, settings.socket_path, lambda: SessionProtocol(server))
-        _announce(settings, pool, http.getsockname()[1])
+        _announce(settings, pool, listeners)
         ticks = _begin_ticks(loop, shell, movement, _ending(stopped, failures))
         await stopped.wait()
         ticks()
@@ -208,6 +223,8 @@ async def _serve(
         # Sessions say goodbye in the loop's next turn.
         await asyncio.sleep(0)
     finally:
+        if listeners.sequences is not None:
+            await listeners.sequences.close()
         await movement.close()
         await runner.cleanup()
         shell.close()
@@ -256,11 +273,12 @@ async def _listen(
         os.umask(before)
 
 
-def _announce(settings: DaemonSettings, pool: PoolFile, port: int) -> None:
+def _announce(settings: DaemonSettings, pool: PoolFile, listeners: Listeners) -> None:
     ready = {
         "event": "ready",
         "socket": settings.socket_path,
-        "metrics_port": port,
+        "metrics_port": listeners.http.getsockname()[1],
+        "sequences_port": None if listeners.sequences is None else listeners.sequences.port,
         "pool": str(pool.path),
         "pid": os.getpid(),
         "generation": pool.generation,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvkeep.core.quotas import OTHERS, TENANTS_MAX
+from kvkeep.daemon.sequences.settings import SequenceSettings, with_sequence_sizes
 from kvkeep.daemon.tier_settings import (
     AnyTierSettings,
     DiskTierSettings,
@@ -73,6 +74,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit. The others share what is left; together at most 1."""
     tiers: list[AnyTierSettings] = []
     """Where blocks go below the pool, the fastest first; each has a ``kind``."""
+    sequences: SequenceSettings | None = None
+    """Where named sequences' K/V can be kept over HTTP (docs/sequences.md); none: nowhere."""
 
     def __post_init__(self) -> None:
         if "\0" in self.socket + self.pool:
@@ -136,3 +139,5 @@ def _prepare(values: dict[str, Any]) -> None:
         values["pool_bytes"] = parse_bytes(values["pool_bytes"])
     if isinstance(values.get("tiers"), list):
         values["tiers"] = [with_sizes(tier) for tier in values["tiers"]]
+    if "sequences" in values:
+        values["sequences"] = with_sequence_sizes(values["sequences"])

@@ -7,10 +7,12 @@ from typing import get_args
 import msgspec
 
 from kvkeep.daemon.metrics import COUNTERS, GAUGES, TENANT_GAUGES
+from kvkeep.daemon.sequences import figures
+from kvkeep.daemon.sequences.settings import SequenceSettings
 from kvkeep.daemon.settings import ENVIRONMENT_PREFIX, DaemonSettings
 from kvkeep.daemon.tier_settings import AnyTierSettings, TierSettings
 
-FILE_ONLY = frozenset({"quotas", "tiers"})
+FILE_ONLY = frozenset({"quotas", "sequences", "tiers"})
 """Settings that fit neither a variable nor a flag."""
 
 
@@ -61,6 +63,25 @@ def metrics_table() -> str:
     lines += [
         f"| `kvkeep_{name}{{tenant}}` | gauge | {text} |" for name, text in TENANT_GAUGES.items()
     ]
+    return "\n".join(lines)
+
+
+def sequence_settings_table() -> str:
+    """The fields of the section ``sequences``."""
+    texts = field_texts(SequenceSettings)
+    lines = ["| field | default | meaning |", "|---|---|---|"]
+    for field in msgspec.structs.fields(SequenceSettings):
+        lines.append(f"| `{field.name}` | {_default(field)} | {texts[field.name]} |")
+    return "\n".join(lines)
+
+
+def sequence_metrics_table() -> str:
+    """What is counted of sequences, where they are kept."""
+    lines = ["| metric | kind | meaning |", "|---|---|---|"]
+    for name, text in figures.COUNTERS.items():
+        lines.append(f"| `kvkeep_{name}_total` | counter | {text} |")
+    for name, text in figures.GAUGES.items():
+        lines.append(f"| `kvkeep_{name}` | gauge | {text} |")
     return "\n".join(lines)
 
 
