@@ -265,13 +265,14 @@ def test_a_router_that_stops_keeps_nobody_waiting() -> None:
     scene = Scene()
     scene.ask()
     scene.desk.drain()
+    is_waiting = scene.ask()
     scene.become_ready()
     scene.tick(0.1)
     scene.tick(2 * IDLE_S)
 
     assert [each is not None and each.status for each in scene.answers] == [503]
     assert scene.orders == [("start", "e")]
-    assert not Scene.ask(scene)
+    assert not is_waiting
 
 
 def test_an_engine_that_was_removed_by_hand_is_there_again() -> None:
