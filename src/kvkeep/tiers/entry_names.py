@@ -72,8 +72,11 @@ def pack_head(name: str, value_bytes: int) -> bytes:
 
 
 def is_head_of(head: bytes | bytearray | memoryview, name: str, value_bytes: int) -> bool:
-    """Whether this stands in front of the whole value of this name, which is so long."""
-    return bytes(head) == pack_head(name, value_bytes)
+    """Whether this stands in front of the whole value of this name, which is so long.
+
+    ``value_bytes`` is below 0 where what was found is shorter than a head.
+    """
+    return value_bytes >= 0 and bytes(head) == pack_head(name, value_bytes)
 
 
 class DamagedHeads:

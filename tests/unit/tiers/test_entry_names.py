@@ -75,6 +75,7 @@ def test_a_head_belongs_to_one_name_and_length() -> None:
     assert not is_head_of(head, NAME + "0", 1000)
     assert not is_head_of(b"x" * HEAD_BYTES, NAME, 1000)
     assert not is_head_of(head[:-1], NAME, 1000)
+    assert not is_head_of(head[:-1], NAME, -1)
 
 
 @pytest.mark.parametrize("prefix", ["kvkeep/", "a/b-1/c_2.d/"])
