@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -30,6 +30,31 @@ SHM = Path("/dev/shm")
 _DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 _POOL_SLACK_BYTES = 4 << 20
 """Payloads of a pool begin at a huge page, 2 MiB; twice that covers every rounding."""
+
+
+class _KvShape(msgspec.Struct, frozen=True):
+    """What of a model decides how large a block is."""
+
+    num_layers: int
+    num_heads: int
+    """That keep K and V."""
+    head_dim: int
+    dtype: str
+
+
+def _shape_of(engine: EngineSpec, model: Model) -> _KvShape | None:
+    """Read a model's configuration; None where it is not here, or says something else."""
+    try:
+        found = json.loads((Path(model.location) / "config.json").read_text())
+        heads = found["num_attention_heads"]
+        return _KvShape(
+            num_layers=found["num_hidden_layers"],
+            num_heads=found.get("num_key_value_heads") or heads,
+            head_dim=found.get("head_dim") or found["hidden_size"] // heads,
+            dtype=engine.dtype or found.get("dtype") or found["torch_dtype"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def has_gpu() -> bool:
@@ -141,24 +166,44 @@ def size_pool(spec: StackSpec, model: Model) -> StackSpec:
     if num_blocks is None:
         return spec
     engine = next((engine for engine in spec.engines if engine.url is None), spec.engines[0])
-    try:
-        shape = json.loads((Path(model.location) / "config.json").read_text())
-        num_layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
-        num_heads = shape.get("num_key_value_heads") or heads
-        head_dim = shape.get("head_dim") or shape["hidden_size"] // heads
-        dtype = engine.dtype or shape.get("dtype") or shape["torch_dtype"]
-        scalar_bytes = _DTYPE_BYTES[dtype]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    shape = _shape_of(engine, model)
+    if shape is None or shape.dtype not in _DTYPE_BYTES:
         raise InputError(
             f"daemon.pool_blocks = {num_blocks}: the size of a block of this model is not known "
             "here; set daemon.pool_bytes instead."
-        ) from error
-    num_pages = num_layers * num_heads
-    block_bytes = num_pages * 2 * head_dim * scalar_bytes * engine.block_tokens
+        )
+    num_pages = shape.num_layers * shape.num_heads
+    block_bytes = num_pages * 2 * shape.head_dim * _DTYPE_BYTES[shape.dtype] * engine.block_tokens
     stride = -(-(HEADER_BYTES + DIGEST_BYTES * num_pages) // 64) * 64
     pool_bytes = FILE_HEADER_BYTES + _POOL_SLACK_BYTES + num_blocks * (block_bytes + stride)
     daemon = msgspec.structs.replace(spec.daemon, pool_bytes=max(pool_bytes, 1 << 24))
     return msgspec.structs.replace(spec, daemon=daemon)
+
+
+def check_shapes(spec: StackSpec, models: Mapping[str, Model]) -> None:
+    """Refuse engines whose blocks one pool can't hold; their daemon would, after a minute.
+
+    Args:
+        spec: Of the stack.
+        models: By the name that the file has for each; what is not known of one is not judged.
+
+    Raises:
+        InputError: Two engines' models differ in what a block is made of.
+    """
+    first: tuple[str, _KvShape] | None = None
+    for idx, engine in enumerate(spec.engines):
+        name = spec.model_of(engine)
+        shape = _shape_of(engine, models[name]) if engine.uses_kvkeep else None
+        if shape is None:
+            continue
+        if first is None:
+            first = (name, shape)
+        elif shape != first[1]:
+            raise InputError(
+                f"engines[{idx}].model = {name}: its blocks are not made like those of {first[0]}, "
+                "and engines of one daemon keep theirs in one pool; set connector: none, or give "
+                "it another stack."
+            )
 
 
 def check_machine(spec: StackSpec) -> None:

@@ -23,6 +23,7 @@ from kvkeep.stack.machine import (
     assigned_cores,
     assigned_gpus,
     check_machine,
+    check_shapes,
     has_gpu,
     named_ports,
     size_pool,
@@ -172,6 +173,7 @@ class Stack:
         models: dict[str, Model] = {}
         if any(engine.url is None for engine in self.spec.engines):
             models = self._resolve_models()
+            check_shapes(self.spec, models)
             self.spec = size_pool(self.spec, next(iter(models.values())))
         check_machine(self.spec)
         for server in find_started(self.spec.daemon.tiers):

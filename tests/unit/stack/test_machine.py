@@ -117,6 +117,48 @@ def test_too_few_gpus_are_refused_before_anything_starts(monkeypatch: pytest.Mon
     assert machine.assigned_gpus(stack({"gpus": 1})) == {"e0": ("0",)}
 
 
+def model_of(folder: Path, **more: object) -> Model:
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "dtype": "bfloat16"}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape | more))
+    return Model(location=str(folder), is_local=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "more", "is_refused"),
+    [
+        ({}, {"num_hidden_layers": 3}, True),
+        ({}, {"num_key_value_heads": 2}, True),
+        ({}, {"dtype": "float32"}, True),
+        ({"dtype": "bfloat16"}, {"dtype": "float32"}, False),
+        ({}, {"vocab_size": 9}, False),
+        ({"connector": "none"}, {"num_hidden_layers": 3}, False),
+    ],
+)
+def test_models_of_one_daemon_have_one_shape(
+    tmp_path: Path, fields: dict[str, Any], more: dict[str, Any], is_refused: bool
+) -> None:
+    """A fine-tuned one may share the pool; another one is refused by name, before it starts."""
+    spec = stack({"dtype": fields.get("dtype")}, {"model": "other", **fields})
+    models = {"smollm2": model_of(tmp_path / "a"), "other": model_of(tmp_path / "b", **more)}
+
+    if is_refused:
+        with pytest.raises(InputError, match=r"engines\[1\]\.model = other: its blocks are not"):
+            machine.check_shapes(spec, models)
+    else:
+        machine.check_shapes(spec, models)
+
+
+def test_a_model_of_a_hub_is_not_judged_by_its_shape(tmp_path: Path) -> None:
+    """Its configuration is not here yet."""
+    models = {
+        "smollm2": model_of(tmp_path / "a"),
+        "o/m": Model(location="o/m", is_local=False),
+    }
+
+    machine.check_shapes(stack({}, {"model": "o/m"}), models)
+
+
 def test_cores_are_shared_out_behind_a_router() -> None:
     """Its engines work at the same time; without one each has them all."""
     plain = stack({}, {})
