@@ -15,9 +15,8 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's monotonic clock, the same for every process of one host."""
 
-    def now_s(self) -> float:
-        """Seconds of CLOCK_MONOTONIC."""
-        return time.monotonic()
+    now_s = staticmethod(time.monotonic)
+    """Seconds of CLOCK_MONOTONIC; asked for so often that a call of Python counts."""
 
 
 def wall_clock_s() -> float:

@@ -62,22 +62,21 @@ def find_model(fields: BodyFields) -> str | None:
     return model[:MODEL_CHARS_MAX] if isinstance(model, str) else None
 
 
-def find_key(head: bytes, fields: BodyFields | None) -> bytes | None:
-    """What keeps a request with others: a session, a user, or how its prompt begins.
-
-    Never an id that is new with each request, nor the whole body: either would spread a
-    conversation over all engines.
-
-    Args:
-        head: Of the request, as it came.
-        fields: Of its body; None if it has none that can be read.
-    """
+def find_key_header(head: bytes) -> bytes | None:
+    """What a request's head, as it came, says of the requests that it belongs to."""
     for name in KEY_HEADERS:
         value = find_field(head, name)
         if value:
             return value[:KEY_BYTES_MAX]
-    if fields is None:
-        return None
+    return None
+
+
+def find_key(fields: BodyFields) -> bytes | None:
+    """What keeps a request with others if its head does not say: see ``find_key_header``.
+
+    A session, a user, or how its prompt begins; never an id that is new with each request, nor the
+    whole body: either would spread a conversation over all engines.
+    """
     for field in KEY_FIELDS:
         named = _value(getattr(fields, field))
         if isinstance(named, dict):

@@ -74,13 +74,14 @@ class Router:
         self._models: frozenset[str] = frozenset()
         self._is_open_to_any = True
         self._is_mixed = False
+        self._needs = Needs.NOTHING
         self._version = -1
 
     @property
     def needs(self) -> Needs:
         """What has to be known of a request before it is routed."""
-        needs = self.policy.needs | self._more_needs
-        return needs | Needs.MODEL if self._distinguishes_models() else needs
+        self._distinguishes_models()
+        return self._needs
 
     def route(
         self,
@@ -122,6 +123,8 @@ class Router:
             self._models = self._declared.union(*served)
             self._is_open_to_any = not all(served)
             self._is_mixed = len(set(served)) > 1 or bool(self._declared)
+            needs = self.policy.needs | self._more_needs
+            self._needs = needs | Needs.MODEL if self._is_mixed else needs
         return self._is_mixed
 
     def may_retry(self, view: RequestView, tried: Sequence[Endpoint]) -> bool:

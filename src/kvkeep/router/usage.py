@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from kvkeep.router.relay import plain
+
 TAIL_BYTES_MAX: Final = 16 << 10
 """How far from the end it is looked for: what engines put behind it is short."""
 OBJECT_BYTES_MAX: Final = 1024
@@ -44,12 +46,19 @@ def find_usage(before: bytes, last: bytes) -> Usage | None:
     if begin < 0:
         return None
     found = tail[begin : begin + OBJECT_BYTES_MAX]
-    prompt, completion = _PROMPT.search(found), _COMPLETION.search(found)
-    if prompt is None:
+    find = find_tokens if plain.find_tokens is None else plain.find_tokens
+    prompt, completion, cached = find(found)
+    if prompt < 0:
         return None
+    return Usage(prompt, max(completion, 0), None if cached < 0 else cached)
+
+
+def find_tokens(found: bytes) -> tuple[int, int, int]:
+    """Tokens of prompt, completion and cache, each where it is first said; -1: nowhere."""
+    prompt, completion = _PROMPT.search(found), _COMPLETION.search(found)
     cached = _CACHED.search(found)
-    return Usage(
-        int(prompt[1]),
-        0 if completion is None else int(completion[1]),
-        None if cached is None else int(cached[1]),
+    return (
+        -1 if prompt is None else int(prompt[1]),
+        -1 if completion is None else int(completion[1]),
+        -1 if cached is None else int(cached[1]),
     )

@@ -12,6 +12,7 @@ import httptools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvkeep.router.relay import plain
 from kvkeep.router.relay.framing import (
     ChunkScanner,
     FramingError,
@@ -22,6 +23,7 @@ from kvkeep.router.relay.framing import (
 )
 from kvkeep.router.relay.plain import Pump, plain_request, plain_response, whole_chunks
 from kvkeep.router.relay.reader import RequestReader
+from kvkeep.router.usage import find_tokens
 from tests.unit.router.relay.wires import STREAM, Room, chunked, request, response, split
 
 SEEDS = [
@@ -209,7 +211,7 @@ def test_a_plain_request_is_read_as_in_python(
 
     assert end == data.index(b"\r\n\r\n") + 4
     assert parse_request(head) == RequestHead(
-        method, target, length, True, False, False, head, head[:-2]
+        method, target, length, True, False, False, head, head[:-2], True
     )
 
 
@@ -237,6 +239,29 @@ def test_most_heads_are_plain() -> None:
     assert plain_request(request(b"{}", "Connection: keep-alive")) is not None
     assert [plain_response(each) is not None for each in RESPONSES] == [True] * 4
     assert plain_response(STREAM) == (200, -2, True, len(STREAM))
+
+
+USAGE = (
+    b'"usage": {"prompt_tokens": 12, "completion_tokens" : 3,\n'
+    b'"input_tokens":\v4, "output_tokens": 123456789012, "x": {"cached_tokens": 0}}'
+)
+USAGE_MUTATIONS = st.lists(
+    st.tuples(
+        st.integers(0, 400),
+        st.sampled_from(["insert", "delete", "replace", "double"]),
+        st.sampled_from([b'"', b":", b" ", b"\x1c", b"0", b"99", b"_", b"a", b"}", b"\xff", b"-1"]),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(mutations=USAGE_MUTATIONS, end=st.integers(0, 200))
+def test_tokens_are_found_as_in_python(mutations: list[tuple[int, str, bytes]], end: int) -> None:
+    """Wherever the object is cut or damaged."""
+    data = mutated(USAGE, mutations)[:end]
+
+    assert plain.find_tokens(data) == find_tokens(data)
 
 
 PIECES = st.lists(

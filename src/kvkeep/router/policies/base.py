@@ -23,9 +23,9 @@ class Needs(Flag):
     """``RequestView.model``."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen would cost a call for each field, for each request
 class Choice:
-    """An endpoint, and why."""
+    """An endpoint, and why; nobody changes it."""
 
     endpoint: Endpoint | None
     """None only if there was none to choose from."""

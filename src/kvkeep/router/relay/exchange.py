@@ -179,20 +179,12 @@ class Exchange:
         self._try_elsewhere(504 if is_late else 502, "the engine could not be reached")
 
     def _send(self, connection: UpstreamConnection) -> None:
-        request, head = self._request, self._request.head
+        request = self._request
         self._connection, connection.listener, self._answer = connection, self, None
         self._move(ExchangeState.SENT)
         self.silent_since_s = self._relay.now_s
-        body = request.body
-        self._sent_bytes = len(body)
-        out = head.forwarded
-        if head.length == CHUNKED:
-            if request.is_whole:
-                out += b"Content-Length: %d\r\n" % len(body)
-            else:
-                out += b"Transfer-Encoding: chunked\r\n"
-                body = chunk(body)
-        connection.transport.write(b"".join((out, b"\r\n", body)))
+        self._sent_bytes = len(request.body)
+        connection.transport.write(request.wire or request.framed())
         if self._leg is not None:
             self._leg.began()
         if not request.is_whole:

@@ -92,6 +92,8 @@ class RequestHead:
     """The head as it came."""
     forwarded: bytes
     """What an engine gets, without the empty line and without a line for a chunked body."""
+    is_unchanged: bool = False
+    """Whether that is the head as it came."""
 
     def field(self, name: bytes) -> bytes | None:
         """The value of the first field of this lower-case name; None if there is none."""
@@ -138,7 +140,7 @@ def split_request(data: bytes) -> tuple[RequestHead, int] | None:
     if plain is not None:
         method, target, length, end = plain
         head, forwarded = data[:end], data[: end - 2]
-        return RequestHead(method, target, length, True, False, False, head, forwarded), end
+        return RequestHead(method, target, length, True, False, False, head, forwarded, True), end
     end = data.find(b"\r\n\r\n") + 4
     if end == 3:
         return None
@@ -177,7 +179,8 @@ def parse_request(head: bytes) -> RequestHead:
     if head.count(b"\n") > FIELDS_MAX + 2:
         raise FramingError(431, f"the request has more than {FIELDS_MAX} header fields")
     if is_plain and num_hosts == 1:
-        return RequestHead(method, target, max(length, 0), True, False, False, head, head[:-2])
+        length = max(length, 0)
+        return RequestHead(method, target, length, True, False, False, head, head[:-2], True)
     return _parse_exceptional(head, method, target, version, noted)
 
 

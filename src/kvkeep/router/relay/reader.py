@@ -14,6 +14,7 @@ from kvkeep.router.relay.framing import (
     ChunkScanner,
     FramingError,
     RequestHead,
+    chunk,
     split_request,
 )
 
@@ -26,6 +27,19 @@ class Request:
     body: bytes
     """Of a request that is not whole: its beginning."""
     is_whole: bool
+    wire: bytes | None = None
+    """Head and body as they came, if that is what an engine gets."""
+
+    def framed(self) -> bytes:
+        """Head and body for an engine; of a request that is not whole, as much as there is."""
+        out, body = self.head.forwarded, self.body
+        if self.head.length == CHUNKED:
+            if self.is_whole:
+                out += b"Content-Length: %d\r\n" % len(body)
+            else:
+                out += b"Transfer-Encoding: chunked\r\n"
+                body = chunk(body)
+        return b"".join((out, b"\r\n", body))
 
 
 class RequestReader:
@@ -101,7 +115,7 @@ class RequestReader:
         after = end + length
         if 0 <= length <= self._gathered_bytes_max and after <= len(data):
             self._data = data[after:]
-            return Request(head, data[end:after], True)
+            return Request(head, data[end:after], True, data[:after] if head.is_unchanged else None)
         self._head, self._data = head, data[end:]
         self._missing, self._scanner = length, ChunkScanner() if length == CHUNKED else None
         self._num_body_bytes = 0

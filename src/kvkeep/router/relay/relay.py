@@ -13,13 +13,20 @@ from kvkeep.router.relay.reader import Request
 from kvkeep.router.relay.server import ClientConnection
 from kvkeep.router.relay.settings import RelaySettings
 from kvkeep.router.relay.upstream import EndpointPool, UpstreamConnection
-from kvkeep.router.request import RequestView, find_key, find_model, parse_fields
+from kvkeep.router.request import (
+    RequestView,
+    find_key,
+    find_key_header,
+    find_model,
+    parse_fields,
+)
 from kvkeep.router.router import Router
 from kvkeep.router.snapshot import Endpoint
 from kvkeep.router.tokenizing import BYTES_PER_TOKEN, Prefixes, Tokenizing, approximate_prefix
 
 LOOK_S: Final = 0.25
 """How often time limits are looked at; each is kept to about so much."""
+_KEY_ALONE: Needs = Needs.KEY
 LINES_MAX: Final = 4096
 """Of remembered X-Kvkeep-Route lines."""
 
@@ -83,11 +90,15 @@ class Relay:
         if needs is Needs.NOTHING:
             return RequestView("")
         view = RequestView(head.target.partition(b"?")[0].decode("ascii"))
+        if needs is _KEY_ALONE or Needs.KEY in needs:
+            view.key = find_key_header(head.raw)
+            if needs is _KEY_ALONE and view.key is not None:
+                return view
         fields = parse_fields(request.body) if request.is_whole and request.body else None
         if fields is not None:
             view.model = find_model(fields)
-        if Needs.KEY in needs:
-            view.key = find_key(head.raw, fields)
+            if view.key is None and Needs.KEY in needs:
+                view.key = find_key(fields)
         if Needs.TOKENS in needs:
             view.num_tokens = max(len(request.body), head.length) // BYTES_PER_TOKEN
         if Needs.PREFIX in needs and request.is_whole and self._prefixes_of is None:

@@ -12,5 +12,6 @@ def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         return
     for name in ("plain_request", "plain_response", "whole_chunks"):
         monkeypatch.setattr(framing, name, None)
+    monkeypatch.setattr(plain, "find_tokens", None)
     monkeypatch.setattr(exchange, "plain_response", None)
     monkeypatch.setattr(upstream, "Pump", None)

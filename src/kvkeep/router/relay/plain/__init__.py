@@ -4,8 +4,15 @@ Only ``kvkeep.router.relay.framing`` decides what HTTP is; this is what it need 
 """
 
 try:
-    from kvkeep.router.relay.plain._plain import Pump, plain_request, plain_response, whole_chunks
+    from kvkeep.router.relay.plain._plain import (
+        Pump,
+        find_tokens,
+        plain_request,
+        plain_response,
+        whole_chunks,
+    )
 except ImportError:  # without a compiler everything is read in Python
-    Pump = plain_request = plain_response = whole_chunks = None  # type: ignore[assignment,misc]
+    Pump = find_tokens = None  # type: ignore[assignment,misc]
+    plain_request = plain_response = whole_chunks = None  # type: ignore[assignment]
 
-__all__ = ["Pump", "plain_request", "plain_response", "whole_chunks"]
+__all__ = ["Pump", "find_tokens", "plain_request", "plain_response", "whole_chunks"]

@@ -298,6 +298,71 @@ static PyObject *plain_response(PyObject *module, PyObject *data)
                          response.is_event_stream ? Py_True : Py_False, (Py_ssize_t)head_bytes);
 }
 
+/* --- Usage ------------------------------------------------------------------------------------ */
+
+/* A number of at most so many digits is one of tokens. */
+#define TOKEN_DIGITS_MAX 12
+
+static bool is_space(char letter)
+{
+    return letter == ' ' || (letter >= '\t' && letter <= '\r');
+}
+
+static bool is_of_word(char letter)
+{
+    return (letter >= '0' && letter <= '9') || (letter >= 'A' && letter <= 'Z') ||
+           (letter >= 'a' && letter <= 'z') || letter == '_';
+}
+
+/* Colon and number behind a name; -1 for anything else. */
+static long long read_number(reader_t reader)
+{
+    long long number = 0;
+    int num_digits = 0;
+    while (reader.at < reader.end && is_space(*reader.at))
+        reader.at++;
+    if (!take_text(&reader, ":"))
+        return -1;
+    while (reader.at < reader.end && is_space(*reader.at))
+        reader.at++;
+    for (; reader.at < reader.end && *reader.at >= '0' && *reader.at <= '9'; reader.at++) {
+        if (++num_digits > TOKEN_DIGITS_MAX)
+            return -1;
+        number = number * 10 + (*reader.at - '0');
+    }
+    bool is_ended = reader.at == reader.end || !is_of_word(*reader.at);
+    return num_digits && is_ended ? number : -1;
+}
+
+/* The first number of each kind, by the names that OpenAI's two interfaces have for it. */
+static PyObject *find_tokens(PyObject *module, PyObject *data)
+{
+    static const struct {
+        const char *name;
+        int kind;
+    } NAMES[] = {
+        {"prompt_tokens\"", 0},     {"input_tokens\"", 0},  {"completion_tokens\"", 1},
+        {"output_tokens\"", 1}, {"cached_tokens\"", 2},
+    };
+    long long found[3] = {-1, -1, -1};
+    char *bytes;
+    Py_ssize_t size;
+    (void)module;
+    if (PyBytes_AsStringAndSize(data, &bytes, &size) < 0)
+        return NULL;
+    reader_t reader = {.at = bytes, .end = bytes + size};
+    while ((reader.at = memchr(reader.at, '"', (size_t)(reader.end - reader.at))) != NULL) {
+        reader.at++;
+        for (size_t number = 0; number < sizeof NAMES / sizeof *NAMES; number++) {
+            reader_t behind = reader;
+            int kind = NAMES[number].kind;
+            if (found[kind] < 0 && take_text(&behind, NAMES[number].name))
+                found[kind] = read_number(behind);
+        }
+    }
+    return Py_BuildValue("(LLL)", found[0], found[1], found[2]);
+}
+
 /* --- Chunks ----------------------------------------------------------------------------------- */
 
 static int hex_digit(char letter)
@@ -514,6 +579,7 @@ static int add_pump(PyObject *module)
 static PyMethodDef methods[] = {
     {"plain_request", plain_request, METH_O, "Method, target, length, bytes of a plain head."},
     {"plain_response", plain_response, METH_O, "Status, length, kind, bytes of a plain head."},
+    {"find_tokens", find_tokens, METH_O, "Tokens of prompt, completion, cache; -1: not said."},
     {"whole_chunks", whole_chunks, METH_VARARGS, "Whether data is whole plain chunks."},
     {NULL, NULL, 0, NULL},
 };
