@@ -109,6 +109,8 @@ class HolderQuiet:
     A greeting may be read late, when the same process has given it up, opened another session and
     writes under that one.
     """
+    sessions: frozenset[int] | None = None
+    """The proof is for copies of these earlier sessions alone; None: of all of the process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -298,10 +298,14 @@ class NodeState:
         if event.pid == UNKNOWN_PID:
             return []
         before = float("inf") if event.before_session is None else event.before_session
+
+        def is_meant(lease: WriteLease) -> bool:
+            session = lease.holder.session_id
+            return session < before and (event.sessions is None or session in event.sessions)
+
         mine = [lease for lease in self.writes if lease.holder.pid == event.pid]
-        running = [lease for lease in mine if lease.holder.session_id < before]
-        lost = self._lost.get(event.pid, {})
-        over = [lease for lease in lost.values() if lease.holder.session_id < before]
+        running = [lease for lease in mine if is_meant(lease)]
+        over = [lease for lease in self._lost.get(event.pid, {}).values() if is_meant(lease)]
         effects: list[do.Effect] = []
         for lease in running:
             self.writes.end(lease)
@@ -309,7 +313,9 @@ class NodeState:
             self._found(lease)
         for lease in [*running, *over]:
             effects += self._quiet(lease)
-        for slot in self._lost_slots.pop(event.pid, []):
+        # Who wrote for an earlier daemon is known by the process alone.
+        recovered = self._lost_slots.pop(event.pid, []) if event.sessions is None else []
+        for slot in recovered:
             slot.num_writers -= 1
             if slot.num_writers == 0:
                 self.ledger.unfence(slot)

@@ -241,9 +241,9 @@ class SessionProtocol(asyncio.Protocol):
         self._server.movement.follow()
         self._role = "worker"
         self._shell.num_workers += 1
-        if self._speaks_for_process():
-            self._shell.handle(on.HolderQuiet(self._holder.pid, self._holder.session_id))
-        self._shell.add_writer(self._holder.pid)
+        self._shell.greeted(
+            self._holder, self._engine_id, is_for_process=self._speaks_for_process()
+        )
 
     def _speaks_for_process(self) -> bool:
         """Whether this worker's greeting proves that no copy of its process is in motion.

@@ -18,7 +18,7 @@ from kvkeep.core.node import NodeState
 from kvkeep.core.quotas import make_accounts
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InvariantError, RefusedError
-from kvkeep.model.ids import UNKNOWN_PID, BlockKey
+from kvkeep.model.ids import UNKNOWN_PID, BlockKey, Holder
 from kvkeep.model.layout import KvLayout
 from kvkeep.tiers.shared_memory import PoolFile
 from kvkeep.tiers.slot_header import SlotState
@@ -54,6 +54,8 @@ class Shell:
         self._watched: dict[int, int] = {}
         """Descriptors of the processes waited for, by pid."""
         self._writers: set[int] = set()
+        self._workers: dict[int, dict[str, set[int]]] = {}
+        """Sessions of each engine's workers by process, until the engine greets or that ends."""
         """Processes that may be writing; the pool lists them for a daemon after this one."""
         self._is_broken = False
         """The core failed: nothing is lent, and the pool stays as it is for the next daemon."""
@@ -176,6 +178,23 @@ class Shell:
         if pid != UNKNOWN_PID:
             self.watch(pid)
 
+    def greeted(self, holder: Holder, engine_id: str, *, is_for_process: bool) -> None:
+        """Take note of a worker before it is lent anything; a greeting is also a proof.
+
+        Args:
+            holder: The worker's session.
+            engine_id: Of the worker.
+            is_for_process: No copy of the whole process is in motion; else none of this engine's.
+        """
+        if holder.pid != UNKNOWN_PID:
+            engines = self._workers.setdefault(holder.pid, {})
+            earlier = None if is_for_process else frozenset(engines.get(engine_id, ()))
+            if is_for_process:
+                engines.clear()
+            engines[engine_id] = {holder.session_id}
+            self.handle(on.HolderQuiet(holder.pid, holder.session_id, earlier))
+        self.add_writer(holder.pid)
+
     def watch(self, pid: int) -> None:
         """Wait for the end of a process, which proves that it writes no more.
 
@@ -206,6 +225,7 @@ class Shell:
     def _quiet(self, pid: int) -> None:
         log.info("process has ended. pid=%d", pid)
         self._writers.discard(pid)
+        self._workers.pop(pid, None)
         self.pool.note_writers(self._writers)
         self.handle(on.HolderQuiet(pid))
 

@@ -338,6 +338,19 @@ def test_a_greeting_proves_nothing_about_newer_sessions(host: Host) -> None:
     assert host.finish(reply.lease_id, [True], holder=newer)[1].num_ready == 1
 
 
+def test_a_proof_of_some_sessions_leaves_those_of_others(host: Host) -> None:
+    """One of two engines in a process speaks for the copies that it began itself."""
+    other = Holder(8, WRITER.pid)
+    host.ask_store(0, holder=WRITER)
+    host.ask_store(1, holder=other)
+    for holder in (WRITER, other):
+        host.handle(on.HolderLeft(holder))
+
+    mine = frozenset({WRITER.session_id})
+    assert host.handle(on.HolderQuiet(WRITER.pid, 9, mine)) == [do.MarkFree(0)]
+    assert host.node.ledger.num_free == 3
+
+
 def test_an_unknown_process_proves_nothing(host: Host) -> None:
     """Processes without an id can't be told apart, so no proof is taken for any of them."""
     unknown = Holder(4, UNKNOWN_PID)

@@ -250,6 +250,22 @@ async def test_a_greeting_speaks_for_no_other_engine(server: Server) -> None:
     assert one.commit(reserved).num_ready == 4
 
 
+async def test_one_of_two_engines_in_a_process_comes_and_goes_without_a_trace(
+    server: Server,
+) -> None:
+    """What it left is proven quiet by its own next greeting, and what the other writes stays."""
+    other = Client(server)
+    other.greet(engine_id="other")
+    reserved = other.reserve()
+    for _ in range(5):
+        one = Client(server)
+        one.greet(engine_id="one")
+        one.session.connection_lost(None)
+
+    assert server.metrics.gauges()["slots_fenced"] == 1
+    assert other.commit(reserved).num_ready == 4
+
+
 async def test_a_greeting_of_an_unknown_process_proves_nothing(server: Server) -> None:
     """Engines in namespaces of their own all look like process 0."""
     one, two = Client(server, pid=0), Client(server, pid=0)
