@@ -1,0 +1,212 @@
+"""A stack of two real engines behind one address, asked by the official client of OpenAI's API."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from kvkeep.stack.programs.reaper import start_ticks
+from kvkeep.stack.record import bring_down, read_record
+from tests.integration.daemons import wait_until
+
+UP_TIMEOUT_S = 280
+BACK_TIMEOUT_S = 150.0
+STACK = """\
+model: smollm2
+daemon: {pool_bytes: 256MiB}
+router:
+  policy: prefix_aware
+  events: true
+  settings: {health: {interval_s: 0.5, pause_s: 0.5}}
+engines:
+  - &engine
+    name: a
+    kv_cache_bytes: 256MiB
+    max_model_len: 1024
+    max_num_seqs: 8
+    args: [--enable-auto-tool-choice, --tool-call-parser, hermes]
+  - {<<: *engine, name: b}
+"""
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "find_weather",
+        "description": "Tell the weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+QUESTION: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What `kvkeep up --detach` says of the stack; its supervisor watches it."""
+    folder = tmp_path_factory.mktemp("router")
+    file = folder / "stack.yaml"
+    file.write_text(STACK + f"state_dir: {folder}/state\n")
+    command = [sys.executable, "-m", "kvkeep", "up", str(file), "--detach", "--json", "--quiet"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=UP_TIMEOUT_S
+        )
+        assert done.returncode == 0, done.stderr
+        yield {**json.loads(done.stdout), "folder": folder / "state"}
+    finally:
+        bring_down(folder / "state")
+
+
+@pytest.fixture
+def client(stack: dict[str, Any]) -> Iterator[openai.OpenAI]:
+    url = f"{stack['router']['url']}/v1"
+    transport = openai.DefaultHttpxClient(trust_env=False)
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=transport) as made:
+        yield made
+
+
+def workers(stack: dict[str, Any]) -> dict[str, Any]:
+    """Engines by name, as the router sees them."""
+    answer = httpx.get(f"{stack['router']['admin_url']}/workers", trust_env=False)
+    return {each["name"]: each for each in answer.raise_for_status().json()["workers"]}
+
+
+def test_a_chat_and_a_completion_are_answered(client: openai.OpenAI) -> None:
+    """Whole answers with their usage, and a header that says who gave them."""
+    raw = client.chat.completions.with_raw_response.create(
+        model="smollm2", messages=QUESTION, max_tokens=8, temperature=0
+    )
+    chat = raw.parse()
+    text = client.completions.create(model="smollm2", prompt="One, two,", max_tokens=8)
+
+    assert chat.choices[0].message.content
+    assert chat.usage is not None
+    assert text.usage is not None
+    assert (chat.usage.completion_tokens, text.usage.completion_tokens) == (8, 8)
+    assert text.choices[0].text
+    assert raw.headers["x-kvkeep-route"].split(";")[0] in ("a", "b")
+    assert [model.id for model in client.models.list()] == ["smollm2"]
+
+
+def test_a_stream_comes_piece_by_piece(client: openai.OpenAI) -> None:
+    """Every token, the reason of its end, and its usage where that is asked for."""
+    pieces = list(
+        client.chat.completions.create(
+            model="smollm2",
+            messages=QUESTION,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+
+    texts = [piece.choices[0].delta.content for piece in pieces if piece.choices]
+    reasons = [piece.choices[0].finish_reason for piece in pieces if piece.choices]
+    assert sum(bool(text) for text in texts) > 1
+    assert [reason for reason in reasons if reason] == ["length"]
+    assert pieces[-1].usage is not None
+    assert pieces[-1].usage.completion_tokens == 12
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_tool_is_called(client: openai.OpenAI, is_stream: bool) -> None:
+    """Its name and its arguments arrive; how good these are is the small model's business."""
+    asked: dict[str, Any] = {
+        "model": "smollm2",
+        "messages": QUESTION,
+        "tools": [WEATHER],
+        "tool_choice": {"type": "function", "function": {"name": "find_weather"}},
+        "max_tokens": 64,
+        "temperature": 0,
+    }
+    if is_stream:
+        names, arguments = [], ""
+        for piece in client.chat.completions.create(stream=True, **asked):
+            for call in piece.choices[0].delta.tool_calls or ():
+                names += [call.function.name] if call.function.name else []
+                arguments += call.function.arguments or ""
+    else:
+        answer = client.chat.completions.create(**asked)
+        (call,) = answer.choices[0].message.tool_calls
+        names, arguments = [call.function.name], call.function.arguments
+
+    assert names == ["find_weather"]
+    assert json.loads(arguments)
+
+
+def test_a_prompt_goes_where_its_blocks_are(stack: dict[str, Any], client: openai.OpenAI) -> None:
+    """The engine says what it holds, in the blocks of tokens that the router cuts prompts into."""
+    prompt = "The quick brown fox jumps over the lazy dog. " * 20
+
+    def ask(prompt: str) -> tuple[str, int]:
+        raw = client.completions.with_raw_response.create(
+            model="smollm2", prompt=prompt, max_tokens=1
+        )
+        usage = raw.parse().usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        return raw.headers["x-kvkeep-route"], usage.prompt_tokens_details.cached_tokens or 0
+
+    first, _ = ask(prompt)
+    name = first.split(";")[0]
+    wait_until(lambda: workers(stack)[name]["prefix_blocks"] > 0, "its events have come")
+    again, num_cached = ask(prompt + "Then it rests.")
+
+    assert again.split(";")[0] == name
+    assert f"holds {num_cached // 32} of" in again
+    assert num_cached >= 160
+    assert all(worker["is_heard"] for worker in workers(stack).values())
+
+
+def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
+    """An engine's refusal, and one of the router itself, are what the client raises by kind."""
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        client.completions.create(model="nobody", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(model="smollm2", prompt="x", max_tokens=-1)
+    with pytest.raises(openai.NotFoundError, match="ask for a path under"):
+        client.with_options(base_url=str(client.base_url).replace("/v1", "/v9")).models.list()
+
+
+@pytest.mark.fault
+def test_a_killed_engine_is_routed_around_and_comes_back(
+    stack: dict[str, Any], client: openai.OpenAI
+) -> None:
+    """No request fails for it; its supervisor starts it again, and the router asks it again."""
+
+    def ask(number: int) -> int:
+        answer = client.completions.create(model="smollm2", prompt=f"{number},", max_tokens=2)
+        return answer.usage.completion_tokens if answer.usage else 0
+
+    folder: Path = stack["folder"]
+    before = read_record(folder)
+    assert before is not None
+    (pid,) = [each.pid for each in before.engines if each.name == "b" and each.pid]
+    os.kill(pid, signal.SIGKILL)
+    # What it had begun would fail with it: no request is computed twice.
+    wait_until(lambda: start_ticks(pid) is None, "it is gone")
+    with ThreadPoolExecutor(4) as threads:
+        counts = list(threads.map(ask, range(16)))
+    done = workers(stack)["b"]["requests_done"]
+    wait_until(lambda: workers(stack)["b"]["state"] == "ready", "it is back", BACK_TIMEOUT_S)
+    with ThreadPoolExecutor(4) as threads:
+        counts += list(threads.map(ask, range(16, 32)))
+    after = read_record(folder)
+
+    assert counts == [2] * 32
+    assert workers(stack)["b"]["requests_done"] > done
+    assert after is not None
+    assert [each.pid for each in after.engines if each.name == "b"] != [pid]
