@@ -55,6 +55,8 @@ REFUSED = [
     (409, head_of("POST", f"{ONE}?expected_length=4", len(BODY)) + BODY),
     (411, head_of("PUT", ONE, None, "Transfer-Encoding: chunked") + b"0\r\n\r\n"),
     (413, head_of("PUT", ONE, 1 << 40)),
+    (422, head_of("PUT", ONE, len(BODY), f"X-Kvkeep-Digest: {'0' * 32}") + BODY),
+    (422, head_of("POST", ONE, len(BODY), "X-Kvkeep-Digest: ä") + BODY),
     (415, head_of("PUT", ONE, len(BODY), "Content-Encoding: gzip") + BODY),
     (403, head_of("GET", ONE, None, "Origin: http://evil.test")),
     (403, head_of("GET", ONE).replace(b"127.0.0.1", b"evil.test")),

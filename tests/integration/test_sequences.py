@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import xxhash
 
 from kvkeep.client.sequences import SequenceClient
 from kvkeep.daemon.sequences.program import CONNECTIONS_MAX
@@ -413,6 +414,22 @@ def daemon_counters(daemon: Daemon) -> dict[str, int]:
     status = daemon.status()
     found: dict[str, int] = status["counters"] | status["sequences"]["counters"]
     return found
+
+
+def test_a_bit_that_changes_on_the_way_is_found(small: Daemon) -> None:
+    """In both directions; nothing is kept of it, and nothing returned."""
+    made, body = layers(1, 3), bytearray(body_of(layers(1, 3)))
+    digest = xxhash.xxh3_128_hexdigest(body)
+    with client_of({"only": small}) as client, raw_connection(small) as sock:
+        client.put("way", made)
+        sock.sendall(head_of("GET", "/v1/sequences/way"))
+        status, answer = read_answer(sock)
+        body[-1] ^= 1
+        head = head_of("PUT", "/v1/sequences/way", len(body), f"X-Kvkeep-Digest: {digest}")
+
+        assert (status, f"x-kvkeep-digest: {digest}".encode() in answer.lower()) == (200, True)
+        assert status_of(small, head + body)[0] == 422
+        assert client.get("way") == made
 
 
 def test_a_port_in_use_is_refused_at_start(small: Daemon) -> None:

@@ -14,15 +14,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import xxhash
 
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import (
     CapacityError,
+    CorruptDataError,
     InputError,
     KvkeepError,
     RefusedError,
     UnavailableError,
 )
+from kvkeep.protocol.sequence_body import DIGEST_HEADER
 
 IDLE_CONNECTIONS_MAX = 8
 IDLE_S_MAX = 30.0
@@ -36,6 +39,19 @@ class Reply:
 
     status: int
     body: memoryview
+    digest: str | None = None
+    """What its bytes sum up to, as the daemon says; see ``check``."""
+
+    def check(self) -> None:
+        """Refuse a body whose bytes are not those that were sent.
+
+        Raises:
+            CorruptDataError: They are others, or nobody said what they sum up to.
+        """
+        if self.digest is None or self.digest != xxhash.xxh3_128_hexdigest(self.body):
+            raise CorruptDataError(
+                "what came from the daemon was changed on the way: ask for it again"
+            )
 
     def json(self) -> dict[str, Any]:
         """The body as an object.
@@ -166,8 +182,9 @@ class Peer:
         connection.putrequest(method, path, skip_accept_encoding=True)
         if self.key:
             connection.putheader("Authorization", f"Bearer {self.key}")
-        if body or method in ("PUT", "POST", "PATCH"):
+        if body:
             connection.putheader("Content-Length", str(sum(map(len, body))))
+            connection.putheader(DIGEST_HEADER, _digest_of(body))
         self._wait(connection, deadline_s)
         try:
             connection.endheaders()
@@ -204,7 +221,8 @@ class Peer:
             filled += num_read
         is_kept = not answer.will_close
         answer.close()
-        return Reply(answer.status, body.toreadonly()), is_kept
+        digest = answer.getheader(DIGEST_HEADER)
+        return Reply(answer.status, body.toreadonly(), digest), is_kept
 
 
 def _in_runs(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
@@ -225,6 +243,13 @@ def _in_runs(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview
     yield b"".join(run)
 
 
+def _digest_of(parts: Iterable[bytes | memoryview]) -> str:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def _has_news(connection: http.client.HTTPConnection) -> bool:
     """Whether an idle connection is over: nothing is expected on it but its end."""
     poll = select.poll()
@@ -243,6 +268,8 @@ def refusal_of(reply: Reply) -> KvkeepError:
             return RefusedError(message)
         case 413 | 429 | 507:
             return CapacityError(message)
+        case 422:
+            return CorruptDataError(message)
         case status if 400 <= status < 500 and status != 408:
             return InputError(message)
         case _:

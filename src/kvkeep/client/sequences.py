@@ -112,6 +112,7 @@ class SequenceClient:
 
         Raises:
             InputError: The arrays are none that can be kept; nothing was changed.
+            CorruptDataError: The bytes were changed on the way; nothing was changed there.
             CapacityError: They are too many, or too much is on its way; nothing was changed.
             UnavailableError: The owner did not answer. It was put whole, or nothing was changed.
         """
@@ -157,7 +158,7 @@ class SequenceClient:
             layers: Only these; None too if one of them is not there.
 
         Raises:
-            CorruptDataError: What came is no sequence.
+            CorruptDataError: What came is no sequence, or not what was sent; ask again.
             CapacityError: Too much is on its way; ask again later.
             UnavailableError: The owner did not answer.
         """
@@ -165,7 +166,10 @@ class SequenceClient:
         if layers is not None:
             query["layers"] = ",".join(map(str, sorted(set(layers))))
         reply = self._read(name, "", query)
-        return None if reply is None else _parse_layers(reply.body)
+        if reply is None:
+            return None
+        reply.check()
+        return _parse_layers(reply.body)
 
     def lengths(self, name: str) -> Lengths | None:
         """Tokens of a sequence, by layer; None if it is not there. Raises what ``get`` raises."""

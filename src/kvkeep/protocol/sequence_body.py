@@ -12,6 +12,9 @@ from kvkeep.protocol.tensors import TensorPlace
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,255}")
 """What a sequence may be called."""
 LAYERS_MAX = 512
+DIGEST_HEADER = "X-Kvkeep-Digest"
+"""Field of a request or answer: XXH3-128 of the body, in hexadecimal digits. Against accidents on
+the way, which the network's own sums miss once in a while."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(key|value)")
 KEY, VALUE = "key", "value"
 

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import xxhash
 
 from kvkeep.client.sequence_calls import RUN_BYTES, Reply, _in_runs, refusal_of
 from kvkeep.model.errors import (
     CapacityError,
+    CorruptDataError,
     InputError,
     KvkeepError,
     RefusedError,
@@ -26,6 +28,7 @@ from kvkeep.model.errors import (
         (429, CapacityError),
         (507, CapacityError),
         (408, UnavailableError),
+        (422, CorruptDataError),
         (500, UnavailableError),
         (302, UnavailableError),
     ],
@@ -53,3 +56,12 @@ def test_a_body_goes_out_in_order(sizes: list[int]) -> None:
 
     assert b"".join(runs) == b"".join(parts)
     assert len([run for run in runs if run]) <= 1 + 2 * sum(size >= RUN_BYTES for size in sizes)
+
+
+@pytest.mark.parametrize("digest", [None, "", "0" * 32])
+def test_an_answer_that_was_changed_on_the_way_is_refused(digest: str | None) -> None:
+    """Also one of which nobody says what its bytes sum up to."""
+    with pytest.raises(CorruptDataError, match="ask for it again"):
+        Reply(200, memoryview(b"bytes"), digest).check()
+
+    Reply(200, memoryview(b"bytes"), xxhash.xxh3_128_hexdigest(b"bytes")).check()

@@ -3,20 +3,24 @@
 Piece by piece, so that many share the event loop: a turn of it copies about one piece.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import xxhash
 from aiohttp import StreamReader, web
 
 from kvkeep.core.sequences import LayerKv, Part, Piece, Rows
 from kvkeep.daemon.sequences.figures import SequenceFigures
-from kvkeep.model.errors import InputError
+from kvkeep.model.errors import CorruptDataError, InputError
 from kvkeep.protocol import tensors
 from kvkeep.protocol.sequence_body import KEY, VALUE, pair_layers, tensor_name
 from kvkeep.protocol.tensors import DTYPES, TensorPlace
 
 PIECE_BYTES = 256 << 10
+TURN_BYTES = 4 << 20
+"""Digested before others have their turn."""
 
 
 class Transfers:
@@ -52,6 +56,11 @@ class _Source:
     def __init__(self, content: StreamReader, body_bytes: int) -> None:
         self._content = content
         self.num_left = body_bytes
+        self._digest = xxhash.xxh3_128()
+
+    def digest(self) -> str:
+        """Of all that came so far."""
+        return self._digest.hexdigest()
 
     async def fill(self, target: memoryview) -> None:
         """Fill memory with the next bytes.
@@ -67,19 +76,24 @@ class _Source:
             if not chunk:
                 raise InputError(f"the body ends {self.num_left} bytes too soon")
             target[filled : filled + len(chunk)] = chunk
+            self._digest.update(chunk)
             filled += len(chunk)
             self.num_left -= len(chunk)
 
 
-async def receive(content: StreamReader, body_bytes: int) -> dict[int, LayerKv]:
+async def receive(
+    content: StreamReader, body_bytes: int, digest: str | None = None
+) -> dict[int, LayerKv]:
     """Read a body into memory of its own, which is free again if it does not come whole.
 
     Args:
         content: The body.
         body_bytes: What it was said to have, and may have.
+        digest: What its bytes were said to sum up to, if anything.
 
     Raises:
         InputError: It is something else than layers of a sequence.
+        CorruptDataError: Its bytes are others than those that were sent.
     """
     source = _Source(content, body_bytes)
     length = memoryview(bytearray(tensors.LENGTH_BYTES))
@@ -92,6 +106,11 @@ async def receive(content: StreamReader, body_bytes: int) -> dict[int, LayerKv]:
     places = tensors.parse_header(header, source.num_left)
     layers = pair_layers(places)
     parts = {place.name: await _receive_part(source, place) for place in places}
+    if digest is not None and digest.lower() != source.digest():
+        raise CorruptDataError(
+            "the body's bytes are not those of its digest: they were changed on the way, send "
+            "them again"
+        )
     return {
         layer_idx: LayerKv(parts[key.name], parts[value.name])
         for layer_idx, (key, value) in layers.items()
@@ -124,3 +143,15 @@ def lay_out(layers: Mapping[int, LayerKv]) -> tuple[bytes, int, Sequence[Piece]]
         ]
     )
     return header, num_bytes, [piece for _, part in parts for piece in part.pieces]
+
+
+async def digest_of(header: bytes, pieces: Sequence[Piece]) -> str:
+    """XXH3-128 of a body, in hexadecimal digits."""
+    digest, num_bytes = xxhash.xxh3_128(header), 0
+    for piece in pieces:
+        digest.update(piece)
+        num_bytes += len(piece)
+        if num_bytes >= TURN_BYTES:
+            num_bytes = 0
+            await asyncio.sleep(0)
+    return digest.hexdigest()

@@ -11,12 +11,12 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from kvkeep.core.sequences import LayerKv, MissingError, SequenceTable, StoredSequence
-from kvkeep.daemon.sequences.bodies import Transfers, lay_out, receive
+from kvkeep.daemon.sequences.bodies import Transfers, digest_of, lay_out, receive
 from kvkeep.daemon.sequences.figures import SequenceFigures
 from kvkeep.daemon.sequences.settings import SequenceSettings
-from kvkeep.model.errors import CapacityError, InputError, RefusedError
+from kvkeep.model.errors import CapacityError, CorruptDataError, InputError, RefusedError
 from kvkeep.model.loopback import names_loopback
-from kvkeep.protocol.sequence_body import check_name, parse_layers
+from kvkeep.protocol.sequence_body import DIGEST_HEADER, check_name, parse_layers
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ class Pages:
             # Who reads holds these pieces, whatever becomes of the sequence meanwhile.
             try:
                 async with asyncio.timeout(self._settings.request_s_max):
+                    response.headers[DIGEST_HEADER] = await digest_of(header, pieces)
                     await response.prepare(request)
                     await response.write(header)
                     for piece in pieces:
@@ -159,7 +160,8 @@ class Pages:
             )
         with self._transfers.holding(body_bytes):
             async with asyncio.timeout(self._settings.request_s_max):
-                layers = await receive(request.content, body_bytes)
+                digest = request.headers.get(DIGEST_HEADER)
+                layers = await receive(request.content, body_bytes, digest)
             yield layers
             self._note()
         self._figures.count("sequence_bytes_received", body_bytes)
@@ -186,6 +188,8 @@ class Pages:
             return self._refuse(409, str(error))
         except CapacityError as error:
             return self._refuse(413, str(error))
+        except CorruptDataError as error:
+            return self._refuse(422, str(error))
         except TimeoutError:
             self._figures.count("sequence_requests_cut")
             return _refusal(408, f"the body took longer than {self._settings.request_s_max:g} s")
