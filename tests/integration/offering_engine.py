@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         """Wait until the other side closes."""
         self.connection.settimeout(WAIT_S)
         try:
-            return self.connection.recv(1) == b""
+            return not self.connection.recv(1)
         except ConnectionResetError:
             return True
 

@@ -48,7 +48,7 @@ def join(draw: Any, opening: str, parts: list[str], closing: str) -> str:
 @st.composite
 def members(draw: Any, values: st.SearchStrategy[str], names: Any = TEXTS) -> str:
     """One name and its value, spaced as it comes."""
-    return draw(names) + draw(SPACE) + ":" + draw(SPACE) + draw(values)
+    return "".join((draw(names), draw(SPACE), ":", draw(SPACE), draw(values)))
 
 
 @st.composite
@@ -69,7 +69,7 @@ TOP_NAMES = st.sampled_from(NAMES).flatmap(spelled) | TEXTS
 def bodies(draw: Any) -> bytes:
     """A JSON object, spelled in any way, names twice and all."""
     parts = draw(st.lists(members(VALUES, TOP_NAMES), max_size=6))
-    return (draw(SPACE) + join(draw, "{", parts, "}") + draw(SPACE)).encode()
+    return "".join((draw(SPACE), join(draw, "{", parts, "}"), draw(SPACE))).encode()
 
 
 def pairs_of(body: bytes) -> list[tuple[str, Any]]:

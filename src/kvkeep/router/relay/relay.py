@@ -66,6 +66,8 @@ class Relay:
         self._asks_keys = asks_keys
         self._prefixes = tuple(prefix.encode("ascii") for prefix in settings.prefixes)
         self._pools: dict[Endpoint, EndpointPool] = {}
+        self.make_pool: Callable[[Endpoint, float], EndpointPool] = EndpointPool
+        """Where connections come from; simulations have none to real engines."""
         self._lines: dict[tuple[str, str, str, str], bytes] = {}
         self._fleet_version = -1
         self._local = LocalAnswers(self)
@@ -155,7 +157,7 @@ class Relay:
         """The connections to an endpoint."""
         pool = self._pools.get(endpoint)
         if pool is None:
-            pool = EndpointPool(endpoint, self.settings.connect_timeout_s)
+            pool = self.make_pool(endpoint, self.settings.connect_timeout_s)
             self._pools[endpoint] = pool
         return pool
 

@@ -3,10 +3,18 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvkeep.router.events.block_events import BlockEvent
 from kvkeep.testing.fleet.block_cache import SimulatedBlockCache
-from kvkeep.testing.virtual_time import VirtualTime
+
+
+class Planner(Protocol):
+    """Virtual time, or one that can be frozen."""
+
+    def after(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Plan an action."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ class SimulatedEngine:
 
     def __init__(
         self,
-        time: VirtualTime,
+        time: Planner,
         seed: int,
         settings: EngineSettings,
         tell: Callable[[BlockEvent], None],
@@ -128,7 +136,7 @@ class SimulatedEngine:
         self._time.after(prefill_s, lambda: self._prefilled(request))
 
     def _prefilled(self, request: SimulatedRequest) -> None:
-        if not self.is_alive:
+        if not self.is_alive or self._prefilling is not request:
             return
         self._prefilling = None
         self._running[request] = None
@@ -140,7 +148,7 @@ class SimulatedEngine:
         self._start_next()
 
     def _decoded(self, request: SimulatedRequest) -> None:
-        if not self.is_alive:
+        if not self.is_alive or request not in self._running:
             return
         del self._running[request]
         self._keep_answer(request)
@@ -159,6 +167,20 @@ class SimulatedEngine:
         if self.cache.take(hashes, sequence):
             self.cache.give_back(request.hashes)
             request.hashes = hashes
+
+    def abort(self, request: SimulatedRequest) -> None:
+        """Drop a request, whose client left; nothing more is told of it, and nothing held."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+            return
+        if self._prefilling is request:
+            self._prefilling = None
+        elif request in self._running:
+            del self._running[request]
+        else:
+            return
+        self.cache.give_back(request.hashes)
+        self._start_next()
 
     # ---- hand-off
 
@@ -192,6 +214,11 @@ class SimulatedEngine:
         for request in lost:
             request.is_failed = True
             request.ended(request)
+
+    @property
+    def num_offered(self) -> int:
+        """Prefills whose blocks are kept for another engine."""
+        return len(self._held)
 
     @property
     def num_waiting(self) -> int:

@@ -127,6 +127,19 @@ def test_a_lease_that_nobody_claims_ends(bench: Bench) -> None:
     bench.engine.check_idle()
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.1])
+def test_an_aborted_request_gives_everything_back(bench: Bench, after_s: float) -> None:
+    """Waiting, computed or decoding: nothing more is told of it, and the others go on."""
+    requests = {name: bench.ask(name, range(80), num_answer=100) for name in "ab"}
+    bench.time.run_until(after_s)
+    bench.engine.abort(requests["a"])
+    bench.engine.abort(requests["a"])
+    bench.time.run_until(60.0)
+
+    assert [name for name, _ in bench.ended] == ["b"]
+    bench.engine.check_idle()
+
+
 def test_death_ends_everything_once(bench: Bench) -> None:
     """Whatever was waiting, computed or decoded ends as failed, nothing ends later."""
     requests = [bench.ask(name, range(10), num_answer=100) for name in "abcd"]
