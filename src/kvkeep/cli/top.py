@@ -172,6 +172,7 @@ def render(found: Page, before: Page | None, passed_s: float) -> RenderableType:
     if found["router"] is not None:
         earlier = None if before is None else before["router"]
         parts += [_summary(found["router"]), _workers(found["router"], earlier, passed_s)]
+        parts += [_on_demand(each) for each in found["router"].get("on_demand", ())]
     for url, daemon in found["daemons"].items():
         parts.append(_daemon(url, daemon))
     parts.append(Text("hits  " + "  ".join(f"{name} {n:,}" for name, n in found["hits"].items())))
@@ -210,6 +211,15 @@ def _workers(router: Page, before: Page | None, passed_s: float) -> Table:
             readable_bytes(int(moves[-1])),
         )
     return table
+
+
+def _on_demand(engine: Page) -> Text:
+    doing = f" ({engine['doing']})" if engine["doing"] else ""
+    models = ", ".join(engine["models"])
+    return Text(
+        f"on demand  {engine['name']}, for {models}: {engine['state']}{doing}, "
+        f"{engine['waiting']} waiting"
+    )
 
 
 def _daemon(url: str, daemon: Page) -> Text:

@@ -68,6 +68,20 @@ def test_two_looks_show_what_changes() -> None:
     assert rows["b"] == ["4", "0", "3,500", "1,750", "35", "3.5", "MiB"]
 
 
+def test_engines_on_demand_are_shown_while_they_do_not_run() -> None:
+    """With what they do, and who waits for it."""
+    found = page(1)
+    found["router"]["on_demand"] = [
+        {"name": "c", "models": ["m"], "state": "starting", "doing": "loading", "waiting": 3},
+        {"name": "d", "models": ["n"], "state": "stopped", "doing": "", "waiting": 0},
+    ]
+
+    lines = [line.strip() for line in shown(found, None, 0.0).splitlines()]
+
+    assert "on demand  c, for m: starting (loading), 3 waiting" in lines
+    assert "on demand  d, for n: stopped, 0 waiting" in lines
+
+
 def test_hits_are_counted_by_place() -> None:
     """Over all daemons; a tier's name is its place."""
     daemon = {
