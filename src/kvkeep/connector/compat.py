@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
+from kvkeep.connector.scheduler.block_names import Named
+from kvkeep.model.announced import POOL_MEDIUM
+
 HEAD_MAJOR_0_26 = "HND"
 HEAD_MAJOR_0_32 = "LBHNC"
 
@@ -123,3 +126,28 @@ def new_block_ids(scheduler_output: Any) -> Mapping[str, tuple[bool, tuple[list[
 def is_finished_well(request: Any) -> bool:
     """Whether a request that ended was answered: not aborted, not given up."""
     return request.status.name in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
+
+
+def has_events(vllm_config: Any) -> bool:
+    """Whether this engine publishes what happens to its blocks."""
+    config = vllm_config.kv_events_config
+    return config is not None and bool(config.enable_kv_cache_events)
+
+
+def block_named(named: Named, block_tokens: int) -> Any:
+    """An event of vLLM's own kind that says what stored blocks are of."""
+    from vllm.distributed.kv_events import BlockStored
+
+    fields: dict[str, Any] = {
+        "block_hashes": named.numbers,
+        "parent_block_hash": named.parent,
+        "token_ids": named.token_ids,
+        "block_size": block_tokens,
+        "lora_id": None,
+        "medium": POOL_MEDIUM,
+        "lora_name": named.lora_name,
+    }
+    if named.salt is not None:
+        # One entry for each block; a salt stands in the first one's.
+        fields["extra_keys"] = [(named.salt,), *([None] * (len(named.numbers) - 1))]
+    return BlockStored(**fields)

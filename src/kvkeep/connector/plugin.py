@@ -26,6 +26,7 @@ from kvkeep.connector.identity import (
     stored_layout,
 )
 from kvkeep.connector.metadata import StepMetadata, StepReport
+from kvkeep.connector.scheduler.block_names import BlockNames
 from kvkeep.connector.scheduler_side import SchedulerSide
 from kvkeep.connector.settings import load_settings
 from kvkeep.connector.step_costs import CPU_TOKENS_S, StepCosts
@@ -116,6 +117,8 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         )
         if self._secret is not None:
             side.chain_key = self._secret.chain_key
+        if self._settings.announce_blocks and compat.has_events(self._config):
+            side.names = BlockNames(self._layout.block_tokens)
         is_cpu = self._config.device_config.device_type == "cpu"
         side.costs = StepCosts(
             self._layout.block_tokens,
@@ -231,8 +234,15 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         return self._scheduler is not None and self._scheduler.has_stores_in_flight
 
     def take_events(self) -> Iterable[Any]:
-        """No events of our own yet."""
-        return ()
+        """What blocks that were stored or found are of, where that is to be announced."""
+        names = None if self._scheduler is None else self._scheduler.names
+        if names is None:
+            return ()
+        block_tokens = self._layout.block_tokens
+        nothing: list[Any] = []
+        return self._guard(
+            lambda: [compat.block_named(named, block_tokens) for named in names.take()], nothing
+        )
 
     def reset_cache(self) -> bool | None:
         """Load nothing that was stored before; the shared pool itself is not wiped."""

@@ -18,6 +18,7 @@ from kvkeep.connector import compat
 from kvkeep.connector.identity import Unsupported
 from kvkeep.connector.lora import Adapters
 from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport, StoreJob
+from kvkeep.connector.scheduler.block_names import BlockNames
 from kvkeep.connector.scheduler.handoff import Awaited, Handoffs, PrefillLeg
 from kvkeep.connector.scheduler.requests import (
     LoadInFlight,
@@ -89,6 +90,8 @@ class SchedulerSide:
         """Of this engine; another may be set before the first request."""
         self.chain_key = b""
         """Keys the hashes of the tenant's blocks; set before the first request."""
+        self.names: BlockNames | None = None
+        """Who tells routers what stored blocks are of; None: nobody."""
 
     def bind_block_pool(self, block_pool: Any) -> None:
         """Take vLLM's block pool, to hold blocks while they are stored."""
@@ -244,6 +247,8 @@ class SchedulerSide:
         state.lease = None
         # What the pool holds need not be stored again.
         state.num_stored = max(state.num_stored, len(lease.slots))
+        if self.names is not None:
+            self.names.tell(request, state.hasher.hashes[: len(lease.slots)])
         return True
 
     def _loaded_range(self, state: RequestState, num_external_tokens: int) -> tuple[int, int]:
@@ -335,6 +340,8 @@ class SchedulerSide:
         self._num_pinned += len(blocks)
         job_id = next(self._job_ids)
         self._stores[job_id] = StoreInFlight(state, first, blocks, self._num_ranks)
+        if self.names is not None:
+            self.names.tell(request, state.hasher.hashes[:end])
         return StoreJob(job_id, b"".join(hashes), block_ids)
 
     def _num_pinnable(self) -> int:

@@ -11,9 +11,9 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import uvloop
 from aiohttp import web
@@ -31,9 +31,12 @@ from kvkeep.daemon.sequences.listener import SequenceListener
 from kvkeep.daemon.server import Server, SessionProtocol
 from kvkeep.daemon.settings import DaemonSettings, runtime_folder
 from kvkeep.daemon.shell import Shell
-from kvkeep.model.clock import SystemClock
+from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import InputError, InvariantError, RefusedError, UnavailableError
 from kvkeep.tiers.shared_memory import PoolFile
+
+if TYPE_CHECKING:
+    from kvkeep.daemon.announcer import Announcer
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,14 @@ class Listeners(NamedTuple):
 
     http: socket.socket
     sequences: SequenceListener | None
+
+
+class Ticks(Protocol):
+    """Who wants to be told several times a second that time passes."""
+
+    def tick(self) -> None:
+        """Time has passed."""
+        ...
 
 
 def run(settings: DaemonSettings) -> None:
@@ -196,6 +207,8 @@ async def _serve(
     metrics = Metrics(shell, clock)
     movement = Movement(settings, shell, clock, metrics.count)
     metrics.movement = movement
+    announcer = _make_announcer(settings, clock, movement)
+    shell.watcher = announcer
     server = Server(settings, shell, clock, metrics, movement)
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
@@ -208,6 +221,8 @@ async def _serve(
         metrics.count("blocks_recovered", num_ready)
         metrics.count("blocks_dropped", num_dropped)
         await _until_open(movement, stopped)
+        if announcer is not None:
+            announcer.open()
         await runner.setup()
         await web.SockSite(runner, listeners.http).start()
         if listeners.sequences is not None:
@@ -215,7 +230,10 @@ async def _serve(
             await listeners.sequences.open()
         listener = await _listen(loop, settings.socket_path, lambda: SessionProtocol(server))
         _announce(settings, pool, listeners)
-        ticks = _begin_ticks(loop, shell, movement, _ending(stopped, failures))
+        followers: list[Ticks] = [movement]
+        if announcer is not None:
+            followers.append(announcer)
+        ticks = _begin_ticks(loop, shell, followers, _ending(stopped, failures))
         await stopped.wait()
         ticks()
         listener.close()
@@ -226,9 +244,25 @@ async def _serve(
         if listeners.sequences is not None:
             await listeners.sequences.close()
         await movement.close()
+        if announcer is not None:
+            await announcer.close()
         await runner.cleanup()
         shell.close()
     return movement.is_hanging
+
+
+def _make_announcer(
+    settings: DaemonSettings, clock: Clock, movement: Movement
+) -> "Announcer | None":
+    if not settings.events_socket:
+        return None
+    from kvkeep.daemon.announcer import Announcer
+
+    return Announcer(
+        Path(settings.events_socket),
+        clock,
+        lambda key: any(tier.has(key) for tier in movement.tiers),
+    )
 
 
 async def _until_open(movement: Movement, stopped: asyncio.Event) -> None:
@@ -302,7 +336,7 @@ def _ending(stopped: asyncio.Event, failures: list[BaseException]) -> Callable[[
 def _begin_ticks(
     loop: asyncio.AbstractEventLoop,
     shell: Shell,
-    movement: Movement,
+    followers: Sequence[Ticks],
     harmed: Callable[[str], None],
 ) -> Callable[[], None]:
     """Tell the core the time and look at the pool's file, again and again.
@@ -320,7 +354,8 @@ def _begin_ticks(
             return
         handle = loop.call_later(TICK_S, tick)
         shell.handle(on.TimePassed())
-        movement.tick()
+        for follower in followers:
+            follower.tick()
 
     def end() -> None:
         if handle is not None:

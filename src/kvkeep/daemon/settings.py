@@ -37,6 +37,8 @@ _DAEMON = sources.Program(
 )
 SOCKET_PATH_BYTES_MAX = 107
 """``sun_path`` of Linux, less its terminating zero (unix(7))."""
+EVENTS_PATH_BYTES_MAX = SOCKET_PATH_BYTES_MAX - len(".replay")
+"""A second socket has a longer name."""
 
 
 def runtime_folder() -> Path:
@@ -72,6 +74,9 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quotas: dict[TenantName, Share] = {}
     """Share of the pool by tenant, as engines name it (``tenant``): what it can count on, not a
     limit. The others share what is left; together at most 1."""
+    events_socket: str = ""
+    """Path of a socket at which routers of this user hear which blocks the daemon keeps, as numbers
+    that say nothing of tokens (docs/routing.md); empty: none is told."""
     tiers: list[AnyTierSettings] = []
     """Where blocks go below the pool, the fastest first; each has a ``kind``."""
     sequences: SequenceSettings | None = None
@@ -92,6 +97,11 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if len(self.socket_path.encode()) > SOCKET_PATH_BYTES_MAX:
             raise ValueError(
                 f"socket has more than {SOCKET_PATH_BYTES_MAX} bytes, the limit of Unix sockets: "
+                "choose a shorter path"
+            )
+        if len(self.events_socket.encode()) > EVENTS_PATH_BYTES_MAX or "\0" in self.events_socket:
+            raise ValueError(
+                f"events_socket has more than {EVENTS_PATH_BYTES_MAX} bytes, or a zero byte: "
                 "choose a shorter path"
             )
 

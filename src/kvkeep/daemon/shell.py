@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Protocol
 
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
@@ -26,6 +27,22 @@ from kvkeep.tiers.slot_header import SlotState
 log = logging.getLogger(__name__)
 
 Reply = do.ReplyRead | do.ReplyStore | do.ReplyStored | do.ReplyCleared
+
+
+class Watches(Protocol):
+    """Who follows what the pool holds."""
+
+    def ready(self, slot: int, key: BlockKey) -> None:
+        """A block became readable."""
+        ...
+
+    def freed(self, slot: int) -> None:
+        """A slot is empty."""
+        ...
+
+    def emptied(self) -> None:
+        """Every slot is."""
+        ...
 
 
 class Shell:
@@ -61,6 +78,8 @@ class Shell:
         """The core failed: nothing is lent, and the pool stays as it is for the next daemon."""
         self.ready_keys: list[BlockKey] = []
         """Blocks that the last event made readable."""
+        self.watcher: Watches | None = None
+        """Told of what becomes readable and what is gone; set before the pool is recovered."""
         self.num_workers = 0
         """Sessions of workers; while there is one, the pool keeps its layout."""
 
@@ -94,6 +113,8 @@ class Shell:
         num_slots, make = geometry.num_slots, self._new_policy or (lambda _: LruPolicy())
         tenants = make_accounts(num_slots, self._quotas, make)
         self.node = NodeState(num_slots, geometry.layout.num_heads, make(num_slots), tenants)
+        if self.watcher is not None:
+            self.watcher.emptied()
 
     def recover(self, find_intact: Callable[[Sequence[int]], Set[int]]) -> tuple[int, int]:
         """Rebuild the ledger from the headers of a pool that an earlier daemon left.
@@ -123,6 +144,8 @@ class Shell:
                     self.handle(on.HolderQuiet(header.pid))
             elif header is not None and header.key is not None and slot in intact:
                 self.handle(on.BlockRecovered(header.key, slot))
+                if self.watcher is not None:
+                    self.watcher.ready(slot, header.key)
             else:
                 self.pool.mark(slot, SlotState.FREE, None)
                 num_dropped += 1
@@ -162,10 +185,14 @@ class Shell:
             case do.MarkReady(slot, key):
                 self.pool.mark(slot, SlotState.READY, key)
                 self.ready_keys.append(key)
+                if self.watcher is not None:
+                    self.watcher.ready(slot, key)
             case do.MarkWriting(slot, key, lease_id, pid):
                 self.pool.mark(slot, SlotState.WRITING, key, lease_id=lease_id, pid=pid)
             case do.MarkFree(slot):
                 self.pool.mark(slot, SlotState.FREE, None)
+                if self.watcher is not None:
+                    self.watcher.freed(slot)
             case do.WatchProcess(pid):
                 self.watch(pid)
 

@@ -68,6 +68,8 @@ GAUGES = {
     "is_etcd_connected": "0 while the last known fleet is used instead of etcd's",
     "prefix_blocks": "different blocks that engines are known or thought to hold",
     "engines_heard": "engines whose block events are heard",
+    "pool_blocks": "blocks that daemons keep and whose prompts are known",
+    "pools_heard": "daemons whose block events are heard",
     "uptime_s": "seconds since the router started",
 }
 """Name to help text."""
@@ -149,6 +151,8 @@ class RouterMetrics(Collector):
             "is_etcd_connected": float(sources.etcd is None or sources.etcd.is_connected),
             "prefix_blocks": 0 if index is None else len(index),
             "engines_heard": 0 if parts.feeds is None else parts.feeds.num_heard,
+            "pool_blocks": 0 if index is None else len(index.pools),
+            "pools_heard": 0 if parts.feeds is None else parts.feeds.num_pools_heard,
             "uptime_s": parts.clock.now_s() - self._begun_s,
         }
 

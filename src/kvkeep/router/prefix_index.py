@@ -11,9 +11,11 @@ Threading and blocking: the event loop's thread; never blocks. ``match`` needs o
 until no endpoint is left that holds all blocks so far.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from kvkeep.model.announced import POOL_MEDIUM
 from kvkeep.router.events.block_events import (
     ENGINE_MEDIUM,
     AllBlocksCleared,
@@ -23,7 +25,10 @@ from kvkeep.router.events.block_events import (
     Hash,
     extra_key_bytes,
 )
+from kvkeep.router.events.pool_blocks import PoolBlocks
 from kvkeep.router.prefix_hashes import HASH_MASK, token_hashes, token_root
+
+log = logging.getLogger(__name__)
 
 BLOCKS_MAX = 5 << 16
 """Default number of blocks known: ten million tokens in blocks of 32, in at most 84 MB. Less than a
@@ -97,8 +102,9 @@ class PrefixIndex:
         self.num_orphans = 0
         """Events whose parent block is not known, so that their place in a prefix is not either."""
         self.num_evicted = 0
-        self.num_in_tiers = 0
-        """Blocks that endpoints said to have in tiers."""
+        self._num_in_tiers = 0
+        self.pools = PoolBlocks(blocks_max)
+        """What the daemons of hosts keep for engines there."""
         self.num_checked = 0
         """Responses that said how many blocks were held, and so what the belief was worth."""
         self.num_off = 0
@@ -117,7 +123,18 @@ class PrefixIndex:
 
     def match_tiers(self, prefix: Sequence[int], endpoints: Sequence[str]) -> list[int]:
         """Return how many leading blocks each endpoint holds in its cache or in tiers behind it."""
-        return self._match(prefix, endpoints, in_tiers=True)
+        depths = self._match(prefix, endpoints, in_tiers=True)
+        if not len(self.pools):
+            return depths
+        bits = [self._bits_of(endpoint) for endpoint in endpoints]
+        return [
+            self.pools.extend(prefix, endpoint, depth, self._blocks, own)
+            for endpoint, depth, own in zip(endpoints, depths, bits, strict=True)
+        ]
+
+    def _bits_of(self, endpoint: str) -> int:
+        holder = self._holders.get(endpoint)
+        return 0 if holder is None else holder.cache.bit | holder.tiers.bit
 
     def _match(
         self, prefix: Sequence[int], endpoints: Sequence[str], *, in_tiers: bool
@@ -146,6 +163,11 @@ class PrefixIndex:
     def __len__(self) -> int:
         """Different blocks known."""
         return len(self._blocks)
+
+    @property
+    def num_in_tiers(self) -> int:
+        """Blocks that are known to lie in tiers."""
+        return self._num_in_tiers + len(self.pools)
 
     def num_blocks(self, endpoint: str) -> int:
         """Blocks that an endpoint said or is assumed to hold, in its cache and in its tiers."""
@@ -248,14 +270,16 @@ class PrefixIndex:
             or len(event.token_ids) != num_blocks * event.block_tokens
         ):
             self.num_refused += 1
-            if event.block_tokens != self.block_tokens:
-                self.refused_block_tokens = event.block_tokens
+            self._complain(event.block_tokens)
             return
         parent = self._parent(holder, event)
         if parent is None:
             self.num_orphans += 1
             return
         hashes = token_hashes(event.token_ids, event.block_tokens, parent, extra_key_bytes(event))
+        if event.medium == POOL_MEDIUM:
+            self.pools.name(event.block_hashes, hashes)
+            return
         medium = _medium(holder, event.medium)
         for engine_hash, block in zip(event.block_hashes, hashes, strict=True):
             self._add(holder, medium, _as_int(engine_hash), block)
@@ -265,9 +289,20 @@ class PrefixIndex:
                 self._remove(holder, medium, oldest)
         self._evict()
 
+    def _complain(self, block_tokens: int) -> None:
+        if block_tokens != self.block_tokens and block_tokens != self.refused_block_tokens:
+            self.refused_block_tokens = block_tokens
+            log.warning(
+                "an engine's blocks have %d tokens: set block_tokens, which is %d",
+                block_tokens,
+                self.block_tokens,
+            )
+
     def _parent(self, holder: _Holder, event: BlockStored) -> int | None:
         if event.parent_block_hash is None:
             return token_root(event.lora_name)
+        if event.medium == POOL_MEDIUM:
+            return self.pools.block_of(event.parent_block_hash)
         parent = _as_int(event.parent_block_hash)
         found = holder.cache.by_engine_hash.get(parent)
         return holder.tiers.by_engine_hash.get(parent) if found is None else found
@@ -280,7 +315,7 @@ class PrefixIndex:
         elif known is not None and self._blocks.get(known, 0) & medium.bit:
             medium.copies[engine_hash] = medium.copies.get(engine_hash, 1) + 1
         if known is None and medium is holder.tiers:
-            self.num_in_tiers += 1
+            self._num_in_tiers += 1
         medium.by_engine_hash[engine_hash] = block
         if medium is holder.cache:
             holder.assumed.pop(block, None)
@@ -294,7 +329,7 @@ class PrefixIndex:
             return
         block = medium.by_engine_hash.pop(engine_hash, None)
         if block is not None and medium is holder.tiers:
-            self.num_in_tiers -= 1
+            self._num_in_tiers -= 1
         if block is not None:
             self._forget(holder, medium, block)
 
@@ -340,7 +375,7 @@ class PrefixIndex:
             self._blocks.pop(block, None)
 
     def _empty(self, holder: _Holder) -> None:
-        self.num_in_tiers -= len(holder.tiers.by_engine_hash)
+        self._num_in_tiers -= len(holder.tiers.by_engine_hash)
         for medium in (holder.cache, holder.tiers):
             for block in medium.by_engine_hash.values():
                 self._clear(block, medium.bit)
@@ -369,8 +404,9 @@ class PrefixIndex:
     def check(self) -> None:
         """Raise AssertionError if the tables do not agree."""
         assert len(self._blocks) <= self.blocks_max
+        self.pools.check()
         in_tiers = [len(holder.tiers.by_engine_hash) for holder in self._by_slot.values()]
-        assert self.num_in_tiers == sum(in_tiers)
+        assert self._num_in_tiers == sum(in_tiers)
         for slot, holder in self._by_slot.items():
             assert holder.slot == slot
             assert len(holder.assumed) <= holder.blocks_max <= self.blocks_max

@@ -42,7 +42,7 @@ def test_what_is_no_size_is_refused(text: object) -> None:
     [
         (
             "pool_byte: 1GiB",
-            "'pool_byte' is not a setting of the daemon: choose from eviction, lease_s_max",
+            "'pool_byte' is not a setting of the daemon: choose from events_socket, eviction",
         ),
         ("1: 2", "'1' is not a setting"),
         (

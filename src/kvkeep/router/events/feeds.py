@@ -1,6 +1,7 @@
-"""The event sources of a whole fleet: one task for each engine that publishes, as long as it is in.
+"""The event sources of a whole fleet: a task for each engine that publishes, as long as it is in.
 
-Told of engines as policies are (``joined`` and ``left``), on the event loop's thread.
+And one for each daemon that engines name. Told of engines as policies are (``joined`` and
+``left``), on the event loop's thread.
 """
 
 import asyncio
@@ -11,18 +12,18 @@ import zmq
 from kvkeep.model.clock import Clock
 from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.events.source_counters import SourceCounters
-from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
+from kvkeep.router.events.zmq_source import TakesEvents, ZmqAddress, ZmqSource
 from kvkeep.router.prefix_index import PrefixIndex
 from kvkeep.router.snapshot import Endpoint
 
 log = logging.getLogger(__name__)
 
+REPLAY_SUFFIX = ".replay"
+"""Of a daemon's second socket."""
 
-def address_of(endpoint: Endpoint, default: EngineEvents) -> ZmqAddress | None:
-    """Return where an engine publishes; None if it does not."""
-    said = default if endpoint.events is None else endpoint.events
-    if not said.publish:
-        return None
+
+def address_of(endpoint: Endpoint, said: EngineEvents) -> ZmqAddress:
+    """Return where an engine publishes."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     return ZmqAddress(
         said.publish.replace("{host}", host),
@@ -32,8 +33,73 @@ def address_of(endpoint: Endpoint, default: EngineEvents) -> ZmqAddress | None:
     )
 
 
+class _Sources:
+    """Tasks that feed one table, by the name of whom they listen to."""
+
+    def __init__(self, table: TakesEvents, clock: Clock) -> None:
+        self._table, self._clock = table, clock
+        self._running: dict[str, tuple[ZmqSource, asyncio.Task[None]]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._past = SourceCounters()
+
+    def begin(self, name: str, address: ZmqAddress) -> None:
+        """Listen; a loop is running."""
+        self.end(name)
+        source = ZmqSource(name, address, self._table, self._clock)
+        task = asyncio.get_running_loop().create_task(source.run())
+        task.add_done_callback(lambda done: self._ended(name, address, done))
+        self._running[name] = source, task
+
+    def end(self, name: str) -> None:
+        """Listen no more."""
+        found = self._running.pop(name, None)
+        if found is None:
+            return
+        source, task = found
+        self._past = self._past.plus(source.counters)
+        # Kept until it has closed its sockets.
+        self._ending.add(task)
+        task.cancel()
+
+    def _ended(self, name: str, address: ZmqAddress, task: asyncio.Task[None]) -> None:
+        self._ending.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        # Whatever it was, the fleet is routed without these events.
+        self._table.drop(name)
+        log.error("events of %s at %s are not heard any more: %s", name, address.events, error)
+        if error is not None and not isinstance(error, zmq.ZMQError):
+            raise error
+
+    def is_running(self, name: str) -> bool:
+        return name in self._running
+
+    def is_heard(self, name: str) -> bool:
+        found = self._running.get(name)
+        return found is not None and found[0].is_connected
+
+    @property
+    def num_heard(self) -> int:
+        return sum(source.is_connected for source, _ in self._running.values())
+
+    @property
+    def counters(self) -> SourceCounters:
+        total = self._past
+        for source, _ in self._running.values():
+            total = total.plus(source.counters)
+        return total
+
+    async def close(self) -> None:
+        tasks = [*(task for _, task in self._running.values()), *self._ending]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._running.clear()
+
+
 class EventFeeds:
-    """Feeds an index with the events of every engine that publishes."""
+    """Feeds an index with the events of every engine that publishes, and of the daemons named."""
 
     def __init__(self, default: EngineEvents, index: PrefixIndex, clock: Clock) -> None:
         """Listen to nobody.
@@ -43,67 +109,54 @@ class EventFeeds:
             index: What to feed.
             clock: Tells how long an engine was out of reach.
         """
-        self._default, self._index, self._clock = default, index, clock
-        self._sources: dict[str, tuple[ZmqSource, asyncio.Task[None]]] = {}
-        self._ending: set[asyncio.Task[None]] = set()
-        self._past = SourceCounters()
+        self._default, self._index = default, index
+        self._engines = _Sources(index, clock)
+        self._pools = _Sources(index.pools, clock)
+        self._pool_of: dict[str, str] = {}
 
     def joined(self, endpoint: Endpoint) -> None:
-        """Listen to an engine; a loop is running."""
-        address = address_of(endpoint, self._default)
-        if address is None:
+        """Listen to an engine, if it publishes; a loop is running."""
+        said = self._default if endpoint.events is None else endpoint.events
+        if not said.publish:
             return
         self.left(endpoint)
-        name = endpoint.name
-        source = ZmqSource(name, address, self._index, self._clock)
-        task = asyncio.get_running_loop().create_task(source.run())
-        task.add_done_callback(lambda done: self._ended(name, address, done))
-        self._sources[name] = source, task
+        self._engines.begin(endpoint.name, address_of(endpoint, said))
+        if said.pool:
+            self._pool_of[endpoint.name] = said.pool
+            self._index.pools.joined(endpoint.name, said.pool)
+            if not self._pools.is_running(said.pool):
+                address = ZmqAddress(said.pool, said.pool + REPLAY_SUFFIX)
+                self._pools.begin(said.pool, address)
 
     def left(self, endpoint: Endpoint) -> None:
         """Listen no more."""
-        found = self._sources.pop(endpoint.name, None)
-        if found is None:
-            return
-        source, task = found
-        self._past = self._past.plus(source.counters)
-        # Kept until it has closed its sockets.
-        self._ending.add(task)
-        task.cancel()
+        self._engines.end(endpoint.name)
+        pool = self._pool_of.pop(endpoint.name, None)
+        self._index.pools.left(endpoint.name)
+        if pool is not None and not self._index.pools.is_used(pool):
+            self._pools.end(pool)
+            self._index.pools.drop(pool)
 
     @property
     def counters(self) -> SourceCounters:
         """What became of all messages, those of engines that left among them."""
-        total = self._past
-        for source, _ in self._sources.values():
-            total = total.plus(source.counters)
-        return total
+        return self._engines.counters.plus(self._pools.counters)
 
     def is_heard(self, name: str) -> bool:
         """Whether an engine's publisher is connected."""
-        found = self._sources.get(name)
-        return found is not None and found[0].is_connected
+        return self._engines.is_heard(name)
 
     @property
     def num_heard(self) -> int:
         """Engines whose publisher is connected."""
-        return sum(source.is_connected for source, _ in self._sources.values())
+        return self._engines.num_heard
 
-    def _ended(self, name: str, address: ZmqAddress, task: asyncio.Task[None]) -> None:
-        self._ending.discard(task)
-        if task.cancelled():
-            return
-        error = task.exception()
-        # Whatever it was, the fleet is routed without this engine's events.
-        self._index.drop(name)
-        log.error("events of %s at %s are not heard any more: %s", name, address.events, error)
-        if error is not None and not isinstance(error, zmq.ZMQError):
-            raise error
+    @property
+    def num_pools_heard(self) -> int:
+        """Daemons that are connected."""
+        return self._pools.num_heard
 
     async def close(self) -> None:
         """Stop listening to all; afterwards no socket is open."""
-        tasks = [*(task for _, task in self._sources.values()), *self._ending]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._sources.clear()
+        await self._engines.close()
+        await self._pools.close()

@@ -18,9 +18,12 @@ class EngineEvents(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     the engine is forgotten instead."""
     topic: Annotated[str, msgspec.Meta(max_length=256)] = ""
     """Beginning of the topics to listen to."""
+    pool: Annotated[str, msgspec.Meta(max_length=256, pattern=r"^(ipc://\S+)?$")] = ""
+    """``ipc://`` and the ``events_socket`` of the engine's daemon; the engine's connector then has
+    ``announce_blocks``. Empty: what its daemon keeps is not known."""
     bind: bool = False
     """The engine connects to the router: it does so if its ``endpoint`` has no ``*``."""
 
     def __post_init__(self) -> None:
-        if self.replay and not self.publish:
-            raise ValueError("replay without publish: say where the events come from, too")
+        if (self.replay or self.pool) and not self.publish:
+            raise ValueError("replay or pool without publish: say where the events come from, too")

@@ -10,9 +10,9 @@ shows as a gap), bytes of each, batches and seconds of one replay.
 """
 
 import asyncio
-import logging
 import sys
 from dataclasses import dataclass
+from typing import Protocol
 
 import xxhash
 import zmq
@@ -21,14 +21,12 @@ import zmq.asyncio
 from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.router.events.block_events import (
     BATCH_BYTES_MAX,
+    BlockEvent,
     BlockStored,
     EventBatch,
     decode_batch,
 )
 from kvkeep.router.events.source_counters import SourceCounters
-from kvkeep.router.prefix_index import PrefixIndex
-
-log = logging.getLogger(__name__)
 
 WAITING_MAX = 10_000
 """Messages that ZMQ keeps for us; an engine sends one per step."""
@@ -61,11 +59,23 @@ class ZmqAddress:
     """The engine connects and the router binds: vLLM does so if its ``endpoint`` names a host."""
 
 
+class TakesEvents(Protocol):
+    """What a source feeds."""
+
+    def apply(self, endpoint: str, event: BlockEvent) -> None:
+        """Somebody said what is stored there, or no more."""
+        ...
+
+    def drop(self, endpoint: str) -> None:
+        """Nothing is known of it any more."""
+        ...
+
+
 class ZmqSource:
     """Feeds an index with the events of one engine until its task is cancelled."""
 
     def __init__(
-        self, endpoint: str, address: ZmqAddress, index: PrefixIndex, clock: Clock | None = None
+        self, endpoint: str, address: ZmqAddress, index: TakesEvents, clock: Clock | None = None
     ) -> None:
         """Prepare; nothing is opened.
 
@@ -83,7 +93,6 @@ class ZmqSource:
         """Of the batch before the next: who can repeat it is the engine that was known."""
         self._lost_at_s: float | None = None
         """Since when what is known can't be renewed; None if it can, or nothing is known."""
-        self._has_complained = False
         self.is_connected = False
         self.counters = SourceCounters()
 
@@ -255,15 +264,6 @@ class ZmqSource:
                 # Requests are relayed by the same thread.
                 num_blocks = 0
                 await asyncio.sleep(0)
-        told = self._index.refused_block_tokens
-        if told and not self._has_complained:
-            self._has_complained = True
-            log.warning(
-                "blocks of %s have %d tokens: set block_tokens, which is %d",
-                self._endpoint,
-                told,
-                self._index.block_tokens,
-            )
 
     def _forget(self, next_number: int) -> None:
         self._index.drop(self._endpoint)

@@ -105,7 +105,7 @@ class PrefixAware:
         candidates = self._weigh(prefix, num_tokens, ready, now_s)
         chosen, reason = self._decide(prefix, num_tokens, ready, candidates)
         considered = tuple(map(_described, candidates)) if explain else ()
-        return Choice(chosen.endpoint, reason, considered, chosen.num_uncached, chosen.num_blocks)
+        return Choice(chosen.endpoint, reason, considered, chosen.num_uncached, chosen.num_loadable)
 
     def _weigh(
         self, prefix: Sequence[int], num_tokens: int, ready: Sequence[Endpoint], now_s: float
