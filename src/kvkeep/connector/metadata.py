@@ -34,6 +34,8 @@ class StoreJob:
     hashes: bytes
     block_ids: tuple[int, ...]
     """Held by a reference of the scheduler side until every rank has reported the job."""
+    is_urgent: bool = False
+    """Another engine waits for the blocks: copied beside this step's forward pass, not after it."""
 
 
 @dataclass(slots=True)

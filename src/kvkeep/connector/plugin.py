@@ -318,6 +318,17 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
 
         return CudaMover(memory)
 
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Hand out the stores that another engine waits for.
+
+        vLLM calls this first in every step. 0.32 calls everything else after the forward pass of a
+        step without loads, and that pass may be a long prompt's.
+        """
+        worker = self._worker
+        if isinstance(kv_connector_metadata, StepMetadata):
+            metadata = kv_connector_metadata
+            self._guard(lambda: worker.store_urgent(metadata), False)
+
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         """Load before the forward pass, or report what could not be loaded.
 

@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 LEASE_MARGIN = 0.5
 """A lease is used only in this first part of its time: the rest belongs to the load."""
 PINNED_SHARE_MAX = 0.25
-"""Of the engine's blocks, at most this share is held for stores; beyond it blocks aren't stored."""
+"""Of the engine's blocks, at most this share is held for stores; beyond it none are stored, but
+those of prompts that are handed over."""
 
 
 class SchedulerSide:
@@ -342,7 +343,7 @@ class SchedulerSide:
         self._stores[job_id] = StoreInFlight(state, first, blocks, self._num_ranks)
         if self.names is not None:
             self.names.tell(request, state.hasher.hashes[:end])
-        return StoreJob(job_id, b"".join(hashes), block_ids)
+        return StoreJob(job_id, b"".join(hashes), block_ids, is_urgent=state.is_offered)
 
     def _num_pinnable(self) -> int:
         """Blocks that may be held for stores beside those that are."""

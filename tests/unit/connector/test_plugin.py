@@ -181,6 +181,28 @@ class BrokenWorker(IdleWorkerSide):
     load = store = broken()
 
 
+class UrgentWorker(IdleWorkerSide):
+    """Notes the steps whose urgent stores it was handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def store_urgent(self, metadata: StepMetadata) -> bool:
+        """See WorkerSide."""
+        self.steps.append(metadata.step)
+        return True
+
+
+def test_stores_that_are_waited_for_are_handed_out_first(connector: KvkeepConnector) -> None:
+    """Before the forward pass; metadata of another connector is none of ours."""
+    connector._worker = worker = UrgentWorker()
+    connector.handle_preemptions(StepMetadata(b"n" * 32, b"n" * 32, 3))
+    connector.handle_preemptions(base.KVConnectorMetadata())
+
+    assert worker.steps == [3]
+
+
 def test_an_exception_in_a_rank_fails_its_loads_and_ends_its_stores(
     connector: KvkeepConnector,
 ) -> None:

@@ -169,6 +169,21 @@ class WorkerSide:
             self._stores.submit(metadata.stores.pop(0), metadata.namespace, after)
         return True
 
+    def store_urgent(self, metadata: StepMetadata) -> bool:
+        """Queue what another engine waits for; for the begin of a step.
+
+        Returns:
+            True: what is not queued is left for ``store``, which comes after the forward pass.
+        """
+        urgent = [job for job in metadata.stores if job.is_urgent]
+        if not urgent or metadata.base_namespace != self._namespace or not self._memory.is_writer:
+            return True
+        after = self._mover.snapshot()
+        for job in urgent:
+            metadata.stores.remove(job)
+            self._stores.submit(job, metadata.namespace, after)
+        return True
+
     def skip_stores(self, metadata: StepMetadata) -> None:
         """Report the stores of this step that are not queued yet, without storing anything."""
         while metadata.stores:
@@ -213,6 +228,10 @@ class IdleWorkerSide:
     def store(self, metadata: StepMetadata) -> bool:
         """Decline the stores."""
         self.skip_stores(metadata)
+        return True
+
+    def store_urgent(self, metadata: StepMetadata) -> bool:
+        """Leave them for ``store``."""
         return True
 
     def skip_stores(self, metadata: StepMetadata) -> None:

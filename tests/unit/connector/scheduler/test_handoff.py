@@ -66,6 +66,7 @@ def test_a_prefill_names_the_last_full_block_of_its_prompt() -> None:
     assert outcomes(engine) == [("offered", 0)]
     metadata = engine.step()
     assert b"".join(job.hashes for job in metadata.stores) == b"".join(hashes_of(5))
+    assert all(job.is_urgent for job in metadata.stores)
     engine.end(metadata)
     assert engine.is_idle()
 
