@@ -157,6 +157,22 @@ def test_what_one_pair_can_t_do_goes_to_decode_as_it_is(
     assert strict.told()["skips"][reason] == before + 1
 
 
+def test_what_a_decode_engine_has_is_not_prefilled_elsewhere() -> None:
+    """With a prefix-aware policy for decode, the second turn of a conversation stays there."""
+    with fleet(decode_policy="prefix_aware") as found:
+        first = asked(found, question())
+        again = asked(found, question(prompt=PROMPT + "and more"))
+        other = asked(found, question(prompt="different " + PROMPT))
+
+    assert note_of(first).startswith("prefill=")
+    assert note_of(again) == "skipped=warm"
+    assert (
+        again.headers["x-kvkeep-route"].split(";")[0]
+        == (first.headers["x-kvkeep-route"].split(";")[0])
+    )
+    assert note_of(other).startswith("prefill=")
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -384,6 +400,22 @@ def test_a_hand_off_in_progress_survives_a_drain() -> None:
     assert code == 0
 
 
+def test_health_asks_for_both_roles() -> None:
+    """Without a prefill engine that is ready, a load balancer is sent elsewhere."""
+    with fleet() as found:
+        with httpx.Client(trust_env=False) as client:
+            before = client.get(f"{found.url}/health").status_code
+            for engine in found.prefills:
+                url = f"{found.process.ready['admin_url']}/workers/{engine.name}"
+                assert client.patch(url, json={"drain": True}).status_code == 200
+            after = client.get(f"{found.url}/health").status_code
+        answer = asked(found, question())
+
+    assert (before, after) == (200, 503)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+
+
 def test_it_is_counted_shown_and_explained(lenient: Fleet) -> None:
     """/metrics, /workers and /explain speak of hand-offs; totals are those of the client."""
     before = workers(lenient.process)
@@ -400,7 +432,9 @@ def test_it_is_counted_shown_and_explained(lenient: Fleet) -> None:
     assert told["handoff"]["seconds"]["prefill_sent"] > 0
     assert 'kvkeep_router_handoffs_total{outcome="handed_off",transport="nixl"}' in text
     assert 'kvkeep_router_handoff_seconds_total{state="prefill_sent"}' in text
-    assert (explained["handoff"], short["handoff"]) == ("hand_off", "short")
+    assert explained["handoff"]["plan"] == "hand_off"
+    assert explained["handoff"]["prefill"] in [engine.name for engine in lenient.prefills]
+    assert short["handoff"] == {"plan": "short", "prefill": None}
     assert explained["endpoint"] in [engine.name for engine in lenient.decodes]
 
 

@@ -98,7 +98,7 @@ class _Pages:
 
     async def ready(self, _request: web.Request) -> web.Response:
         ready, is_draining = self._metrics.num_ready, self._parts.relay.is_draining
-        is_well = (bool(ready) or self._parts.relay.desk is not None) and not is_draining
+        is_well = self._parts.relay.is_ready and not is_draining
         said = "draining" if is_draining else "ok" if is_well else "no engine is ready"
         return web.json_response({"status": said, "ready": ready}, status=200 if is_well else 503)
 

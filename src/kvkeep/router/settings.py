@@ -127,11 +127,14 @@ def _add_handoff(values: dict[str, Any]) -> None:
     """Hand off where engines of the roles for it are named."""
     engines = values.get("engines")
     listed = engines if isinstance(engines, list) else []
-    roles = {each.get("role") for each in listed if isinstance(each, dict)}
+    named = [each.get("role") for each in listed if isinstance(each, dict)]
+    roles = {role if isinstance(role, str) else None for role in named}
     wanted = {Role.PREFILL.value, Role.DECODE.value}
     if values.get("handoff") is None and not roles & wanted:
         return
     values["handoff"] = values.get("handoff") or {}
+    if values.get("on_demand"):
+        raise InputError("engines on demand can't hand off: name engines that run, or no roles")
     comes_later = values.get("engines_file") or values.get("etcd")
     if roles - wanted or not (comes_later or roles >= wanted):
         raise InputError(

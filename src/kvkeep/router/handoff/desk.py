@@ -25,6 +25,7 @@ from kvkeep.router.relay.exchange import Exchange
 from kvkeep.router.relay.reader import Request
 from kvkeep.router.request import RequestView
 from kvkeep.router.router import Router, UnknownModelError
+from kvkeep.router.snapshot import Role
 
 if TYPE_CHECKING:
     from kvkeep.router.relay.relay import Relay
@@ -87,6 +88,13 @@ class HandOffDesk:
     def decode_router(self) -> Router:
         """Chooses among decode engines."""
         return self.relay.router
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request that is to be handed off could be served now."""
+        fleet = self.relay.router.fleet
+        can_prefill = fleet.ready(Role.PREFILL, None) or self.settings.fallback != "none"
+        return bool(can_prefill and fleet.ready(Role.DECODE, None))
 
     def new_machine(self) -> HandOff:
         """For one request."""
@@ -152,7 +160,7 @@ class HandOffDesk:
             return Facts(num_tokens, num_tokens)  # whoever is asked first says so
         return Facts(num_tokens, choice.num_uncached if choice.num_cached_blocks else num_tokens)
 
-    def explain(self, request: Request, view: RequestView) -> str:
+    def explain(self, request: Request, view: RequestView) -> dict[str, str | None]:
         """What would be done with a request: ``hand_off``, or why it would not be handed off.
 
         Raises:
@@ -160,9 +168,13 @@ class HandOffDesk:
             PlanError: It would be refused.
         """
         body, reason = self._look_at(request)
-        if body is None or reason:
-            return reason
-        return why_not_worth(self.facts_of(view, body), self.settings) or "hand_off"
+        if body is not None and not reason:
+            reason = why_not_worth(self.facts_of(view, body), self.settings)
+        if reason:
+            return {"plan": reason, "prefill": None}
+        choice = self.prefill_router.route(view, self.relay.clock.now_s(), explain=True)
+        name = None if choice.endpoint is None else choice.endpoint.name
+        return {"plan": "hand_off", "prefill": name}
 
     def _skip(
         self, client: "ClientConnection", request: Request, view: RequestView, reason: str

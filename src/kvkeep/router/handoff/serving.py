@@ -89,8 +89,11 @@ class HandedOff:
                     self._send_prefill(attempt)
                 case SendDecode(attempt, offer):
                     self._send_decode(attempt, offer)
-                case CancelPrefill(is_late) | CancelDecode(is_late):
-                    self._cancel(is_late)
+                case CancelPrefill(is_late):
+                    endpoint = None if self._prefill is None else self._prefill.endpoint
+                    self._cancel(endpoint, self._tried_prefill, is_late)
+                case CancelDecode(is_late):
+                    self._cancel(self._decode_endpoint, self.tried, is_late)
                 case ReleaseOffer(offer):
                     self._desk.release(self._request, offer)
                 case RelayFallback(label):
@@ -153,23 +156,12 @@ class HandedOff:
         blocks = "" if offer is not None else " empty"
         return f"prefill={name} transport={self._desk.transport.name}{blocks}"
 
-    def _cancel(self, is_late: bool) -> None:
+    def _cancel(self, endpoint: Endpoint | None, tried: list[Endpoint], is_late: bool) -> None:
         exchange, self._exchange = self._exchange, None
-        if exchange is None:
-            return
-        exchange.cancel(Outcome.TIMEOUT if is_late else Outcome.CLIENT_LEFT)
+        if exchange is not None:
+            exchange.cancel(Outcome.TIMEOUT if is_late else Outcome.CLIENT_LEFT)
         if is_late:
-            self._remember_tried()
-
-    def _remember_tried(self) -> None:
-        """What failed is not chosen again."""
-        prefill = None if self._prefill is None else self._prefill.endpoint
-        for endpoint, tried in (
-            (prefill, self._tried_prefill),
-            (self._decode_endpoint, self.tried),
-        ):
-            if endpoint is not None and endpoint not in tried:
-                tried.append(endpoint)
+            _remember(endpoint, tried)
 
     def _answer(self, status: int, message: str) -> None:
         relay = self._desk.relay
@@ -191,8 +183,7 @@ class HandedOff:
         if leg is not self._prefill:
             return
         if leg.failure is not None:
-            if leg.endpoint is not None and leg.endpoint not in self._tried_prefill:
-                self._tried_prefill.append(leg.endpoint)
+            _remember(leg.endpoint, self._tried_prefill)
             self._act(machine.prefill_failed(leg.failure, now_s))
         elif leg.refusal is not None:
             self._act(machine.prefill_refused(now_s))
@@ -226,8 +217,7 @@ class HandedOff:
 
     def failed(self, unanswered: Unanswered) -> None:
         """There was none."""
-        if self._decode_endpoint is not None and self._decode_endpoint not in self.tried:
-            self.tried.append(self._decode_endpoint)
+        _remember(self._decode_endpoint, self.tried)
         failure = Failure(kind_of(unanswered), unanswered.status, f"decode: {unanswered.message}")
         self._act(self._machine.decode_failed(failure, self._now_s))
 
@@ -257,3 +247,9 @@ class HandedOff:
             self._exchange.stop(message)
         else:
             self._act(self._machine.stop(message, self._now_s))
+
+
+def _remember(endpoint: Endpoint | None, tried: list[Endpoint]) -> None:
+    """What failed is not chosen again."""
+    if endpoint is not None and endpoint not in tried:
+        tried.append(endpoint)

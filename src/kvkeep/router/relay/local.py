@@ -45,8 +45,7 @@ class LocalAnswers:
     def _answer_health(self, client: "ClientConnection") -> None:
         fleet = self._relay.router.fleet
         ready = sum(len(fleet.ready(role, None)) for role in Role)
-        can_serve = bool(ready) or self._relay.desk is not None
-        is_well = can_serve and not self._relay.is_draining
+        is_well = self._relay.is_ready and not self._relay.is_draining
         state = "draining" if self._relay.is_draining else "ok" if is_well else "no engine is ready"
         body = json.dumps({"status": state, "ready": ready, "endpoints": len(fleet)}).encode()
         keeps = client.keeps

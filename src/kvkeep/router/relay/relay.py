@@ -21,7 +21,7 @@ from kvkeep.router.request import (
     parse_fields,
 )
 from kvkeep.router.router import Router
-from kvkeep.router.snapshot import Endpoint
+from kvkeep.router.snapshot import Endpoint, Role
 from kvkeep.router.tokenizing import BYTES_PER_TOKEN, Prefixes, Tokenizing, approximate_prefix
 
 LOOK_S: Final = 0.25
@@ -33,6 +33,11 @@ LINES_MAX: Final = 4096
 
 class Begins(Protocol):
     """Who serves requests in a way of their own."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be served now."""
+        ...
 
     def begin(self, client: ClientConnection, request: Request, view: RequestView) -> None:
         """Serve a request that was let in."""
@@ -160,6 +165,13 @@ class Relay:
             pool = self.make_pool(endpoint, self.settings.connect_timeout_s)
             self._pools[endpoint] = pool
         return pool
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be served now, or once an engine has started for them."""
+        if self.handoffs is not None:
+            return self.handoffs.is_ready
+        return self.desk is not None or bool(self.router.fleet.ready(Role.SERVE, None))
 
     @property
     def num_upstream(self) -> int:

@@ -35,9 +35,9 @@ class PoolTransport:
             return None
         return b'{"kvkeep":%b}' % ticket.edited({"hand_off": b'"decode"'})
 
-    def release_body(self, offer: bytes) -> None:
+    def release_body(self, offer: bytes) -> bytes | None:
         """Blocks in the pool are held for nobody."""
-        return
+        return None
 
 
 def _ticket(offer: bytes) -> JsonObject | None:

@@ -1,0 +1,101 @@
+"""What is handed off, and what is not worth it or not possible."""
+
+import json
+from typing import Any
+
+import pytest
+
+from kvkeep.router.handoff.plan import (
+    Facts,
+    PlanError,
+    estimate_tokens,
+    why_not_possible,
+    why_not_worth,
+)
+from kvkeep.router.handoff.settings import HandOffSettings
+from kvkeep.router.handoff.splice import JsonObject
+
+SETTINGS = HandOffSettings(min_tokens=100)
+
+
+def body_of(**fields: Any) -> JsonObject:
+    return JsonObject(json.dumps({"prompt": "p", **fields}).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, ""),
+        ({"prompt": ["one"], "n": 1, "echo": False, "prompt_logprobs": None}, ""),
+        ({"prompt": [1, 2, 3], "best_of": None, "use_beam_search": False}, ""),
+        ({"prompt": ["one", "two"]}, "batch"),
+        ({"prompt": [[1], [2]]}, "batch"),
+        ({"prompt_embeds": "AAAA"}, "batch"),
+        ({"n": 2}, "samples"),
+        ({"n": "2"}, "samples"),
+        ({"best_of": 3}, "samples"),
+        ({"use_beam_search": 1}, "samples"),
+        ({"echo": True}, "prompt"),
+        ({"echo": "true"}, "prompt"),
+        ({"prompt_logprobs": 0}, "prompt"),
+        ({"kv_transfer_params": None}, ""),
+    ],
+)
+def test_one_prompt_and_one_answer_can_be_handed_off(fields: dict[str, Any], reason: str) -> None:
+    """Anything that vLLM would read as more than that is not."""
+    assert why_not_possible(body_of(**fields), SETTINGS) == reason
+
+
+def test_a_number_beyond_all_numbers_is_not_one() -> None:
+    """What no type holds is not taken for 1."""
+    assert why_not_possible(JsonObject(b'{"n": 1e999}'), SETTINGS) == "samples"
+
+
+def test_parameters_of_a_client_are_refused_unless_allowed() -> None:
+    """Also empty ones: an engine would do something with them."""
+    told = body_of(kv_transfer_params={})
+    allowing = HandOffSettings(client_params="decode_alone")
+
+    with pytest.raises(PlanError, match="leave it out"):
+        why_not_possible(told, SETTINGS)
+    assert why_not_possible(told, allowing) == "client_params"
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_uncached", "reason"),
+    [(99, 99, "short"), (100, 100, ""), (5000, 99, "warm"), (5000, 100, ""), (0, 0, "short")],
+)
+def test_little_work_is_not_worth_a_hand_off(
+    num_tokens: int, num_uncached: int, reason: str
+) -> None:
+    """Short prompts, and those of which a decode engine has nearly all."""
+    assert why_not_worth(Facts(num_tokens, num_uncached), SETTINGS) == reason
+
+
+def test_without_a_minimum_everything_is_handed_off() -> None:
+    """Also the shortest prompt."""
+    assert why_not_worth(Facts(0, 0), HandOffSettings(min_tokens=0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_tokens"),
+    [
+        ({"prompt": "word " * 400}, 500),
+        ({"prompt": [7] * 300}, 300),
+        ({"prompt": [[7] * 300]}, 300),
+        ({"prompt": None, "messages": []}, 0),
+    ],
+)
+def test_tokens_are_estimated_by_the_prompt_alone(fields: dict[str, Any], num_tokens: int) -> None:
+    """Of ids exactly, of text roughly; other fields don't count."""
+    found = estimate_tokens(body_of(logit_bias=dict.fromkeys(map(str, range(999)), 1), **fields))
+
+    assert found == pytest.approx(num_tokens, abs=2)
+
+
+def test_a_chat_is_estimated_by_its_messages() -> None:
+    """Without what JSON adds to each."""
+    messages = [{"role": "user", "content": "word " * 40}] * 10
+    chat = JsonObject(json.dumps({"messages": messages}).encode())
+
+    assert 450 <= estimate_tokens(chat) <= 600
