@@ -7,6 +7,7 @@ interpreter (its environment), the KV transfer configuration and a few variables
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import socket
@@ -95,6 +96,7 @@ class Answer:
         cached_tokens: Prompt tokens that were not computed, as the engine reports them.
         prompt_tokens: Length of the prompt.
         top_logprobs: Per generated token, the most likely candidates and their log probability.
+        gaps_s: Between the arrivals of tokens, in seconds.
     """
 
     first_token_s: float
@@ -102,6 +104,7 @@ class Answer:
     cached_tokens: int
     prompt_tokens: int
     top_logprobs: tuple[Mapping[str, float], ...] = ()
+    gaps_s: tuple[float, ...] = ()
 
 
 class EngineError(RuntimeError):
@@ -176,8 +179,24 @@ class Engine:
         prompt: str = json.loads(body)["prompt"]
         return prompt
 
-    def complete(self, prompt: str, *, max_tokens: int = 4, logprobs: int | None = None) -> Answer:
-        """Stream one greedy completion and time its first token."""
+    def complete(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 4,
+        logprobs: int | None = None,
+        salt: str | None = None,
+        begun: Callable[[], object] = lambda: None,
+    ) -> Answer:
+        """Stream one greedy completion and time its first token.
+
+        Args:
+            prompt: What to go on with.
+            max_tokens: So many are generated.
+            logprobs: How many candidates to tell of each token.
+            salt: Requests with different ones share no KV.
+            begun: Called when the first token is there.
+        """
         body = {
             "model": SERVED_NAME,
             "prompt": prompt,
@@ -190,6 +209,8 @@ class Engine:
         }
         if logprobs is not None:
             body["logprobs"] = logprobs
+        if salt is not None:
+            body["cache_salt"] = salt
         payload = json.dumps(body)
         connection = http.client.HTTPConnection(HOST, self.port, timeout=REQUEST_TIMEOUT_S)
         with closing(connection):
@@ -200,11 +221,14 @@ class Engine:
             response = connection.getresponse()
             if response.status != 200:
                 raise EngineError(f"HTTP {response.status}: {response.read()[:300]!r}")
-            return _read_stream(response, began)
+            return _read_stream(response, began, begun)
 
 
-def _read_stream(response: http.client.HTTPResponse, began: float) -> Answer:
+def _read_stream(
+    response: http.client.HTTPResponse, began: float, begun: Callable[[], object]
+) -> Answer:
     first_token_s = 0.0
+    arrivals: list[float] = []
     token_ids: list[int] = []
     top: list[Mapping[str, float]] = []
     usage: dict[str, Any] = {}
@@ -219,6 +243,8 @@ def _read_stream(response: http.client.HTTPResponse, began: float) -> Answer:
         for choice in event["choices"]:
             if choice.get("token_ids") and not token_ids:
                 first_token_s = arrived - began
+                begun()
+            arrivals += [arrived] * bool(choice.get("token_ids"))
             token_ids += choice.get("token_ids") or ()
             top += (choice.get("logprobs") or {}).get("top_logprobs") or ()
     details = usage.get("prompt_tokens_details") or {}
@@ -228,6 +254,7 @@ def _read_stream(response: http.client.HTTPResponse, began: float) -> Answer:
         cached_tokens=int(details.get("cached_tokens") or 0),
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
         top_logprobs=tuple(top),
+        gaps_s=tuple(later - earlier for earlier, later in itertools.pairwise(arrivals)),
     )
 
 

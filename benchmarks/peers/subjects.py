@@ -43,11 +43,13 @@ class Served:
         python: Interpreter of the engines.
         kv_transfer_config: The engines' connector, or None.
         env: Further variables of the engines.
+        daemon: Where kvkeep's own daemon tells what it counted.
     """
 
     python: Path
     kv_transfer_config: Transfer | None = None
     env: Mapping[str, str] | None = None
+    daemon: Engine | None = None
 
     def spec(self, model: Path, cores: str) -> EngineSpec:
         """Return the settings of one engine of this subject."""
@@ -84,7 +86,7 @@ def kvkeep(folder: Path) -> Iterator[Served]:
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"socket": str(socket_path)},
         }
-        yield Served(Path(sys.executable), config)
+        yield Served(Path(sys.executable), config, daemon=status)
 
 
 @contextmanager

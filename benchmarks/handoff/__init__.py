@@ -1,0 +1,1 @@
+"""What it costs to compute a prompt on one engine and to answer it on another."""
