@@ -28,7 +28,10 @@ POINTS = (
     *("client_heard", "decode_streaming", "decode_ending"),
 )
 """Of a hand-off, in their order."""
-FAULTS = ("kill_prefill", "kill_decode", "freeze_prefill", "freeze_decode", "client_leaves")
+FAULTS = (
+    *("kill_prefill", "kill_decode", "freeze_prefill", "freeze_decode"),
+    *("client_leaves", "router_stops"),
+)
 LEG_S = 2.0
 LEASE_S = 6.0
 SILENCE_S = 3.0
@@ -154,6 +157,11 @@ class HandOffSimulation:
         verb, _, role = self._fault.partition("_")
         if verb == "client":
             self._leave(self._victim)
+            return
+        if verb == "router":
+            # As at its end; that it serves again afterwards shows what it left behind.
+            for connection in list(self.parts.relay.clients):
+                connection.stop("the router stops")
             return
         others = [self.engines[name] for name, each in self._roles.items() if each == role]
         engine = self._works.get(role) or self.chance.choice(others)
