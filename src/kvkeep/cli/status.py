@@ -114,6 +114,8 @@ def show(found: dict[str, Any]) -> None:
             f"{gauges['write_leases']:.0f} write leases",
         ),
     ]
+    if found.get("sequences") is not None:
+        rows.append(("sequences", _describe_sequences(found["sequences"])))
     for name, value in counters.items():
         if value:
             rows.append((name, f"{value:,}  {COUNTERS.get(name, '')}"))
@@ -130,6 +132,16 @@ def _describe_blocks(pool: dict[str, Any], gauges: dict[str, float]) -> str:
         f"{gauges['slots_ready']:.0f} ready of {gauges['slots']:.0f}, "
         f"{readable_bytes(pool['block_bytes'])} each, {layout['block_tokens']} tokens, "
         f"{layout['dtype']}"
+    )
+
+
+def _describe_sequences(told: dict[str, Any]) -> str:
+    gauges, counters = told["gauges"], told["counters"]
+    return (
+        f"{gauges['sequences']}, {readable_bytes(gauges['sequence_bytes'])}, on port "
+        f"{told['port']}; {counters['sequences_put'] + counters['sequences_appended']} written, "
+        f"{counters['sequences_read']} read, {counters['sequences_missed']} missed, "
+        f"{counters['sequences_evicted']} evicted"
     )
 
 

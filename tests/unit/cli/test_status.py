@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from kvkeep.cli.main import main
 from kvkeep.cli.status import readable_bytes, show
+from kvkeep.daemon.sequences.figures import COUNTERS as SEQUENCE_COUNTERS
 from kvkeep.stack.process import ProcessId, this_process
 from kvkeep.stack.record import EngineRecord, StackRecord, write_record
 
@@ -49,6 +50,19 @@ def test_a_path_is_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
     show(STATUS | {"pool": STATUS["pool"] | {"path": path}})
 
     assert f"  {path}, 2.0 GiB\n" in capsys.readouterr().out
+
+
+def test_sequences_have_a_line_where_they_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """And none where they are not."""
+    counters = dict.fromkeys(SEQUENCE_COUNTERS, 0) | {"sequences_put": 3, "sequences_appended": 4}
+    gauges = {"sequences": 2, "sequence_bytes": 5 << 20, "sequence_transfer_bytes": 0}
+    told = {"port": 7000, "pid": 1, "gauges": gauges, "counters": counters}
+    show(STATUS | {"sequences": told})
+    with_them = capsys.readouterr().out
+    show(STATUS | {"sequences": None})
+
+    assert "2, 5.0 MiB, on port 7000; 7 written, 0 read" in with_them
+    assert "sequences" not in capsys.readouterr().out
 
 
 def test_a_daemon_without_engines_says_so(capsys: pytest.CaptureFixture[str]) -> None:
