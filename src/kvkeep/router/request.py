@@ -1,7 +1,6 @@
 """What a policy may look at of a request, and how it is found in one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,8 +16,7 @@ KEY_FIELDS = ("session_id", "user", "prompt_key", "conversation")
 TEXT_FIELDS = ("messages", "prompt", "input")
 
 
-@dataclass(slots=True)
-class RequestView:
+class RequestView(msgspec.Struct):
     """A request as policies see it; a field nobody needs is not worked out and stays None."""
 
     path: str

@@ -1,7 +1,8 @@
 """What the relay asks about each request: where to, and whether once more."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from kvkeep.router.health.book import FAILURES, HealthBook, Outcome
 from kvkeep.router.limits.bucket import RetryBudget
@@ -16,8 +17,7 @@ ATTEMPTS_MAX = 3
 """Endpoints that one request is sent to at most."""
 
 
-@dataclass(slots=True)
-class Ending:
+class Ending(msgspec.Struct, frozen=True):
     """How a request ended at an endpoint."""
 
     outcome: Outcome

@@ -6,8 +6,9 @@ to the client as any other.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from kvkeep.router.handoff.machine import Failure, FailureKind
 from kvkeep.router.handoff.plan import PARAMS

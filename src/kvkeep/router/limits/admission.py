@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil
 
+import msgspec
+
 from kvkeep.model.errors import InvariantError
 
 RETRY_AFTER_S_MAX = 60
@@ -55,10 +57,10 @@ TRANSITIONS: dict[VisitState, dict[VisitMove, VisitState]] = {
     VisitState.ADMITTED: {VisitMove.LEFT: VisitState.GONE},
 }
 """The legal moves; anything else is a defect of kvkeep."""
+_NO_MOVES: dict[VisitMove, VisitState] = {}
 
 
-@dataclass(slots=True, eq=False)
-class Visit:
+class Visit(msgspec.Struct, eq=False):
     """One request, from its arrival to its end."""
 
     holder: str
@@ -75,7 +77,7 @@ class Visit:
         Raises:
             InvariantError: The step is not legal.
         """
-        after = TRANSITIONS.get(self.state, {}).get(move)
+        after = TRANSITIONS.get(self.state, _NO_MOVES).get(move)
         if after is None:
             raise InvariantError(f"illegal move. visit={self.state.value} move={move.value}")
         self.state, self.since_s = after, now_s

@@ -129,23 +129,29 @@ class Gate:
         """
         if self._is_draining:
             return self._refused(_unavailable("draining", DRAINING_RETRY_AFTER_S))
-        key = self.identify(authorization)
-        if isinstance(key, Refusal):
-            return key
-        if key is not None and (beyond := self._beyond_limits(key, now_s)) is not None:
-            return self._refused(beyond)
-        visit = Visit(ANYONE if key is None else key.name)
+        holder = ANYONE
+        if self._keys is not None:
+            key = self.identify(authorization)
+            if isinstance(key, Refusal):
+                return key
+            if key is not None:
+                holder = key.name
+                if (beyond := self._beyond_limits(key, now_s)) is not None:
+                    return self._refused(beyond)
+        visit = Visit(holder)
         pushed = self._queue.arrive(visit, now_s)
         if visit.state is VisitState.REFUSED:
             return self._refused(_unavailable(visit.why, self._queue.retry_after_s()))
         if visit.state is VisitState.WAITING:
             self._waiting[visit] = decided
-        self._tell_refused(pushed)
+        if pushed:
+            self._tell_refused(pushed)
         return visit
 
     def leave(self, visit: Visit, now_s: float) -> None:
         """A request ended, or its client went; who waits may be told within this call."""
-        self._waiting.pop(visit, None)
+        if self._waiting:
+            self._waiting.pop(visit, None)
         for admitted in self._queue.leave(visit, now_s):
             self._waiting.pop(admitted)(None)
 

@@ -1,9 +1,10 @@
 """The seam between the router and the policy that chooses an endpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Protocol, runtime_checkable
+
+import msgspec
 
 from kvkeep.router.request import RequestView
 from kvkeep.router.snapshot import Endpoint
@@ -23,9 +24,8 @@ class Needs(Flag):
     """``RequestView.model``."""
 
 
-@dataclass(slots=True)  # frozen would cost a call for each field, for each request
-class Choice:
-    """An endpoint, and why; nobody changes it."""
+class Choice(msgspec.Struct, frozen=True):
+    """An endpoint, and why."""
 
     endpoint: Endpoint | None
     """None only if there was none to choose from."""

@@ -10,8 +10,9 @@ lines that concern one connection only (RFC 9110, 7.6.1).
 """
 
 import re
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from kvkeep.router.relay.plain import plain_request, plain_response, whole_chunks
 
@@ -73,8 +74,7 @@ class FramingError(Exception):
         self.message = message
 
 
-@dataclass(slots=True)
-class RequestHead:
+class RequestHead(msgspec.Struct):
     """The head of a request."""
 
     method: bytes
@@ -100,8 +100,7 @@ class RequestHead:
         return find_field(self.raw, name)
 
 
-@dataclass(slots=True)
-class ResponseHead:
+class ResponseHead(msgspec.Struct):
     """The head of a response."""
 
     status: int

@@ -6,7 +6,7 @@ pieces. A chunked body that was gathered goes on with a length, so that no engin
 client's own chunks.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from kvkeep.router.relay.framing import (
     CHUNKED,
@@ -19,8 +19,7 @@ from kvkeep.router.relay.framing import (
 )
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct):
     """A request that can be routed."""
 
     head: RequestHead

@@ -293,7 +293,8 @@ class ClientConnection(asyncio.Protocol):
         if not keeps or request is None or not self._is_read:
             self._close()
             return
-        self._read(True)
+        if not self._is_reading:
+            self._read(True)
         if self._reader.is_inside:
             self._advance()
 
