@@ -20,7 +20,7 @@ from kvkeep.router.handoff.machine import (
 )
 from kvkeep.router.handoff.seam import Unanswered
 from kvkeep.router.handoff.splice import JsonObject
-from kvkeep.router.health.book import FAILURES, Outcome
+from kvkeep.router.health.book import Outcome
 from kvkeep.router.policies.base import Choice
 from kvkeep.router.relay.exchange import Exchange
 from kvkeep.router.relay.reader import Request
@@ -212,7 +212,7 @@ class HandedOff:
 
     def ended(self, outcome: Outcome) -> None:
         """The response is over, if there was one."""
-        self._machine.decode_ended(is_well=outcome not in FAILURES, now_s=self._now_s)
+        self._machine.decode_ended(is_well=outcome is Outcome.FINISHED, now_s=self._now_s)
         self._settle()
 
     def failed(self, unanswered: Unanswered) -> None:
