@@ -172,6 +172,8 @@ def render(found: Page, before: Page | None, passed_s: float) -> RenderableType:
     if found["router"] is not None:
         earlier = None if before is None else before["router"]
         parts += [_summary(found["router"]), _workers(found["router"], earlier, passed_s)]
+        if found["router"].get("handoff") is not None:
+            parts.append(_handoff(found["router"]["handoff"]))
         parts += [_on_demand(each) for each in found["router"].get("on_demand", ())]
     for url, daemon in found["daemons"].items():
         parts.append(_daemon(url, daemon))
@@ -204,13 +206,24 @@ def _workers(router: Page, before: Page | None, passed_s: float) -> Table:
         moves = [(worker[name] - was.get(name, 0)) / (passed_s if per_s else 1) for name in MOVES]
         table.add_row(
             worker["name"],
-            worker["state"],
+            worker["state"] if worker["role"] == "serve" else f"{worker['state']} {worker['role']}",
             str(worker["in_flight"]),
             f"{worker['ttft_s'] * 1000:.0f} ms",
             *(f"{value:,.0f}" for value in moves[:-1]),
             readable_bytes(int(moves[-1])),
         )
     return table
+
+
+def _handoff(handoff: Page) -> Text:
+    """How hand-offs ended, and why others were none; zeros are left out."""
+    counts = {
+        **handoff["outcomes"],
+        **{f"skipped as {reason}": count for reason, count in handoff["skips"].items()},
+        **{f"after {label}": count for label, count in handoff["fallbacks"].items()},
+    }
+    told = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n)
+    return Text(f"hand-offs  {handoff['transport']}: {told or 'none yet'}")
 
 
 def _on_demand(engine: Page) -> Text:

@@ -15,6 +15,7 @@ def worker(name: str, done: int) -> dict[str, Any]:
     return {
         "name": name,
         "state": "ready",
+        "role": "serve",
         "in_flight": 2,
         "ttft_s": 0.25,
         "requests_done": done,
@@ -66,6 +67,24 @@ def test_two_looks_show_what_changes() -> None:
 
     assert rows["a"] == ["2", "0", "2,000", "1,000", "20", "2.0", "MiB"]
     assert rows["b"] == ["4", "0", "3,500", "1,750", "35", "3.5", "MiB"]
+
+
+def test_hand_offs_are_shown_by_how_they_ended() -> None:
+    """With roles of engines; what never happened is left out."""
+    found = page(1)
+    found["router"]["workers"][0]["role"] = "prefill"
+    found["router"]["handoff"] = {
+        "transport": "nixl",
+        "outcomes": {"handed_off": 1200, "failed": 0},
+        "skips": {"short": 7, "warm": 0},
+        "fallbacks": {"prefill_timeout": 2},
+    }
+
+    lines = [line.strip() for line in shown(found, None, 0.0).splitlines()]
+
+    told = "1,200 handed off, 7 skipped as short, 2 after prefill timeout"
+    assert f"hand-offs  nixl: {told}" in lines
+    assert any(line.startswith("a") and "ready prefill" in line for line in lines)
 
 
 def test_engines_on_demand_are_shown_while_they_do_not_run() -> None:
