@@ -38,6 +38,7 @@ LOOPBACK_ENVIRONMENT: Mapping[str, str] = {
 CONNECTOR_NAME = "KvkeepConnector"
 CONNECTOR_MODULE = "kvkeep.connector.plugin"
 NIXL_NAME = "NixlConnector"
+NIXL_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "serve": "kv_both"}
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -140,21 +141,35 @@ def find_program(engine: EngineSpec) -> str:
     )
 
 
-def kv_transfer_config(engine: EngineSpec, socket: str, *, gpu: bool) -> dict[str, Any] | None:
-    """What vLLM is told about its connector; None for no connector."""
+def kv_transfer_config(
+    engine: EngineSpec,
+    socket: str,
+    *,
+    gpu: bool,
+    announces: bool = False,
+    lease_s: float | None = None,
+) -> dict[str, Any] | None:
+    """What vLLM is told about its connector; None for no connector.
+
+    Args:
+        engine: Of the stack.
+        socket: The daemon's.
+        gpu: Whether it runs on one.
+        announces: Whether a router is to understand what the daemon keeps.
+        lease_s: How long NixlConnector keeps blocks for a decode engine; None: as long as it likes.
+    """
     if engine.connector == "none":
         return None
     if not isinstance(engine.connector, str):
         return engine.connector
     if engine.connector == "nixl":
-        # Stock: any decode engine of the same vLLM can fetch from it, and it from any prefill one.
-        device = {} if gpu else {"kv_buffer_device": "cpu"}
-        policy = "fail" if gpu else "recompute"
+        # Stock: any decode engine of the same vLLM can fetch from any prefill engine.
         return {
             "kv_connector": NIXL_NAME,
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": policy,
-            **device,
+            "kv_role": NIXL_ROLES[engine.role],
+            "kv_load_failure_policy": "fail" if gpu else "recompute",
+            **({} if gpu else {"kv_buffer_device": "cpu"}),
+            **({} if lease_s is None else _lease(lease_s)),
         }
     return {
         "kv_connector": CONNECTOR_NAME,
@@ -167,8 +182,14 @@ def kv_transfer_config(engine: EngineSpec, socket: str, *, gpu: bool) -> dict[st
             **engine.connector_settings,
             "socket": socket,
             **({"cartridges": True} if engine.cartridges else {}),
+            **({"announce_blocks": True} if announces else {}),
         },
     }
+
+
+def _lease(lease_s: float) -> dict[str, Any]:
+    """What the router reckons with; vLLM counts whole seconds."""
+    return {"kv_connector_extra_config": {"kv_lease_duration": max(1, int(lease_s))}}
 
 
 def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
@@ -187,7 +208,14 @@ def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
         "--num-gpu-blocks-override": engine.num_gpu_blocks_override,
         "--kv-cache-memory-bytes": kv_cache_bytes(engine, gpu=placement.gpu),
     }
-    transfer = kv_transfer_config(engine, placement.socket, gpu=placement.gpu)
+    announces = placement.events is not None and placement.events.pool != ""
+    transfer = kv_transfer_config(
+        engine,
+        placement.socket,
+        gpu=placement.gpu,
+        announces=announces,
+        lease_s=None if spec.router is None else spec.router.handoff.get("offer_lease_s"),
+    )
     if transfer is not None:
         flags["--kv-transfer-config"] = json.dumps(transfer)
     if placement.events is not None:

@@ -15,7 +15,11 @@ import msgspec
 import platformdirs
 
 from kvkeep.connector.settings import load_settings as load_connector_settings
-from kvkeep.daemon.settings import SOCKET_PATH_BYTES_MAX, DaemonSettings, runtime_folder
+from kvkeep.daemon.settings import (
+    EVENTS_PATH_BYTES_MAX,
+    DaemonSettings,
+    runtime_folder,
+)
 from kvkeep.daemon.settings import load_settings as load_daemon_settings
 from kvkeep.model.errors import InputError
 from kvkeep.router.settings import Port
@@ -199,9 +203,17 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """Where the router asks for engines on demand."""
         return self._own_socket("on-demand.sock", f"{self.name}.on-demand.sock")
 
+    @property
+    def events_socket_path(self) -> str:
+        """Where the router hears what the daemon keeps; empty where it does not ask."""
+        if self.router is None or not self.router.events or not self.daemon.enabled:
+            return ""
+        named = self.daemon.settings.get("events_socket")
+        return str(named or self._own_socket("events.sock", f"{self.name}.events.sock"))
+
     def _own_socket(self, name: str, name_elsewhere: str) -> str:
         path = str(self.state_path / name)
-        if len(path.encode()) <= SOCKET_PATH_BYTES_MAX:
+        if len(path.encode()) <= EVENTS_PATH_BYTES_MAX:
             return path
         return str(runtime_folder() / name_elsewhere)
 
@@ -221,7 +233,8 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         for field in own.keys() & self.daemon.settings.keys():
             raise InputError(f"daemon.settings.{field}: write it as daemon.{field} instead.")
         try:
-            return load_daemon_settings(None, {}, {**self.daemon.settings, **own})
+            heard = {"events_socket": path} if (path := self.events_socket_path) else {}
+            return load_daemon_settings(None, {}, {**self.daemon.settings, **own, **heard})
         except InputError as error:
             raise InputError(f"daemon.settings: {error}") from error
 

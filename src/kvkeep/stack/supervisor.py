@@ -268,7 +268,10 @@ class Stack:
         if self.spec.router is None or not self.spec.router.events:
             return None
         publish, replay = (f"tcp://{HOST}:{self._ports.take()}" for _ in range(2))
-        self._events[engine.name] = EngineEvents(publish=publish, replay=replay, bind=True)
+        socket = self.spec.events_socket_path if engine.uses_kvkeep else ""
+        self._events[engine.name] = EngineEvents(
+            publish=publish, replay=replay, bind=True, pool=f"ipc://{socket}" if socket else ""
+        )
         return self._events[engine.name]
 
     def _start_router(self, router: RouterSpec, models: dict[str, Model]) -> None:

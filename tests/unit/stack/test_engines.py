@@ -14,6 +14,7 @@ from kvkeep.router.events.settings import EngineEvents
 from kvkeep.stack import engines
 from kvkeep.stack.engines import Placement, launch_daemon, launch_engine
 from kvkeep.stack.models import Model
+from kvkeep.stack.routing.spec import RouterSpec
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec
 
 
@@ -30,7 +31,8 @@ def launch(
     **fields: Any,
 ) -> engines.Launch:
     engine = EngineSpec(**{"name": "a", "cpus": [0, 1]} | fields)
-    spec = StackSpec(name="s", engines=[engine], served_model_name="m")
+    router = RouterSpec(handoff={"offer_lease_s": 45.5})
+    spec = StackSpec(name="s", engines=[engine], served_model_name="m", router=router)
     model = Model(location="/models/m", is_local=is_local)
     known: dict[str, Any] = {"port": 8201, "socket": "/run/k.sock", "gpu": gpu}
     placement = Placement(spec=spec, model=model, **known | (places or {}))
@@ -160,14 +162,22 @@ def test_an_engine_computes_on_its_share_of_the_cores() -> None:
     assert made.environment["VLLM_CPU_OMP_THREADS_BIND"] == "2,3|4,5"
 
 
-@pytest.mark.parametrize(("gpu", "device"), [(False, "cpu"), (True, None)])
-def test_nixl_is_vllm_s_own(gpu: bool, device: str | None) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "device", "role", "kv_role"),
+    [
+        (False, "cpu", "prefill", "kv_producer"),
+        (True, None, "decode", "kv_consumer"),
+        (False, "cpu", "serve", "kv_both"),
+    ],
+)
+def test_nixl_is_vllm_s_own(gpu: bool, device: str | None, role: str, kv_role: str) -> None:
     """Stock connector, with a port of this engine's own for its side channel."""
-    made = launch(gpu=gpu, places={"side_channel_port": 5701}, connector="nixl")
+    made = launch(gpu=gpu, places={"side_channel_port": 5701}, connector="nixl", role=role)
 
     config = json.loads(value_of(made.command, "--kv-transfer-config") or "{}")
-    assert (config["kv_connector"], config["kv_role"]) == ("NixlConnector", "kv_both")
+    assert (config["kv_connector"], config["kv_role"]) == ("NixlConnector", kv_role)
     assert config.get("kv_buffer_device") == device
+    assert config["kv_connector_extra_config"] == {"kv_lease_duration": 45}  # the router's
     assert made.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5701"
     assert made.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
 
@@ -187,6 +197,18 @@ def test_events_go_to_the_router_on_loopback() -> None:
         "replay_endpoint": "tcp://127.0.0.1:2",
     }
     assert value_of(launch().command, "--kv-events-config") is None
+
+
+@pytest.mark.parametrize("pool", ["", "ipc:///run/e.sock"])
+def test_the_connector_announces_blocks_where_the_daemon_is_heard(pool: str) -> None:
+    """Without that the router could not tell what the daemon's numbers stand for."""
+    events = EngineEvents(publish="tcp://127.0.0.1:1", bind=True, pool=pool)
+
+    config = json.loads(
+        value_of(launch(places={"events": events}).command, "--kv-transfer-config") or "{}"
+    )
+
+    assert config["kv_connector_extra_config"].get("announce_blocks", False) == bool(pool)
 
 
 def test_an_engine_is_called_by_its_own_model() -> None:

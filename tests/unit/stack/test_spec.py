@@ -8,6 +8,7 @@ import pytest
 from kvkeep.daemon.settings import SOCKET_PATH_BYTES_MAX
 from kvkeep.model.errors import InputError
 from kvkeep.stack.precedence import make_spec
+from kvkeep.stack.routing.spec import RouterSpec
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, default_state_dir
 
 
@@ -59,6 +60,18 @@ def test_the_daemon_gets_its_settings() -> None:
         9400,
         5,
     )
+
+
+def test_the_daemon_tells_a_router_that_asks(tmp_path: Path) -> None:
+    """What it keeps can be heard at a socket of the stack's, or at one of the user's."""
+    asking = spec(state_dir=str(tmp_path), router=RouterSpec(policy="prefix_aware", events=True))
+    named = DaemonSpec(settings={"events_socket": "/run/e.sock"})
+
+    assert spec(router=RouterSpec()).daemon_settings().events_socket == ""
+    assert asking.daemon_settings().events_socket == str(tmp_path / "events.sock")
+    assert asking.events_socket_path == str(tmp_path / "events.sock")
+    own = msgspec.structs.replace(asking, daemon=named)
+    assert own.daemon_settings().events_socket == own.events_socket_path == "/run/e.sock"
 
 
 def test_a_raw_connector_is_not_ours() -> None:

@@ -43,7 +43,7 @@ class RouterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ``transport`` follows from the engines' ``connector``."""
     events: bool = False
     """With ``policy: prefix_aware``: prompts are cut into the engines' own blocks of tokens, and
-    engines tell the router what they hold, instead of a comparison of texts."""
+    engines and the daemon tell the router what they hold, instead of a comparison of texts."""
     settings: dict[str, Any] = {}
     """Any further setting of the router, passed on."""
 
