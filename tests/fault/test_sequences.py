@@ -7,6 +7,8 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -166,6 +168,7 @@ def test_a_frozen_keeper_is_not_waited_for(daemon: Daemon, ask: str) -> None:
     """Nobody waits longer than the deadline, and the daemon tells its status meanwhile."""
     with client_of({"one": daemon}, deadline_s=0.5) as client:
         client.put("waited-for", BEFORE)
+        client.put("witness", BEFORE)
         begun_s = time.perf_counter()
         with frozen(keeper(daemon)), pytest.raises(UnavailableError):
             getattr(client, ask)("waited-for")
@@ -241,3 +244,37 @@ def test_a_reader_that_stops_reading_keeps_nothing_for_ever() -> None:
 
         assert counted(daemon, "sequence_requests_cut") == 1
         assert counted(daemon, "sequences_read") == 0
+
+
+@pytest.mark.parametrize(
+    "trickle",
+    [b"HTTP/1.1 200 OK\r\n" + b"X-Slow: 1\r\n" * 1000, b"HTTP/1.1 200 OK\r\nContent-Length: 9999"],
+)
+def test_an_answer_that_trickles_is_given_up_at_the_deadline(trickle: bytes) -> None:
+    """However often a byte comes: head and body have one deadline together."""
+    trickle = trickle if b"Slow" in trickle else trickle + b"\r\n\r\n" + bytes(9999)
+    ended = threading.Event()
+
+    def answer(listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        with sock, contextlib.suppress(OSError):
+            sock.recv(1 << 16)
+            for start in range(0, len(trickle), 10):
+                if ended.wait(0.05):
+                    break
+                sock.sendall(trickle[start : start + 10])
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        concurrent.futures.ThreadPoolExecutor(1) as threads,
+        SequenceClient([f"http://127.0.0.1:{listener.getsockname()[1]}"], deadline_s=1.0) as client,
+    ):
+        job = threads.submit(answer, listener)
+        begun_s = time.perf_counter()
+        with pytest.raises(UnavailableError, match="in time"):
+            client.get("slow")
+        took_s = time.perf_counter() - begun_s
+        ended.set()
+        job.result()
+
+    assert took_s < 1.0 + SLACK_S

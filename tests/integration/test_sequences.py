@@ -276,10 +276,8 @@ class TestLocality:
             with client_of({"one": daemon}) as client:
                 client.put("chat", layers(1, 5))
             daemon.kill()
-            port = daemon.ready["sequences_port"]
             daemon.start()
-            daemon.ready["sequences_port"], port = port, daemon.ready["sequences_port"]
-            client._peers["one"]._port = port
+            client._peers["one"]._address = ("127.0.0.1", daemon.ready["sequences_port"])
             with pytest.raises(RefusedError, match="put it again"):
                 client.append("chat", layers(2, 1))
 

@@ -5,12 +5,14 @@ threads, one request at a time on each.
 """
 
 import http.client
+import io
 import json
 import select
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -70,7 +72,7 @@ class Reply:
 
 @dataclass
 class _Idle:
-    connection: http.client.HTTPConnection
+    sock: socket.socket
     since_s: float
 
 
@@ -87,21 +89,27 @@ class Peer:
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.url)
-            self._host, self._port = parts.hostname or "", parts.port or 80
+            self._address = parts.hostname or "", parts.port or 80
         except ValueError:
-            parts, self._host = urlsplit(""), ""
-        if parts.scheme != "http" or not self._host or parts.path.strip("/") or parts.query:
+            parts, self._address = urlsplit(""), ("", 0)
+        is_plain = self.url.isascii() and self.url.isprintable()
+        if parts.scheme != "http" or not self._address[0] or parts.path.strip("/") or parts.query:
+            is_plain = False
+        if not is_plain:
             raise InputError(
                 f"{self.url[:200]!r} is not a daemon's address: write one like "
                 "http://127.0.0.1:7000"
             )
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise InputError("a daemon's key has ASCII characters on one line: mend it")
+        self._host = parts.netloc.rpartition("@")[2]
 
     def close(self) -> None:
         """Close what is idle."""
         with self._lock:
             idle, self._idle = self._idle, []
         for each in idle:
-            each.connection.close()
+            each.sock.close()
 
     def call(
         self,
@@ -126,103 +134,113 @@ class Peer:
                 at all.
         """
         body = list(parts)
-        connection = self._take()
+        connection = None
         try:
-            is_whole = self._send(connection, method, path, body, deadline_s)
-            reply, is_kept = self._receive(connection, deadline_s, answer_bytes_max)
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, OSError | http.client.HTTPException):
-                raise UnavailableError(
-                    f"{method} at the daemon {self.url} got no whole answer in time: {error!r}"
-                ) from error
+            connection = _Timed(self._take(deadline_s), self.clock, deadline_s)
+            is_whole = self._send(connection, method, path, body)
+            reply, is_kept = _receive(connection, method, answer_bytes_max)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if connection is not None:
+                connection.sock.close()
+            raise UnavailableError(
+                f"{method} at the daemon {self.url} got no whole answer in time: {error!r}"
+            ) from error
+        except BaseException:
+            if connection is not None:
+                connection.sock.close()
             raise
-        self._give(connection, is_kept=is_kept and is_whole)
+        self._give(connection.sock, is_kept=is_kept and is_whole)
         return reply
 
-    def _take(self) -> http.client.HTTPConnection:
-        now_s = self.clock.now_s()
+    def _take(self, deadline_s: float) -> socket.socket:
         while True:
+            now_s = self.clock.now_s()
             with self._lock:
                 idle = self._idle.pop() if self._idle else None
             if idle is None:
-                return http.client.HTTPConnection(self._host, self._port)
-            if now_s - idle.since_s < IDLE_S_MAX and not _has_news(idle.connection):
-                return idle.connection
-            idle.connection.close()
+                if now_s >= deadline_s:
+                    raise TimeoutError("the deadline passed")
+                sock = socket.create_connection(self._address, deadline_s - now_s)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+            if now_s - idle.since_s < IDLE_S_MAX and not _has_news(idle.sock):
+                return idle.sock
+            idle.sock.close()
 
-    def _give(self, connection: http.client.HTTPConnection, *, is_kept: bool) -> None:
+    def _give(self, sock: socket.socket, *, is_kept: bool) -> None:
         with self._lock:
             if is_kept and len(self._idle) < IDLE_CONNECTIONS_MAX:
-                self._idle.append(_Idle(connection, self.clock.now_s()))
+                self._idle.append(_Idle(sock, self.clock.now_s()))
                 return
-        connection.close()
-
-    def _wait(self, connection: http.client.HTTPConnection, deadline_s: float) -> None:
-        """Let the next wait for the network end at the deadline."""
-        left_s = deadline_s - self.clock.now_s()
-        if left_s <= 0:
-            raise TimeoutError("the deadline passed")
-        connection.timeout = left_s
-        if connection.sock is not None:
-            connection.sock.settimeout(left_s)
+        sock.close()
 
     def _send(
-        self,
-        connection: http.client.HTTPConnection,
-        method: str,
-        path: str,
-        body: list[bytes | memoryview],
-        deadline_s: float,
+        self, connection: "_Timed", method: str, path: str, body: list[bytes | memoryview]
     ) -> bool:
         """Send a request; whether all of it went out."""
-        self._wait(connection, deadline_s)
-        if connection.sock is None:
-            connection.connect()
-        connection.putrequest(method, path, skip_accept_encoding=True)
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {self._host}"]
         if self.key:
-            connection.putheader("Authorization", f"Bearer {self.key}")
+            lines.append(f"Authorization: Bearer {self.key}")
         if body:
-            connection.putheader("Content-Length", str(sum(map(len, body))))
-            connection.putheader(DIGEST_HEADER, _digest_of(body))
-        self._wait(connection, deadline_s)
+            lines.append(f"Content-Length: {sum(map(len, body))}")
+            lines.append(f"{DIGEST_HEADER}: {_digest_of(body)}")
         try:
-            connection.endheaders()
-            for part in _in_runs(body):
-                self._send_part(connection, memoryview(part), deadline_s)
+            for part in _in_runs(["\r\n".join([*lines, "", ""]).encode("ascii"), *body]):
+                connection.send(memoryview(part))
         except (BrokenPipeError, ConnectionResetError):
             # Whoever refuses a body may close before all of it was sent, and has said why.
             return False
         return True
 
-    def _send_part(
-        self, connection: http.client.HTTPConnection, part: memoryview, deadline_s: float
-    ) -> None:
-        while part:
-            self._wait(connection, deadline_s)
-            part = part[connection.sock.send(part) :]
 
-    def _receive(
-        self, connection: http.client.HTTPConnection, deadline_s: float, answer_bytes_max: int
-    ) -> tuple[Reply, bool]:
-        self._wait(connection, deadline_s)
-        answer = connection.getresponse()
-        num_bytes = answer.length
-        if num_bytes is None or num_bytes > answer_bytes_max:
-            raise http.client.HTTPException(f"an answer of {num_bytes} bytes, too long or unknown")
-        body = np.empty(num_bytes, dtype=np.uint8).data
-        filled = 0
-        while filled < num_bytes:
-            self._wait(connection, deadline_s)
-            # One wait for the network each: ``answer.readinto`` would take many.
-            num_read = answer.fp.readinto1(body[filled:])
-            if not num_read:
-                raise http.client.IncompleteRead(b"", num_bytes - filled)
-            filled += num_read
-        is_kept = not answer.will_close
-        answer.close()
-        digest = answer.getheader(DIGEST_HEADER)
-        return Reply(answer.status, body.toreadonly(), digest), is_kept
+class _Timed(io.RawIOBase):
+    """A connection on which every wait ends at one deadline, however slowly bytes come."""
+
+    def __init__(self, sock: socket.socket, clock: Clock, deadline_s: float) -> None:
+        self.sock = sock
+        self._clock = clock
+        self._deadline_s = deadline_s
+
+    def _wait(self) -> None:
+        """Let the next wait for the network end at the deadline."""
+        left_s = self._deadline_s - self._clock.now_s()
+        if left_s <= 0:
+            raise TimeoutError("the deadline passed")
+        self.sock.settimeout(left_s)
+
+    def send(self, part: memoryview) -> None:
+        """Send all of it."""
+        while part:
+            self._wait()
+            part = part[self.sock.send(part) :]
+
+    def readable(self) -> bool:
+        """As a file is asked."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Some bytes; none at the end."""
+        self._wait()
+        return self.sock.recv_into(buffer)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What ``HTTPResponse`` reads from; closing it leaves the connection open."""
+        return io.BufferedReader(self)
+
+
+def _receive(connection: _Timed, method: str, answer_bytes_max: int) -> tuple[Reply, bool]:
+    """An answer, and whether the connection can be used again."""
+    answer = http.client.HTTPResponse(cast("socket.socket", connection), method=method)
+    answer.begin()
+    num_bytes = answer.length
+    if num_bytes is None or num_bytes > answer_bytes_max:
+        raise http.client.HTTPException(f"an answer of {num_bytes} bytes, too long or unknown")
+    body = np.empty(num_bytes, dtype=np.uint8).data
+    filled = answer.readinto(body) if num_bytes else 0
+    if filled < num_bytes:
+        raise http.client.IncompleteRead(b"", num_bytes - filled)
+    digest = answer.getheader(DIGEST_HEADER)
+    return Reply(answer.status, body.toreadonly(), digest), not answer.will_close
 
 
 def _in_runs(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
@@ -250,10 +268,10 @@ def _digest_of(parts: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _has_news(connection: http.client.HTTPConnection) -> bool:
+def _has_news(sock: socket.socket) -> bool:
     """Whether an idle connection is over: nothing is expected on it but its end."""
     poll = select.poll()
-    poll.register(connection.sock, select.POLLIN)
+    poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
 
 

@@ -80,3 +80,9 @@ def test_a_share_of_nothing_is_one() -> None:
     """Nothing was looked for in the wrong place."""
     assert Locality().share == 1.0
     assert Locality(5, 4, 3).share == 0.75
+
+
+def test_a_key_on_two_lines_is_refused() -> None:
+    """It would be another line of the request."""
+    with pytest.raises(InputError, match="one line"):
+        SequenceClient(URLS, key="key\r\nX-Other: 1")
