@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     from kvkeep.router.handoff.wiring import Fronts
     from kvkeep.router.tokenizing import Tokenizing
 
+FILES_PER_CLIENT = 3
+"""Its connection, one to an engine, and that one once more while a stream is pumped."""
 SPARE_FILES = 256
-"""Descriptors beside a client's connection and one to an engine for each: probes, admin, logs."""
+"""Descriptors beside those: probes, admin, logs."""
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def run(settings: RouterSettings) -> None:
 def _allow_files(connections_max: int) -> None:
     """Raise the limit on open files: a client whose connection can't be accepted just hangs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * connections_max + SPARE_FILES
+    wanted = FILES_PER_CLIENT * connections_max + SPARE_FILES
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise InputError(
             f"relay.connections_max = {connections_max} needs {wanted} open files and this user "

@@ -104,7 +104,10 @@ class UpstreamConnection(asyncio.Protocol):
             return None
         # Its own descriptor, but not the client's: that one stays open until the listener, who ends
         # the pump then, was told that the client is gone.
-        self._pumped_fd = os.dup(ours.fileno())
+        try:
+            self._pumped_fd = os.dup(ours.fileno())
+        except OSError:  # no descriptor is left: the stream goes on as before
+            return None
         pump = Pump(self._pumped_fd, theirs.fileno(), is_lines, self._pump_ended)
         self.transport.pause_reading()
         asyncio.get_running_loop().add_reader(self._pumped_fd, pump)

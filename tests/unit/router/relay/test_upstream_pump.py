@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable
 
@@ -249,6 +250,31 @@ def test_nothing_is_left_open_when_the_router_ends(runner: asyncio.Runner) -> No
             assert b"the router stops" in line.got
             assert not line.connection.is_pumped
             assert await asyncio.get_running_loop().sock_recv(line.engine, 1) == b""
+
+    with runner:
+        runner.run(scenario())
+
+
+def test_without_a_descriptor_a_stream_goes_on(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pump needs one more than the router may have open: then there is no pump."""
+
+    def refuse(fd: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async def scenario() -> None:
+        async with opened() as line:
+            monkeypatch.setattr("os.dup", refuse)
+            begun = await line.begin_stream()
+            assert not line.connection.is_pumped
+            await line.send(CHUNK)
+            await line.await_bytes(begun + len(CHUNK))
+            await line.send(END)
+            await line.await_bytes(begun + len(CHUNK + END))
+            monkeypatch.undo()
+
+            assert line.got.endswith(CHUNK + END)
 
     with runner:
         runner.run(scenario())
