@@ -122,7 +122,7 @@ def test_open_files_are_allowed_for_or_the_start_is_refused(tmp_path: Path) -> N
             stderr=subprocess.PIPE,
         )
 
-    with started(200) as few:
+    with started(300) as few:
         assert few.stdout is not None
         few.stdout.readline()
         limits = Path(f"/proc/{few.pid}/limits").read_text()

@@ -45,10 +45,8 @@ if TYPE_CHECKING:
     from kvkeep.router.handoff.wiring import Fronts
     from kvkeep.router.tokenizing import Tokenizing
 
-FILES_PER_CLIENT = 3
-"""Its connection, one to an engine, and that one once more while a stream is pumped."""
 SPARE_FILES = 256
-"""Descriptors beside those: probes, admin, logs."""
+"""Descriptors beside a client's connection and one to an engine for each: probes, admin, logs."""
 
 log = logging.getLogger(__name__)
 
@@ -64,25 +62,33 @@ def run(settings: RouterSettings) -> None:
     """
     if not __debug__:
         raise InputError("kvkeep needs its assertions: start Python without -O")
-    _allow_files(settings.relay.connections_max)
+    pumps_max = _allow_files(settings.relay.connections_max)
     admin_key = find_key(settings.admin_host, settings.admin_key_file)
     with (
         _bind(settings.host, settings.port) as sock,
         _bind(settings.admin_host, settings.admin_port) as admin,
     ):
-        uvloop.run(_serve(settings, sock, admin, admin_key))
+        uvloop.run(_serve(settings, sock, admin, admin_key, pumps_max))
 
 
-def _allow_files(connections_max: int) -> None:
-    """Raise the limit on open files: a client whose connection can't be accepted just hangs."""
+def _allow_files(connections_max: int) -> int:
+    """Raise the limit on open files: a client whose connection can't be accepted just hangs.
+
+    Returns:
+        How many streams may be pumped, each of which takes one more.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_PER_CLIENT * connections_max + SPARE_FILES
+    wanted = 2 * connections_max + SPARE_FILES
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise InputError(
             f"relay.connections_max = {connections_max} needs {wanted} open files and this user "
             f"may have {hard}: lower relay.connections_max, or raise the limit (ulimit -n)"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    with_pumps = wanted + connections_max
+    if hard != resource.RLIM_INFINITY:
+        with_pumps = min(hard, with_pumps)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, with_pumps), hard))
+    return with_pumps - wanted
 
 
 def make_policy(settings: RouterSettings) -> Policy:
@@ -252,7 +258,11 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    settings: RouterSettings, sock: socket.socket, admin: socket.socket, admin_key: bytes | None
+    settings: RouterSettings,
+    sock: socket.socket,
+    admin: socket.socket,
+    admin_key: bytes | None,
+    pumps_max: int,
 ) -> None:
     """Serve until told to stop."""
     parts = Parts(settings, SystemClock())
@@ -261,6 +271,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.put_nowait, number)
     relay = parts.relay
+    relay.pumps_max = pumps_max
     running = [loop.create_task(each) for each in parts.runs()]
     for task in running:
         task.add_done_callback(_complain)

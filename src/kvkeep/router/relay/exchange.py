@@ -244,9 +244,14 @@ class Exchange:
         elif out is data:
             self._num_whole += 1
             if self._num_whole == PUMPED_AFTER and answer.can_be_pumped and self._is_sent:
-                assert self._connection is not None
-                is_lines = answer.can_be_mended
-                self._pump = self._connection.begin_pump(self._client.transport, is_lines)
+                self._begin_pump(answer)
+
+    def _begin_pump(self, answer: Answer) -> None:
+        relay, connection = self._relay, self._connection
+        assert connection is not None
+        if relay.num_pumps < relay.pumps_max:
+            self._pump = connection.begin_pump(self._client.transport, answer.can_be_mended)
+            relay.num_pumps += self._pump is not None
 
     def pump_ended(self, unsent: bytes) -> None:
         """Pieces come here again; the client did not take these bytes of what was passed on."""
@@ -260,6 +265,7 @@ class Exchange:
         if pump is None:
             return
         self._num_whole = 0
+        self._relay.num_pumps -= 1
         self._received_bytes += pump.num_bytes
         self.is_heard = self.is_heard or pump.is_heard
         self._before, self._last = self._last, pump.tail

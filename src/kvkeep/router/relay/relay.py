@@ -84,6 +84,8 @@ class Relay:
         """The time of the last look: exact enough for limits of seconds, and free."""
         self.desk: StartDesk | None = None
         """Where requests wait for engines that start on demand; None where none do."""
+        self.num_pumps, self.pumps_max = 0, 1 << 20
+        """Streams that pass from socket to socket; each takes a descriptor that others may need."""
         self.is_draining = False
         self.num_refused = 0
         self.num_malformed = 0

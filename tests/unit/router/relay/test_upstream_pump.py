@@ -122,6 +122,7 @@ def test_a_stream_arrives_as_it_was_sent(runner: asyncio.Runner) -> None:
             assert (traffic.prompt_tokens, traffic.cached_tokens) == (7, 3)
             assert traffic.response_bytes == len(STREAM) + len(body)
             assert not line.connection.is_pumped
+            assert line.room.relay.num_pumps == 0
             line.got = b""
             assert await line.begin_stream()
 
@@ -181,6 +182,7 @@ def test_a_client_that_leaves_ends_the_engines_work(runner: asyncio.Runner) -> N
                 assert await asyncio.get_running_loop().sock_recv(line.engine, 1) == b""
 
             assert line.room.num_in_flight == 0
+            assert line.room.relay.num_pumps == 0
             assert not line.connection.is_pumped
 
     with runner:
@@ -248,6 +250,7 @@ def test_nothing_is_left_open_when_the_router_ends(runner: asyncio.Runner) -> No
             await line.await_bytes(1 << 20)
 
             assert b"the router stops" in line.got
+            assert line.room.relay.num_pumps == 0
             assert not line.connection.is_pumped
             assert await asyncio.get_running_loop().sock_recv(line.engine, 1) == b""
 
@@ -255,17 +258,21 @@ def test_nothing_is_left_open_when_the_router_ends(runner: asyncio.Runner) -> No
         runner.run(scenario())
 
 
+@pytest.mark.parametrize("is_known", [True, False])
 def test_without_a_descriptor_a_stream_goes_on(
-    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, is_known: bool
 ) -> None:
-    """A pump needs one more than the router may have open: then there is no pump."""
+    """Where a pump's own could be missing for a client, or is not to be had, there is no pump."""
 
     def refuse(fd: int) -> int:
         raise OSError(errno.EMFILE, "too many open files")
 
     async def scenario() -> None:
         async with opened() as line:
-            monkeypatch.setattr("os.dup", refuse)
+            if is_known:
+                line.room.relay.pumps_max = 0
+            else:
+                monkeypatch.setattr("os.dup", refuse)
             begun = await line.begin_stream()
             assert not line.connection.is_pumped
             await line.send(CHUNK)
