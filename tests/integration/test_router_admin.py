@@ -58,6 +58,7 @@ async def test_health_and_readiness_are_two_things(client: Client, parts: Parts)
     assert (await client.get("/ready")).status == 200
     for endpoint in parts.fleet:
         endpoint.state = EndpointState.DOWN
+    parts.fleet.changed()
 
     assert (await client.get("/health")).status == 200
     assert (await client.get("/ready")).status == 503
