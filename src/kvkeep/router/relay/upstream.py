@@ -87,7 +87,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.end_pump()
         self.transport.abort()
 
-    def begin_pump(self, client: asyncio.Transport, is_lines: bool) -> Pump | None:
+    def begin_pump(self, client: asyncio.Transport, is_lines: bool) -> "Pump | None":
         """Pass on what comes without a look at it by Python, as long as it is whole chunks.
 
         The rest comes to the listener as ever, after ``pump_ended``; ``end_pump`` ends it sooner.
