@@ -41,6 +41,9 @@ class Taken:
 
     request_us: list[float] = field(default_factory=list)
     event_us: list[float] = field(default_factory=list)
+    request_kernel_us: list[float] = field(default_factory=list)
+    """Of these, in the kernel: what sockets cost, whoever reads them."""
+    event_kernel_us: list[float] = field(default_factory=list)
     rate_per_s: list[float] = field(default_factory=list)
     p50_ms: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)
@@ -78,6 +81,8 @@ def measure_policy(policy: str, urls: Sequence[str], num_rounds: int) -> None:
     name = f"router.{policy}"
     emit_cost(f"{name}.cpu_per_request", own.request_us, peer.request_us, PEER, is_quiet)
     emit_cost(f"{name}.cpu_per_event", own.event_us, peer.event_us, PEER, is_quiet)
+    emit_kernel(f"{name}.cpu_per_request", own.request_kernel_us, peer.request_kernel_us)
+    emit_kernel(f"{name}.cpu_per_event", own.event_kernel_us, peer.event_kernel_us)
     if RAW in taken:
         floor = taken[RAW]
         emit_cost(f"{name}.cpu_per_request.floor", own.request_us, floor.request_us, RAW)
@@ -91,17 +96,19 @@ def take_costs(subject: Subject, taken: Taken, policy: str) -> None:
     """Processor time for each request, back to back, and for each event of paced streams."""
     is_keyed = policy == "consistent_hash"
     shape = Shape(subject.port, CONNECTIONS, SECONDS, session_header=is_keyed)
-    seen, used_s = measure(subject, shape)
+    seen, used = measure(subject, shape)
     assert not seen.num_errors, f"{subject.name}: {seen}"
-    taken.request_us.append(1e6 * used_s / seen.num_requests)
+    taken.request_us.append(1e6 * used.seconds / seen.num_requests)
+    taken.request_kernel_us.append(taken.request_us[-1] * used.kernel_share)
     taken.rate_per_s.append(seen.num_requests / seen.seconds)
     shape = Shape(
         subject.port, CONNECTIONS, SECONDS,
         num_events=NUM_EVENTS, pause_ms=PAUSE_MS, session_header=is_keyed,
     )  # fmt: skip
-    seen, used_s = measure(subject, shape)
+    seen, used = measure(subject, shape)
     assert not seen.num_errors, f"{subject.name}: {seen}"
-    taken.event_us.append(1e6 * used_s / seen.num_events)
+    taken.event_us.append(1e6 * used.seconds / seen.num_events)
+    taken.event_kernel_us.append(taken.event_us[-1] * used.kernel_share)
 
 
 def take_latency(subject: Subject, taken: Taken, policy: str, rate_per_s: float) -> None:
@@ -132,6 +139,17 @@ def emit_cost(
             is_quiet=is_quiet,
         )
     )
+
+
+def emit_kernel(name: str, own: list[float], peer: list[float]) -> None:
+    """Emit how much of a cost is the kernel's; the rest is the router's own."""
+    emit(
+        Figure(
+            f"{name}.in_kernel", statistics.median(own), "us",
+            peer=statistics.median(peer), peer_name=PEER,
+            spread=(min(own), max(own)), samples=len(own),
+        )
+    )  # fmt: skip
 
 
 def emit_rates(name: str, own: Taken, peer: Taken) -> None:

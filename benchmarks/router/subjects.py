@@ -79,16 +79,27 @@ def raw_relay(urls: Sequence[str], policy: str) -> Iterator[Subject]:
         yield Subject(RAW, int(process.stdout.readline()), (process.pid,))
 
 
-def measure(subject: Subject, shape: Shape) -> tuple[Seen, float]:
-    """Run a load; returns what came back, and the processor seconds the router used meanwhile."""
+@dataclass(frozen=True)
+class Used:
+    """Processor time of a router."""
+
+    seconds: float
+    kernel_share: float
+    """Of the ticks that fell on it, those in the kernel; 0 without any."""
+
+
+def measure(subject: Subject, shape: Shape) -> tuple[Seen, Used]:
+    """Run a load; returns what came back, and the processor time the router used meanwhile."""
     asked = json.dumps({**shape.__dict__, "port": subject.port})
     with _process([sys.executable, "-m", "benchmarks.router.load", asked]) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begin\n"
-        before_s = _cpu_s(subject.pids)
+        before_s, (user, kernel) = _cpu_s(subject.pids), _ticks(subject.pids)
         assert process.stdout.readline() == "end\n"
-        used_s = _cpu_s(subject.pids) - before_s
-        return Seen(**json.loads(process.stdout.readline())), used_s
+        used_s, (user_after, kernel_after) = _cpu_s(subject.pids) - before_s, _ticks(subject.pids)
+        num_ticks = user_after - user + kernel_after - kernel
+        used = Used(used_s, (kernel_after - kernel) / num_ticks if num_ticks else 0.0)
+        return Seen(**json.loads(process.stdout.readline())), used
 
 
 def _cpu_s(pids: Sequence[int]) -> float:
@@ -99,6 +110,16 @@ def _cpu_s(pids: Sequence[int]) -> float:
             with contextlib.suppress(OSError):  # a thread that just ended
                 total_ns += int((task / "schedstat").read_text().split()[0])
     return total_ns / 1e9
+
+
+def _ticks(pids: Sequence[int]) -> tuple[int, int]:
+    """In user mode and in the kernel, of all threads."""
+    user = kernel = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            user, kernel = user + int(fields[11]), kernel + int(fields[12])
+    return user, kernel
 
 
 @contextlib.contextmanager
