@@ -30,6 +30,7 @@ POINTS = (
 """Of a hand-off, in their order."""
 FAULTS = (
     *("kill_prefill", "kill_decode", "freeze_prefill", "freeze_decode"),
+    *("busy_prefill", "busy_decode"),
     *("client_leaves", "router_stops"),
 )
 LEG_S = 2.0
@@ -40,6 +41,7 @@ DEADLINE_S = LEG_S * sum(ATTEMPTS) + SILENCE_S + 5.0
 """No client waits longer: both legs as often as they may be tried, a silence, and an answer."""
 NUM_CLIENTS = 4
 RESTART_S = 3.0
+BUSY_S = 1.0
 FREEZES_S = (0.5, 4.0, 12.0)
 PROBE_S = 0.5
 SOON_S = 0.01
@@ -106,6 +108,7 @@ class HandOffSimulation:
             for idx in range(NUM_CLIENTS)
         ]
         self._victim = chance.choice(self.clients)
+        self._num_roles = {"prefill": num_prefill, "decode": num_decode}
         self._works: dict[str, HandingEngine] = {}
         """By role: where the victim's request is or was."""
         self.was_struck = False
@@ -165,7 +168,9 @@ class HandOffSimulation:
             return
         others = [self.engines[name] for name, each in self._roles.items() if each == role]
         engine = self._works.get(role) or self.chance.choice(others)
-        if verb == "kill":
+        if verb == "busy":
+            engine.refuse_for(BUSY_S)
+        elif verb == "kill":
             engine.kill()
             self._recover(RESTART_S, engine.start)
         else:
@@ -269,6 +274,16 @@ class HandOffSimulation:
         assert self.parts.gate.num_running == 0
         assert self.parts.relay.is_quiet
 
+    def _must_be_answered(self, client: Client) -> bool:
+        """Whether there was another engine that could do what the one that was struck did not."""
+        verb, _, role = self._fault.partition("_")
+        if verb not in ("kill", "freeze", "busy") or self._num_roles[role] < 2:
+            return False
+        if role == "prefill" or verb == "busy":
+            return True
+        is_early = POINTS.index(self._point) < POINTS.index("decode_began")
+        return self.is_lenient and is_early and client is self._victim
+
     def check_answers(self) -> None:
         """Raise AssertionError if a client hangs, or has what is not its answer."""
         assert not self.passed_in_vain, f"worked for nobody: {self.passed_in_vain}"
@@ -279,6 +294,7 @@ class HandOffSimulation:
             assert client.ended_s - client.sent_s <= DEADLINE_S, f"{client.name} was late"
             status, text, error = said_by(client.heard)
             assert FOREIGN not in client.heard.decode(), "blocks of others were read"
+            assert text or not self._must_be_answered(client), f"{client.name} needed no {error}"
             if text:
                 assert (status, text) == (200, answer_to(client.prompt))
             else:

@@ -53,6 +53,7 @@ class HandingEngine(Serves):
         self._time, self._fleet, self._lease_s = time, fleet, lease_s
         self.passed: Passed = lambda point, engine, req_id: None
         self.num_starts = 0
+        self._busy_until_s = 0.0
         self.num_fetched = 0
         """Offers that were read here."""
         self.start()
@@ -75,6 +76,15 @@ class HandingEngine(Serves):
         self.core.kill()
         for served in list(self._open):
             served.lose()
+
+    def refuse_for(self, seconds: float) -> None:
+        """Answer 503 to what comes for a while; what runs goes on."""
+        self._busy_until_s = self._time.now_s() + seconds
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it refuses requests now."""
+        return self._time.now_s() < self._busy_until_s
 
     def freeze(self) -> None:
         """Stand still; connections stay open and are taken."""
@@ -177,10 +187,12 @@ class Served:
         asked = json.loads(body)
         self._id = head.partition(b"X-Request-Id: ")[2].partition(b"\r\n")[0].decode()
         params = asked.get("kv_transfer_params") or {}
-        if asked["model"] != "m":
-            if params:
+        is_known = asked["model"] == "m"
+        if self._engine.is_busy or not is_known:
+            # vLLM tells the prefill engine of an offer that it refuses.
+            if params.get("do_remote_prefill"):
                 self._engine.let_go(params)
-            self._say(_whole(404, b'{"error":{"message":"no such model"}}'))
+            self._say(_whole(503 if is_known else 404, b'{"error":{"message":"no"}}'))
         elif params.get("do_remote_decode"):
             self._prefill(asked["prompt"])
         else:
