@@ -22,6 +22,8 @@ import msgspec
 from kvkeep.core import blocks, breaker
 from kvkeep.protocol import frames, session, versions
 from kvkeep.protocol import messages as m
+from kvkeep.router.handoff import machine as handoff
+from kvkeep.router.handoff.machine import HandOffState
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- generated: ([\w.]+):(\w+) -->\n)(.*?)(<!-- end generated -->)", re.S)
@@ -205,6 +207,22 @@ def breaker_states() -> str:
 def session_states() -> str:
     """Where a connection can stand, by the messages a client sends."""
     return _states(session.TRANSITIONS)
+
+
+def handoff_states() -> str:
+    """How far a request can be that is handed off."""
+    moves = {
+        state: [target for target in HandOffState if target in handoff.TRANSITIONS[state]]
+        for state in HandOffState
+    }
+    arrows = [
+        f"    {state.value} --> {target.value}" for state, row in moves.items() for target in row
+    ]
+    diagram = ["```mermaid", "stateDiagram-v2", "    [*] --> planned", *arrows, "```"]
+    rows = [
+        [state.value, ", ".join(each.value for each in row) or "-"] for state, row in moves.items()
+    ]
+    return "\n".join(diagram) + "\n\n" + _table(["in state", "then"], rows)
 
 
 # ---- documents

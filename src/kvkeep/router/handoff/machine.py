@@ -43,12 +43,10 @@ HISTORY_MAX = 32
 """States of one request: with all attempts allowed, it has fewer."""
 ENDS = frozenset({S.DONE, S.FAILED, S.ABORTED})
 TRANSITIONS: dict[HandOffState, frozenset[HandOffState]] = {
-    S.PLANNED: frozenset({S.PREFILL_SENT, S.DECODE_SENT, S.FAILED, S.ABORTED}),
+    S.PLANNED: frozenset({S.PREFILL_SENT, S.FAILED, S.ABORTED}),
     S.PREFILL_SENT: frozenset({S.PREFILL_SENT, S.OFFERED, S.DECODE_SENT, S.FAILED, S.ABORTED}),
     S.OFFERED: frozenset({S.PREFILL_SENT, S.DECODE_SENT, S.FAILED, S.ABORTED}),
-    S.DECODE_SENT: frozenset(
-        {S.PREFILL_SENT, S.OFFERED, S.DECODE_SENT, S.ANSWERING, S.FAILED, S.ABORTED}
-    ),
+    S.DECODE_SENT: frozenset({S.PREFILL_SENT, S.DECODE_SENT, S.ANSWERING, S.FAILED, S.ABORTED}),
     S.ANSWERING: frozenset({S.DONE, S.FAILED, S.ABORTED}),
     S.DONE: frozenset(),
     S.FAILED: frozenset(),

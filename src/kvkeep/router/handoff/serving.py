@@ -109,6 +109,8 @@ class HandedOff:
         if self._machine.is_over and not self._is_counted:
             self._is_counted = True
             self._desk.counts.ended(self._machine)
+            # They refer to this object: without that, nothing of it waits for the collector.
+            self._exchange = self._prefill = None
 
     def _send_prefill(self, attempt: int) -> None:
         desk = self._desk
