@@ -28,7 +28,7 @@ BUSY = 503
 TAIL_BYTES = 2048
 """Pieces are put together up to so much: an engine may send the end of a response in many."""
 PUMPED_AFTER = 4
-"""Pieces in a row that passed as they came; then it pays to have the next ones pumped."""
+"""Pieces that passed as they came; then it pays to have the next ones pumped, if that can be."""
 ENGINE_FAULTS = frozenset({500, 502, 504})
 """Statuses that say something of the engine's health; 503 says that it is busy."""
 
@@ -102,7 +102,7 @@ class Exchange:
         self._before = self._last = b""
         """The last two pieces of the response: near its end it says what it took."""
         self._num_whole = 0
-        """Pieces in a row that passed as they came."""
+        """Pieces that passed as they came since the last pump."""
         self._pump: Pump | None = None
         """What passes on pieces by itself; None while they come here."""
         self._line = b""
@@ -218,14 +218,14 @@ class Exchange:
         """The engine sent bytes."""
         self.is_heard = True
         self._received_bytes += len(data)
+        answer = self._answer
+        if answer is None and self._pass_whole(data):
+            return
         if len(self._last) + len(data) <= TAIL_BYTES:
             self._last += data
         else:
             self._before, self._last = self._last, data
-        answer = self._answer
         if answer is None:
-            if self._pass_whole(data):
-                return
             asked = self._request.head
             answer = Answer(is_for_head=asked.method == b"HEAD", is_for_old=asked.is_old)
             self._answer = answer
@@ -243,7 +243,7 @@ class Exchange:
             self._finish_answer(answer)
         elif out is data:
             self._num_whole += 1
-            if self._num_whole == PUMPED_AFTER and answer.can_be_pumped and self._is_sent:
+            if self._num_whole % PUMPED_AFTER == 0 and answer.can_be_pumped and self._is_sent:
                 self._begin_pump(answer)
 
     def _begin_pump(self, answer: Answer) -> None:
@@ -307,6 +307,7 @@ class Exchange:
         if end + length != len(data) or status == BUSY:
             return False
         end -= 2
+        self._last = data
         self._client.transport.write(b"".join((data[:end], self._first_byte(), data[end:])))
         self._finish(status, is_reusable=True)
         return True

@@ -60,11 +60,12 @@ class Line:
             self.got += piece
         return self.got
 
-    async def begin_stream(self) -> int:
+    async def begin_stream(self, *, is_read: bool = True) -> int:
         """Ask, and have a stream begin; returns how many bytes the user got of it."""
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self.user, request())
-        await loop.sock_recv(self.engine, 1 << 16)
+        if is_read:
+            await loop.sock_recv(self.engine, 1 << 16)
         await self.send(STREAM)
         while b"\r\n\r\n" not in self.got:
             await self.await_bytes(len(self.got) + 1)
@@ -153,12 +154,15 @@ def test_a_chunk_in_parts_arrives(runner: asyncio.Runner) -> None:
         runner.run(scenario())
 
 
-def test_an_engine_that_breaks_off_is_told_of(runner: asyncio.Runner) -> None:
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_an_engine_that_breaks_off_is_told_of(runner: asyncio.Runner, is_reset: bool) -> None:
     """An error stands behind the last whole event, and then the connection ends."""
 
     async def scenario() -> None:
         async with opened() as line:
-            await line.begin_stream()
+            # Who closes with bytes unread resets the connection.
+            await line.begin_stream(is_read=not is_reset)
+            assert line.connection.is_pumped
             line.engine.close()
             await line.await_bytes(1 << 20)
 
