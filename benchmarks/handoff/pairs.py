@@ -94,7 +94,8 @@ def _router(transport: str, prefill: Engine, decode: Engine, folder: Path) -> It
     ]
     handoff = {"transport": transport, "min_tokens": MIN_TOKENS}
     config = folder / "router.yaml"
-    config.write_text(json.dumps({"engines": members, "port": port, "handoff": handoff}))
+    settings = {"engines": members, "port": port, "handoff": handoff}
+    config.write_text(json.dumps(settings | {"relay": {"connections_max": 64}}))
     command = [sys.executable, "-m", "kvkeep", "route", "--config", str(config)]
     with process(command, dict(os.environ), folder / "router.log") as child:
         client = Engine(port)

@@ -1,0 +1,333 @@
+"""A prompt computed on one real engine and answered by another gives what one engine gives."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from kvkeep.model.clock import SystemClock
+from kvkeep.stack.parts import EnginePart
+from kvkeep.stack.readiness import complete_one_token, make_client
+from kvkeep.validate.answer import Answer
+from kvkeep.validate.prompts import load_words
+from kvkeep.validate.verdict import PASSING, judge
+from tests.e2e.pairs import (
+    BLOCK_TOKENS,
+    LEASE_S,
+    MIN_TOKENS,
+    MODEL,
+    Pair,
+    Question,
+    Router,
+    Transport,
+    ask,
+    client_of,
+    read_metrics,
+    running_pair,
+    since,
+)
+
+NUM_WORDS = (1, 6, 18, 25, 36, 40, 60, 80, 90, 110, 130, 160, 260, 400, 2150)
+"""Of the prompts: from some five to three thousand tokens, with and without a rest of a block."""
+CHAT_WORDS_MAX = 900
+IN_FLIGHT = 3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request of the sixty."""
+
+    question: Question
+    is_streamed: bool
+
+
+def questions() -> list[Question]:
+    """Every prompt as a chat and as a completion, no two with a beginning in common."""
+    words = load_words()
+    made = []
+    start = 0
+    for words_max in NUM_WORDS:
+        for is_chat in (False, True):
+            num_words = min(words_max, CHAT_WORDS_MAX) if is_chat else words_max
+            text = " ".join(words[start : start + num_words])
+            kind = "chat" if is_chat else "completion"
+            made.append(Question(f"{kind} of {num_words} words", text, is_chat))
+            start += num_words
+    return made
+
+
+@pytest.fixture(scope="module", params=["pool", "nixl"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    """Two engines, a core each, and a router that hands over between them."""
+    transport: Transport = request.param
+    with running_pair(transport, tmp_path_factory.mktemp(f"pair-{transport}")) as found:
+        yield found
+
+
+async def _ask_all(url: str, asked: Sequence[Asked]) -> list[Answer]:
+    """Some at a time, each under a salt of its own: none finds KV of another."""
+    slots = asyncio.Semaphore(IN_FLIGHT)
+    async with client_of(url) as client:
+
+        async def one(item: Asked) -> Answer:
+            async with slots:
+                salt = secrets.token_hex(8)
+                return await ask(client, item.question, salt=salt, is_streamed=item.is_streamed)
+
+        return list(await asyncio.gather(*(one(item) for item in asked)))
+
+
+@pytest.mark.timeout(280, func_only=True)
+def test_sixty_answers_are_those_of_a_single_engine(pair: Pair) -> None:
+    """Chat and completions, streamed and not, short and long: identical or near-ties, all."""
+    plain = [Asked(question, is_streamed=False) for question in questions()]
+    sixty = [Asked(item.question, is_streamed) for item in plain for is_streamed in (True, False)]
+    single = asyncio.run(_ask_all(pair.decode.url, plain))
+    before = read_metrics(pair.decode.url)
+
+    with pair.routed({}) as router:
+        answers = asyncio.run(_ask_all(router.url, sixty))
+
+    counted = since(before, read_metrics(pair.decode.url))
+    wanted = {item.question.name: answer for item, answer in zip(plain, single, strict=True)}
+    judged = [
+        (item, judge(wanted[item.question.name], answer))
+        for item, answer in zip(sixty, answers, strict=True)
+    ]
+    assert [(i, j.reason) for i, j in judged if j.verdict not in PASSING] == []
+    assert [a.prompt_tokens for a in answers] == [
+        wanted[item.question.name].prompt_tokens for item in sixty
+    ]
+    lengths = [answer.prompt_tokens or 0 for answer in answers]
+    assert (min(lengths) <= 5, max(lengths) >= 3000, len(judged)) == (True, True, 60)
+    handed = [length for length in lengths if length > 2 * MIN_TOKENS]
+    num_loaded = counted["vllm:external_prefix_cache_hits_total"]
+    _assert_moved(pair, num_loaded)
+    # The decode engine is left with a rest of less than a block, or with the last block.
+    assert num_loaded >= sum(handed) - BLOCK_TOKENS * len(handed)
+
+
+def _assert_moved(pair: Pair, num_tokens: float) -> None:
+    """What was not computed came from the other engine, in whole blocks."""
+    num_blocks = num_tokens / BLOCK_TOKENS
+    if pair.transport == "pool":
+        told = read_metrics(pair.stack.daemon.metrics_url)
+        assert told["kvkeep_host_to_device_total"] >= num_blocks
+        assert told["kvkeep_handoffs_whole_total"] >= 1
+        assert told["kvkeep_handoffs_partial_total"] == told["kvkeep_handoffs_refused_total"] == 0
+    else:
+        told = read_metrics(pair.decode.url)
+        assert told["vllm:nixl_bytes_transferred_sum"] > 0
+        assert told["vllm:nixl_num_failed_transfers_total"] == 0
+
+
+# ---- aborts, freezes and kills, in each state that a hand-off has on real engines
+
+LEG_S = 10.0
+"""Router's limit for each leg in the tests below; far above what their short prompts take."""
+HANG_S = 60.0
+"""No test waits longer for an answer, an error or an empty cache: the limits above, many times."""
+LONG_WORDS, SHORT_WORDS = 1900, 40
+
+
+def _question(num_words: int, max_tokens: int = 6) -> Question:
+    return Question(
+        f"{num_words} words", " ".join(load_words()[:num_words]), is_chat=False,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+
+
+def _faults_routed(pair: Pair) -> contextlib.AbstractContextManager[Router]:
+    return pair.routed(
+        {"upstream_silence_s": LEG_S},
+        prefill_timeout_s=LEG_S, decode_timeout_s=LEG_S, prefill_attempts=1, decode_attempts=1,
+        offer_lease_s=float(LEASE_S),
+    )  # fmt: skip
+
+
+async def _until(is_so: Callable[[], bool], what: str) -> None:
+    end_s = SystemClock().now_s() + HANG_S
+    while not is_so():
+        assert SystemClock().now_s() < end_s, f"not in time: {what}"
+        await asyncio.sleep(0.05)
+
+
+def _running(engine: EnginePart) -> float:
+    return read_metrics(engine.url)["vllm:num_requests_running"]
+
+
+def _prefilled(pair: Pair) -> float:
+    return read_metrics(pair.prefill.url)["vllm:request_success_total"]
+
+
+class Client:
+    """One request on its way, and what has come of it."""
+
+    def __init__(self, url: str, question: Question) -> None:
+        self.chunks: list[dict[str, Any]] = []
+        self.error = ""
+        self._url, self._question = url, question
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        body = self._question.body(salt=secrets.token_hex(8), is_streamed=True)
+        async with (
+            client_of(self._url) as client,
+            client.stream("POST", self._question.path, json=body | {"ignore_eos": True}) as got,
+        ):
+            async for line in got.aiter_lines():
+                if got.status_code != httpx.codes.OK:
+                    self.error += line
+                elif line.startswith("data: {"):
+                    self.chunks.append(json.loads(line[6:]))
+
+    @property
+    def text(self) -> str:
+        """What was answered so far."""
+        return "".join(c["choices"][0]["text"] for c in self.chunks if c.get("choices"))
+
+    async def streams(self) -> "Client":
+        """Wait for the first token."""
+        await _until(lambda: bool(self.text), "a first token")
+        return self
+
+    async def leave(self) -> None:
+        """Close the connection."""
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    async def fails(self) -> str:
+        """Wait for the end, which has to be an error of OpenAI's form; gives its type."""
+        await asyncio.wait_for(self.task, HANG_S)
+        last = self.chunks[-1] if self.chunks else json.loads(self.error)
+        return str(last["error"]["type"])
+
+    async def ends(self) -> str:
+        """Wait for the end, which has to be a whole answer."""
+        await asyncio.wait_for(self.task, HANG_S)
+        reasons = [c["choices"][0]["finish_reason"] for c in self.chunks if c.get("choices")]
+        assert (self.error, reasons[-1]) == ("", "length")
+        return self.text
+
+
+IN_USE = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+)
+
+
+def _is_idle(engine: EnginePart) -> bool:
+    # vLLM tells its figures when a step has ended; an idle engine makes none.
+    with make_client(engine.url) as client:
+        complete_one_token(client, engine.url, MODEL)
+    metrics = read_metrics(engine.url)
+    return not any(metrics[name] for name in IN_USE)
+
+
+async def _until_idle(*engines: EnginePart) -> None:
+    """No request is left, and no block: what was held for anybody has been given back."""
+    for engine in engines:
+        await _until(functools.partial(_is_idle, engine), f"{engine.name} idle")
+
+
+@pytest.mark.timeout(280, func_only=True)
+def test_clients_that_leave_take_their_blocks_along(pair: Pair) -> None:
+    """While the prompt is computed, offered, waited for and answered: both caches empty again."""
+    with _faults_routed(pair) as router:
+        asyncio.run(_abort_everywhere(pair, router))
+
+
+async def _abort_everywhere(pair: Pair, router: Router) -> None:
+    prefilling = Client(router.url, _question(LONG_WORDS))
+    await _until(lambda: _running(pair.prefill) > 0, "a prefill")
+    await prefilling.leave()
+    await _until_idle(pair.prefill, pair.decode)
+
+    done = _prefilled(pair)
+    with pair.frozen(pair.decode):
+        offered = Client(router.url, _question(SHORT_WORDS))
+        await _until(lambda: _prefilled(pair) > done, "an offer")
+        await offered.leave()
+    await _until_idle(pair.prefill, pair.decode)
+    await asyncio.to_thread(router.await_ready)
+
+    streaming = await Client(router.url, _question(SHORT_WORDS, max_tokens=2000)).streams()
+    await streaming.leave()
+    await _until_idle(pair.prefill, pair.decode)
+
+
+@pytest.mark.timeout(280, func_only=True)
+def test_frozen_engines_cost_one_error_each(pair: Pair) -> None:
+    """Whichever stands still, and when: a typed error in time, and all is well when it goes on."""
+    with _faults_routed(pair) as router:
+        asyncio.run(_freeze_everywhere(pair, router))
+
+
+async def _freeze_everywhere(pair: Pair, router: Router) -> None:
+    prefilling = Client(router.url, _question(LONG_WORDS))
+    await _until(lambda: _running(pair.prefill) > 0, "a prefill")
+    with pair.frozen(pair.prefill):
+        assert await prefilling.fails() == "upstream_timeout"
+    await _until_idle(pair.prefill, pair.decode)
+    await asyncio.to_thread(router.await_ready)
+
+    with pair.frozen(pair.decode):
+        assert await Client(router.url, _question(SHORT_WORDS)).fails() == "upstream_timeout"
+    await _until_idle(pair.prefill, pair.decode)
+    await asyncio.to_thread(router.await_ready)
+
+    streaming = await Client(router.url, _question(SHORT_WORDS, max_tokens=2000)).streams()
+    with pair.frozen(pair.decode):
+        assert await streaming.fails() == "upstream_timeout"
+    await _until_idle(pair.prefill, pair.decode)
+    await asyncio.to_thread(router.await_ready)
+    with_all_thawed = Client(router.url, _question(SHORT_WORDS))
+    assert await with_all_thawed.ends()
+
+
+@pytest.mark.timeout(280, func_only=True)
+def test_killed_engines_cost_their_own_requests_only(pair: Pair) -> None:
+    """A dead prefill engine ends no stream, a dead decode engine leaves nothing behind."""
+    with _faults_routed(pair) as router:
+        asyncio.run(_kill_prefill_when_offered(pair, router))
+    with _faults_routed(pair) as router:
+        asyncio.run(_kill_both(pair, router))
+
+
+async def _kill_prefill_when_offered(pair: Pair, router: Router) -> None:
+    """Through the pool its blocks outlive it; NIXL has nobody to read them from."""
+    wanted = await Client(router.url, _question(SHORT_WORDS)).ends()
+    done = _prefilled(pair)
+    with pair.frozen(pair.decode):
+        offered = Client(router.url, _question(SHORT_WORDS))
+        await _until(lambda: _prefilled(pair) > done, "an offer")
+        await asyncio.to_thread(pair.prefill.kill)
+    if pair.transport == "pool":
+        assert await offered.ends() == wanted
+    else:
+        await asyncio.wait_for(offered.task, HANG_S)
+        assert offered.error or offered.text in ("", wanted)
+    await _until_idle(pair.decode)
+
+
+async def _kill_both(pair: Pair, router: Router) -> None:
+    streaming = await Client(router.url, _question(SHORT_WORDS, max_tokens=2000)).streams()
+    prefilling = Client(router.url, _question(LONG_WORDS))
+    await _until(lambda: _running(pair.prefill) > 0, "a prefill")
+    await asyncio.to_thread(pair.prefill.kill)
+    assert await prefilling.fails() == "upstream_error"
+    num_chunks = len(streaming.chunks)
+    await _until(lambda: len(streaming.chunks) > num_chunks, "a stream that goes on")
+
+    await asyncio.to_thread(pair.decode.kill)
+    assert await streaming.fails() == "upstream_error"
