@@ -86,7 +86,7 @@ async def _ask_all(url: str, asked: Sequence[Asked]) -> list[Answer]:
         return list(await asyncio.gather(*(one(item) for item in asked)))
 
 
-@pytest.mark.timeout(280, func_only=True)
+@pytest.mark.timeout(600, func_only=True)
 def test_sixty_answers_are_those_of_a_single_engine(pair: Pair) -> None:
     """Chat and completions, streamed and not, short and long: identical or near-ties, all."""
     plain = [Asked(question, is_streamed=False) for question in questions()]
@@ -240,7 +240,7 @@ async def _until_idle(*engines: EnginePart) -> None:
         await _until(functools.partial(_is_idle, engine), f"{engine.name} idle")
 
 
-@pytest.mark.timeout(280, func_only=True)
+@pytest.mark.timeout(600, func_only=True)
 def test_clients_that_leave_take_their_blocks_along(pair: Pair) -> None:
     """While the prompt is computed, offered, waited for and answered: both caches empty again."""
     with _faults_routed(pair) as router:
@@ -266,7 +266,7 @@ async def _abort_everywhere(pair: Pair, router: Router) -> None:
     await _until_idle(pair.prefill, pair.decode)
 
 
-@pytest.mark.timeout(280, func_only=True)
+@pytest.mark.timeout(600, func_only=True)
 def test_frozen_engines_cost_one_error_each(pair: Pair) -> None:
     """Whichever stands still, and when: a typed error in time, and all is well when it goes on."""
     with _faults_routed(pair) as router:
@@ -295,7 +295,7 @@ async def _freeze_everywhere(pair: Pair, router: Router) -> None:
     assert await with_all_thawed.ends()
 
 
-@pytest.mark.timeout(280, func_only=True)
+@pytest.mark.timeout(600, func_only=True)
 def test_killed_engines_cost_their_own_requests_only(pair: Pair) -> None:
     """A dead prefill engine ends no stream, a dead decode engine leaves nothing behind."""
     with _faults_routed(pair) as router:
