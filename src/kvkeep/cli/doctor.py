@@ -29,6 +29,7 @@ from kvkeep.cli.findings import (
     find_memory,
     find_packages,
     find_port,
+    find_recognizer,
     find_socket,
     find_versions,
     ok,
@@ -117,6 +118,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
     settings = plan.settings
     yield from find_versions()
     yield find_copier()
+    yield find_recognizer()
     yield from find_packages()
     status, finding = find_daemon(settings)
     yield from find_memory(settings, is_serving=status is not None)

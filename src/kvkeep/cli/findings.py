@@ -113,6 +113,16 @@ def find_copier() -> Finding:
     return ok("copies", "by the compiled helper")
 
 
+def find_recognizer() -> Finding:
+    """Whether the router recognizes what it reads most by compiled code."""
+    try:
+        importlib.import_module("kvkeep.router.relay.plain._plain")
+    except ImportError as error:
+        mend = "install gcc and python3-dev, then reinstall kvkeep"
+        return warn("relay", f"in Python, up to half again as much a request: {error}", mend)
+    return ok("relay", "by the compiled helper")
+
+
 def find_packages() -> Iterator[Finding]:
     """Packages for tiers; one that is configured and missing fails where its tier is opened."""
     for module, use in PACKAGES.items():

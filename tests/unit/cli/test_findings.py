@@ -5,6 +5,8 @@ import os
 import platform
 import resource
 import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,22 @@ def test_what_lies_at_a_socket_s_path_is_told_apart(tmp_path: Path) -> None:
     assert (none.level, other.level, frozen.level) == (Level.WARN, Level.FAIL, Level.FAIL)
     assert "does not answer" in frozen.text
     assert findings.find_socket(path).level is Level.WARN
+
+
+@pytest.mark.parametrize(
+    ("module", "find"),
+    [
+        ("kvkeep.transfer._pages", findings.find_copier),
+        ("kvkeep.router.relay.plain._plain", findings.find_recognizer),
+    ],
+)
+def test_a_compiled_helper_that_was_not_built_is_told(
+    monkeypatch: pytest.MonkeyPatch, module: str, find: Callable[[], findings.Finding]
+) -> None:
+    """Everything works without, slower; the mend is a compiler."""
+    assert find().level is Level.OK
+    monkeypatch.setitem(sys.modules, module, None)
+    found = find()
+
+    assert found.level is Level.WARN
+    assert "gcc" in str(found)
