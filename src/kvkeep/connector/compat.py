@@ -48,6 +48,15 @@ def host_hit_source() -> Any:
     return CacheHitSource.HOST
 
 
+def calls_layers(forward_context: Any) -> bool:
+    """Whether a step's layers call the connector one by one; a graph of the whole model does not.
+
+    ``CUDAGraphMode`` of vllm 0.26 to 0.33, config/compilation.py.
+    """
+    mode = getattr(forward_context, "cudagraph_runtime_mode", None)
+    return mode is None or mode.name in ("NONE", "PIECEWISE")
+
+
 def page_format(spec: Any, dtype: torch.dtype, cache_dtype: str) -> str:
     """Order of bytes inside a head page, for the namespace.
 

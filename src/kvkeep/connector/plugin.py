@@ -284,7 +284,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         mover = self._make_mover(memory)
         touch_pages(memory)
         engine_id = str(self._config.kv_transfer_config.engine_id)
-        attachment = Attachment(self._settings.socket, self._layout, engine_id)
+        attachment = Attachment(self._settings.socket, self._layout, engine_id, mover.map_pool)
         found = attachment.link.wait(self._settings.start_wait_s)
         if attachment.link.refusal is not None:
             attachment.close()
@@ -314,6 +314,12 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
                 f"kv_form {self._settings.kv_form} needs an engine whose KV lies in host memory, "
                 f"and this one's lies on {memory.device.type}: leave kv_form out"
             )
+        if self._settings.gpu_copies == "direct":
+            from kvkeep.connector.worker.direct_mover import DirectMover
+
+            if DirectMover.fits(memory):
+                return DirectMover(memory)
+            log.warning("gpu_copies: direct needs KV whose layers are whole words: staged is used")
         from kvkeep.connector.worker.cuda_mover import CudaMover
 
         return CudaMover(memory)
@@ -330,7 +336,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             self._guard(lambda: worker.store_urgent(metadata), False)
 
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
-        """Load before the forward pass, or report what could not be loaded.
+        """Begin the loads of a step, or report what can't be loaded.
 
         vLLM 0.32 calls this after the forward pass where a step has nothing to load.
         """
@@ -340,6 +346,8 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         worker = self._worker
         if not self._guard(lambda: worker.load(metadata), False):
             worker.fail_loads(metadata)
+        if worker.is_loading and not compat.calls_layers(forward_context):
+            self.wait_for_layer_load("")
         # Here too: vLLM 0.26 calls no ``wait_for_save`` in a step without a forward pass.
         self._store(metadata)
 
@@ -349,7 +357,13 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             worker.skip_stores(metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are over when ``start_load_kv`` returns."""
+        """Have what the engine launches from here on wait for a layer's blocks.
+
+        Should that fail, the step computes from what is not there, and is reported so.
+        """
+        worker = self._worker
+        if worker.is_loading:
+            self._guard(lambda: worker.wait_for_layer(layer_name), None)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **_: Any) -> None:
         """Whole blocks are stored after the forward pass."""
@@ -366,11 +380,21 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that vLLM must compute after all."""
+        self._finish_loads()
         return self._worker.take_bad_block_ids()
 
     def build_connector_worker_meta(self) -> StepReport | None:
         """This rank's report."""
+        self._finish_loads()
         return self._worker.take_report()
+
+    def _finish_loads(self) -> None:
+        """Wait until nothing is on its way; their slots are given back by the report."""
+        worker = self._worker
+        if worker.is_loading and not self._guard(worker.finish_loads, False, is_duty=True):
+            metadata = self._get_connector_metadata()
+            if isinstance(metadata, StepMetadata):
+                worker.fail_loads(metadata)
 
     def get_handshake_metadata(self) -> None:
         """None: MultiConnector would hand it to its other children."""

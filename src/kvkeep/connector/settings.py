@@ -50,6 +50,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """How long the start of the engine waits for the daemon before it goes on without."""
     copy_threads: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     """Threads per load; 0 takes one per core this process may use, at most 4."""
+    gpu_copies: Literal["staged", "direct"] = "staged"
+    """How blocks reach a GPU: through staging buffers, or read from the pool by the GPU itself,
+    layer by layer under the forward pass (docs/performance.md says what was measured)."""
     store_jobs_max: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
     """Store jobs in flight; further blocks are not stored."""
 

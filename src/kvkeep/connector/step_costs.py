@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvkeep.core.planner import MeasuredRate
+from kvkeep.core.planner import SURPRISES_MAX, MeasuredRate
 
 STEP_TOKENS_MIN = 128
 """A smaller step is mostly launch, sampling and decode: it says nothing about prefill, unless the
@@ -20,8 +20,9 @@ load is not chosen where computing may be faster."""
 STEPS_MAX = 64
 """Remembered without a report; more than any engine has in flight."""
 HALF_LIFE_STEPS = 4.0
-SAMPLES_MIN = 3
-"""Of each kind, before a load is turned down: one alone may be of a machine that was busy."""
+SAMPLES_MIN = 1 + SURPRISES_MAX
+"""Of each kind, before a load is turned down: should the first have met a busy machine, the others
+have taken its place by then."""
 LOAD_SHARE_MAX = 0.9
 """A load has to take at most this share of the time that computing the same tokens takes."""
 LOAD_MIN_S = 1e-4

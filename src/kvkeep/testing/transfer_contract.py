@@ -201,6 +201,19 @@ class TransferContract:
         assert not is_ok.any()
         assert (target.pages == UNTOUCHED).all()
 
+    def test_digest_reads_in_place(self, copier: PageCopier) -> None:
+        """Each page has the digest that a store of it gives, and nothing is moved."""
+        memory = filled_memory(50, 8192, seed=3)
+        before = memory.buffer.copy()
+        digests = np.zeros((50, DIGEST_BYTES), np.uint8)
+        copier.digest(memory.addresses, 8192, digests)
+
+        assert [d.tobytes() for d in digests] == [xxhash.xxh3_128_digest(p) for p in memory.pages]
+        assert np.array_equal(memory.buffer, before)
+        with pytest.raises(ValueError, match="digests_out"):
+            copier.digest(memory.addresses, 8192, digests[1:])
+        copier.digest(memory.addresses[:0], 8192, digests[:0])
+
     def test_verify_compares_in_place(self, copier: PageCopier) -> None:
         """Verify names the damaged pages and changes no byte."""
         memory = filled_memory(33, 8192, seed=15)

@@ -233,12 +233,20 @@ class PoolView:
         return checked
 
     def page_addresses(
-        self, slots: npt.NDArray[np.int64], first_head: int, num_heads: int
+        self,
+        slots: npt.NDArray[np.int64],
+        first_head: int,
+        num_heads: int,
+        layers: range | None = None,
     ) -> npt.NDArray[np.uint64]:
-        """Where these slots' head pages lie: uint64 ``[num_blocks, num_layers, num_heads]``."""
+        """Where these slots' head pages lie: uint64 ``[num_blocks, num_layers, num_heads]``.
+
+        ``layers``: only of these.
+        """
         layout = self.geometry.layout
         heads = np.arange(first_head, first_head + num_heads, dtype=np.int64)
-        pages = np.arange(layout.num_layers, dtype=np.int64)[:, None] * layout.num_heads + heads
+        wanted = np.asarray(layers or range(layout.num_layers), dtype=np.int64)
+        pages = wanted[:, None] * layout.num_heads + heads
         starts = slots * layout.block_bytes + (self.base_address + self.geometry.payload_offset)
         offsets = (pages * layout.page_bytes).astype(np.uint64)
         return starts.astype(np.uint64)[:, None, None] + offsets

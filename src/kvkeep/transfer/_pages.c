@@ -1,7 +1,7 @@
 /* Head pages copied and digested (XXH3-128) in one pass, outside the interpreter's lock.
  *
  * kvkeep.transfer.host_copy wraps this module and checks the arrays; kvkeep.transfer.base says what
- * store, load and verify promise. Here addresses are believed. Threads live for one call: starting
+ * store, load, verify and digest promise. Here addresses are believed. Threads live for one call: starting
  * one costs about 20 us, a prompt's copy takes thousands, and nothing is left to stop or to fork.
  *
  * What was measured, and what lost, is in docs/decisions/0003-compiled-page-copies.md.
@@ -50,11 +50,11 @@ typedef struct job job_t;
 struct job {
     bool (*copy_page)(const job_t *job, size_t page_idx, char *bounce);
     const uint64_t *source; /* [num_pages] */
-    const uint64_t *target; /* [num_pages]; unused by verify */
+    const uint64_t *target; /* [num_pages]; unused by verify and digest */
     size_t num_pages;
     size_t page_bytes;
-    uint8_t *digests;         /* [num_pages, 16]; written by store, read by load and verify */
-    uint8_t *ok;              /* [num_pages]; unused by store */
+    uint8_t *digests;         /* [num_pages, 16]; written by store and digest, read by others */
+    uint8_t *ok;              /* [num_pages]; unused by store and digest */
     char *bounces;            /* a private page for each thread */
     atomic_size_t num_started; /* threads */
     atomic_size_t num_claimed; /* pages */
@@ -140,6 +140,15 @@ static bool verify_page(const job_t *job, size_t page_idx, char *bounce)
     bool is_ok = is_expected(job, page_idx, digest);
     job->ok[page_idx] = is_ok;
     return is_ok;
+}
+
+static bool digest_in_place(const job_t *job, size_t page_idx, char *bounce)
+{
+    const char *page = source_ahead(job, page_idx, 0);
+    (void)bounce;
+    digest_page(page, page + STREAM_DISTANCE, job->page_bytes,
+                job->digests + page_idx * DIGEST_BYTES);
+    return true;
 }
 
 static size_t chunk_pages(const job_t *job)
@@ -320,6 +329,30 @@ static PyObject *verify(PyObject *module, PyObject *arguments)
     return num_bad < 0 ? NULL : PyLong_FromSsize_t(num_bad);
 }
 
+static PyObject *digest(PyObject *module, PyObject *arguments)
+{
+    Py_buffer addresses, digests, cpu_mask;
+    Py_ssize_t page_bytes, num_threads, num_bad = -1;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*nw*ny*", &addresses, &page_bytes, &digests, &num_threads,
+                          &cpu_mask))
+        return NULL;
+    job_t job = {.copy_page = digest_in_place,
+                 .source = addresses.buf,
+                 .num_pages = (size_t)addresses.len / sizeof(uint64_t),
+                 .page_bytes = page_bytes > 0 ? (size_t)page_bytes : 0,
+                 .digests = digests.buf};
+    if (lengths_agree(&job, addresses.len, addresses.len, digests.len, (Py_ssize_t)job.num_pages,
+                      num_threads))
+        num_bad = run_unlocked(&job, (size_t)num_threads, &cpu_mask);
+    PyBuffer_Release(&addresses);
+    PyBuffer_Release(&digests);
+    PyBuffer_Release(&cpu_mask);
+    if (num_bad < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static int check_cpu(PyObject *module)
 {
     (void)module;
@@ -336,6 +369,7 @@ static PyMethodDef methods[] = {
     {"store", store, METH_VARARGS, "Digest each page, then copy it."},
     {"load", load, METH_VARARGS, "Copy each page whose bytes match its digest; count the others."},
     {"verify", verify, METH_VARARGS, "Compare pages with their digests; count those that differ."},
+    {"digest", digest, METH_VARARGS, "Digest each page where it lies."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -30,3 +30,11 @@ def verify(
     cpu_mask: bytes,
     /,
 ) -> int: ...
+def digest(
+    addresses: Addresses,
+    page_bytes: int,
+    digests_out: Digests,
+    num_threads: int,
+    cpu_mask: bytes,
+    /,
+) -> None: ...

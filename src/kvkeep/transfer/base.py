@@ -116,3 +116,16 @@ class PageCopier(Protocol):
             ValueError: The arrays do not fit together; nothing was written.
         """
         ...
+
+    def digest(self, addresses: Addresses, page_bytes: int, digests_out: Digests) -> None:
+        """Digest each page where it lies: of a device that wrote the pages itself.
+
+        Args:
+            addresses: Pages to read.
+            page_bytes: Bytes per page, 1 to ``PAGE_BYTES_MAX``.
+            digests_out: Receives the digest of each page.
+
+        Raises:
+            ValueError: The arrays do not fit together; nothing was written.
+        """
+        ...

@@ -145,6 +145,13 @@ class CompiledCopier:
             addresses, page_bytes, digests, ok_out, self._num_threads, self._cpu_mask
         )
 
+    def digest(self, addresses: Addresses, page_bytes: int, digests_out: Digests) -> None:
+        """See ``PageCopier.digest``."""
+        _check_page_bytes(page_bytes)
+        _check_addresses("addresses", addresses)
+        _check_digests("digests_out", digests_out, len(addresses), is_output=True)
+        self._pages.digest(addresses, page_bytes, digests_out, self._num_threads, self._cpu_mask)
+
 
 class ReferenceCopier:
     """A ``PageCopier`` in plain Python: what the compiled one is compared with."""
@@ -200,6 +207,14 @@ class ReferenceCopier:
             ok_out[page_idx] = is_ok
             num_bad += not is_ok
         return num_bad
+
+    def digest(self, addresses: Addresses, page_bytes: int, digests_out: Digests) -> None:
+        """See ``PageCopier.digest``."""
+        _check_page_bytes(page_bytes)
+        _check_addresses("addresses", addresses)
+        _check_digests("digests_out", digests_out, len(addresses), is_output=True)
+        for page_idx, read_at in enumerate(addresses.tolist()):
+            digests_out[page_idx] = _digest(_page(read_at, page_bytes))
 
 
 def _page(address: int, page_bytes: int) -> "ctypes.Array[ctypes.c_uint8]":

@@ -117,6 +117,18 @@ def test_what_is_not_known_is_loaded(samples: tuple[int, int]) -> None:
     assert engine_that(*samples).is_load_worth(16, now_s=0.0)
 
 
+def test_a_first_load_that_met_a_busy_machine_is_outweighed() -> None:
+    """A slow one alone would have every load turned down for as long as nothing is tried."""
+    costs = engine_that(12, 0)
+    for step in range(100, 100 + SAMPLES_MIN):
+        assert costs.is_load_worth(2048, now_s=0.0)
+        costs.begun(step, 16, [128], -0.5 if step == 100 else -0.018)
+        costs.ended(step, 0.0)
+        costs._ended_s = -1.0
+
+    assert costs.is_load_worth(2048, now_s=0.0)
+
+
 def test_what_was_turned_down_for_long_is_tried_again() -> None:
     """It may be faster by now; one load measures it."""
     costs = engine_that(12, 12)

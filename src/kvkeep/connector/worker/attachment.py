@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,9 +38,24 @@ class Attachment:
     stays valid after its daemon has gone.
     """
 
-    def __init__(self, socket: str, layout: KvLayout, engine_id: str) -> None:
+    def __init__(
+        self,
+        socket: str,
+        layout: KvLayout,
+        engine_id: str,
+        prepare: Callable[[PoolView], None] = lambda pool: None,
+    ) -> None:
+        """Begin to look for the daemon.
+
+        Args:
+            socket: Of the daemon.
+            layout: Of this engine's blocks.
+            engine_id: Of this engine.
+            prepare: Called with each pool before it is used, on the link's thread.
+        """
         self._layout = layout
         self._engine_id = engine_id
+        self._prepare = prepare
         self._quiet = threading.Lock()
         """Held while a copy to the pool runs; a greeting says that none does."""
         self.pool: MappedPool | None = None
@@ -63,6 +78,7 @@ class Attachment:
             view, is_proven = before.view, before.is_proven
         else:
             view, is_proven = PoolView.open(welcome.pool_path, welcome.pool_id), False
+            self._prepare(view)
         if view.geometry.layout != self._layout:
             raise UnavailableError("the pool has another layout than the daemon agreed to")
         self.pool = MappedPool(view, welcome.canary_slot, connection, welcome.generation, is_proven)

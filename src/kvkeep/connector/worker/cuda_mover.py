@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvkeep.connector.worker.movers import Digests, write_digests
+from kvkeep.connector.worker.movers import BlockingLoads, Digests, write_digests
 from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.tiers.shared_memory import PoolView
 from kvkeep.transfer.host_copy import open_copier
@@ -58,7 +58,7 @@ class _Staging:
         self._is_free.synchronize()
 
 
-class CudaMover:
+class CudaMover(BlockingLoads):
     """See BlockMover. Stores run on one thread, loads on the main thread."""
 
     form = None

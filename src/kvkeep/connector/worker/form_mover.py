@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvkeep.connector.worker.movers import Digests, write_digests
+from kvkeep.connector.worker.movers import BlockingLoads, Digests, write_digests
 from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.tiers.shared_memory import PoolView
 from kvkeep.transfer.host_copy import open_copier
@@ -30,7 +30,7 @@ class _Buffer:
         self.addresses = offsets + np.uint64(self.pages.ctypes.data)
 
 
-class FormMover:
+class FormMover(BlockingLoads):
     """See BlockMover. Stores run on one thread at a time, loads on the main thread."""
 
     def __init__(self, memory: EngineMemory, form: Int8Form) -> None:

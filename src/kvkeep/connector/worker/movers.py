@@ -1,8 +1,8 @@
 """Moves whole blocks between one rank's engine memory and the pool.
 
 ``HostMover`` serves engines whose KV lies in host memory (the CPU build of vLLM), ``FormMover`` the
-same where the pool keeps it in another form, ``CudaMover`` GPUs. Blocks are named by engine block
-ids and pool slots; leases and keys are the caller's affair.
+same where the pool keeps it in another form, ``CudaMover`` and ``DirectMover`` GPUs. Blocks are
+named by engine block ids and pool slots; leases and keys are the caller's affair.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvkeep.connector.worker.landing import Landed, Landing
 from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.tiers.shared_memory import PoolView
 from kvkeep.transfer.host_copy import addresses, open_copier
@@ -24,11 +25,15 @@ Digests = npt.NDArray[np.uint8]
 
 
 class BlockMover(Protocol):
-    """Copies this rank's heads of blocks; every call blocks until its copies are done."""
+    """Copies this rank's heads of blocks; only ``begin_load`` returns before they are done."""
 
     @property
     def form(self) -> Int8Form | None:
         """What pages become on their way to the pool; None: they stay as they are, to the bit."""
+        ...
+
+    def map_pool(self, pool: PoolView) -> None:
+        """Make a pool ready that was just mapped; any thread, before it is used."""
         ...
 
     def snapshot(self) -> Any:
@@ -69,6 +74,31 @@ class BlockMover(Protocol):
         """
         ...
 
+    def begin_load(
+        self, pool: PoolView, slots: Sequence[int], block_ids: Sequence[int], digests: Digests
+    ) -> Landing:
+        """As ``load``, but copies may still run on return; the slots stay lent until they ended."""
+        ...
+
+
+class BlockingLoads:
+    """What a mover inherits whose loads are over when they return."""
+
+    def map_pool(self, pool: PoolView) -> None:
+        """Nothing to make ready."""
+
+    def load(
+        self, pool: PoolView, slots: Sequence[int], block_ids: Sequence[int], digests: Digests
+    ) -> npt.NDArray[np.bool_]:
+        """See BlockMover."""
+        raise NotImplementedError
+
+    def begin_load(
+        self, pool: PoolView, slots: Sequence[int], block_ids: Sequence[int], digests: Digests
+    ) -> Landing:
+        """See BlockMover."""
+        return Landed(self.load(pool, slots, block_ids, digests))
+
 
 def rank_digests(pool: PoolView, slots: Sequence[int], memory: EngineMemory) -> Digests:
     """A copy of the digests of this rank's heads: uint8 ``[num_blocks, layers, heads, 16]``."""
@@ -84,7 +114,7 @@ def write_digests(
     pool.digests[np.asarray(slots, dtype=np.int64), :, heads] = digests
 
 
-class HostMover:
+class HostMover(BlockingLoads):
     """Blocks in host memory: one pass per page, copy and digest together."""
 
     form = None

@@ -1,27 +1,56 @@
 """The connector's half in a worker: copies, and the truth about how they went.
 
-Loads run on the main thread before the forward pass that needs them; stores go to a thread. The
-main thread never talks to the daemon: it reads the pool, and believes digests, not bookkeeping.
+Loads begin on the main thread before the forward pass that needs them, and are over before the
+step's report is made; stores go to a thread. The main thread never talks to the daemon: it reads
+the pool, and believes digests, not bookkeeping.
 """
 
 import logging
 import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport
 from kvkeep.connector.worker.attachment import Attachment, MappedPool
 from kvkeep.connector.worker.canary import run_canary
+from kvkeep.connector.worker.landing import Landing
 from kvkeep.connector.worker.movers import BlockMover, rank_digests
 from kvkeep.connector.worker.stores import StoreThread
 from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import CorruptDataError
-from kvkeep.model.ids import Namespace
+from kvkeep.model.ids import BlockHash, Namespace
 from kvkeep.protocol.codec import split_hashes
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A load, and what of it can be read."""
+
+    job: LoadJob
+    hashes: Sequence[BlockHash]
+    readable: npt.NDArray[np.bool_]
+    """bool ``[blocks]``; empty: nothing was looked at."""
+    num_blocks: int
+    """Leading blocks that are loaded."""
+    digests: Any = None
+    """Of those blocks."""
+
+
+@dataclass(slots=True)
+class _Loading:
+    """The loads of a step."""
+
+    begun_s: float
+    asked: list[_Asked]
+    landing: Landing | None
+    """None: no block of any could be read."""
 
 
 class WorkerSide:
@@ -47,6 +76,7 @@ class WorkerSide:
         self._report = StepReport()
         self._done: StepMetadata | None = None
         self._failed_pool: MappedPool | None = None
+        self._loading: _Loading | None = None
 
     # ---- the pool
 
@@ -72,75 +102,120 @@ class WorkerSide:
 
     # ---- loading
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether blocks are on their way into the engine."""
+        return self._loading is not None
+
     def load(self, metadata: StepMetadata) -> bool:
-        """Bring this step's blocks into the engine; called once per step or more often.
+        """Begin to bring this step's blocks into the engine; called once per step or more often.
 
         Returns:
-            True: every block either landed or is reported as bad.
+            True: every block is on its way, or will be reported as bad by ``finish_loads``.
         """
         if metadata is self._done:
             return True
+        # Of a step whose end nobody told.
+        self.finish_loads()
         self._done = metadata
         self._report.step = metadata.step
         if self._attachment.pool is not None:
             self.prove_pool()
-        if not metadata.loads:
-            return True
-        begun_s = self._clock.now_s()
-        landed = [self._load_job(metadata, job) for job in metadata.loads]
-        load_us = int((self._clock.now_s() - begun_s) * 1e6)
-        for job, (ok, corrupt) in zip(metadata.loads, landed, strict=True):
-            bad = [idx for idx, is_ok in enumerate(ok) if not is_ok]
-            self._bad_block_ids.update(job.block_ids[idx] for idx in bad)
-            self._report.loads[job.req_id] = LoadResult(
-                num_loaded=len(ok) - len(bad),
-                bad_blocks=bad,
-                corrupt_hashes=corrupt,
-                load_us=load_us // len(metadata.loads),
-            )
+        if metadata.loads:
+            self._loading = self._begin_loads(metadata)
+            landing = self._loading.landing
+            if landing is None or landing.seconds is None:
+                self.finish_loads()
         return True
 
-    def _load_job(self, metadata: StepMetadata, job: LoadJob) -> tuple[list[bool], list[bytes]]:
-        """Which blocks landed, and the hashes of those whose bytes were wrong."""
-        num_blocks = len(job.slots)
+    def _begin_loads(self, metadata: StepMetadata) -> _Loading:
+        begun_s = self._clock.now_s()
         pool = self._attachment.pool
+        asked = [self._ask(metadata, pool, job) for job in metadata.loads]
+        found = [each for each in asked if each.num_blocks]
+        landing = None
+        if pool is not None and found:
+            # All requests' blocks at once: their first layers arrive before anybody's last.
+            landing = self._mover.begin_load(
+                pool.view,
+                [slot for each in found for slot in each.job.slots[: each.num_blocks]],
+                [block for each in found for block in each.job.block_ids[: each.num_blocks]],
+                np.concatenate([each.digests[: each.num_blocks] for each in found]),
+            )
+        return _Loading(begun_s, asked, landing)
+
+    def _ask(self, metadata: StepMetadata, pool: MappedPool | None, job: LoadJob) -> _Asked:
+        """Which blocks of a load are there."""
+        nothing = _Asked(job, [], np.zeros(0, dtype=np.bool_), 0)
         if metadata.base_namespace != self._namespace or pool is None or not pool.is_proven:
-            return [False] * num_blocks, []
+            return nothing
         view = pool.view
         if not view.is_whole():
             log.error("kvkeep's pool was cut; nothing is loaded from it")
-            return [False] * num_blocks, []
+            return nothing
         if max(job.slots) >= view.geometry.num_slots:
-            return [False] * num_blocks, []
+            return nothing
         if job.generation not in (0, pool.generation):
             # Lent by a daemon that this rank has not met yet, or by one that is gone: whatever
             # lies in these slots of this mapping, it proves nothing against the block.
-            return [False] * num_blocks, []
+            return nothing
         hashes = split_hashes(job.hashes)
         slots = np.asarray(job.slots, dtype=np.int64)
         # Digests first, then the headers: should the slot be lent to another block in between,
         # the header tells; should that happen later, the digest does.
         digests = rank_digests(view, job.slots, self._memory)
         readable = view.readable(slots, Namespace(metadata.namespace), 0, hashes)
-        if not readable.all():
-            num_blocks = int(np.argmin(readable))
-        landed = self._copy(pool, job, digests, num_blocks)
-        corrupt = [idx for idx, is_ok in enumerate(landed) if not is_ok]
-        # What was lent and is not there would be lent again and again: it counts as corrupt too.
-        corrupt += np.flatnonzero(~readable).tolist()
-        landed += [False] * (len(hashes) - num_blocks)
-        return landed, [bytes(hashes[idx]) for idx in corrupt]
+        num_blocks = len(slots) if readable.all() else int(np.argmin(readable))
+        return _Asked(job, hashes, readable, num_blocks, digests)
 
-    def _copy(self, pool: MappedPool, job: LoadJob, digests: Any, num_blocks: int) -> list[bool]:
-        if not num_blocks:
-            return []
-        landed = self._mover.load(
-            pool.view, job.slots[:num_blocks], job.block_ids[:num_blocks], digests[:num_blocks]
+    def wait_for_layer(self, layer_name: str) -> None:
+        """Have the engine's work from here on wait for a layer's blocks."""
+        if self._loading is not None and self._loading.landing is not None:
+            indices = self._memory.layer_indices
+            # A name that nobody registered reads somebody else's tensor: whose, is not known.
+            self._loading.landing.wait_for_layer(indices.get(layer_name, len(indices)))
+
+    def finish_loads(self) -> bool:
+        """Wait for this step's blocks and report how they arrived.
+
+        Returns:
+            True: nothing is on its way any more.
+        """
+        loading = self._loading
+        if loading is None:
+            return True
+        landed = [] if loading.landing is None else loading.landing.wait().tolist()
+        self._loading = None
+        seconds = None if loading.landing is None else loading.landing.seconds
+        if seconds is None:
+            seconds = self._clock.now_s() - loading.begun_s
+        for asked in loading.asked:
+            self._take_load(asked, landed[: asked.num_blocks], seconds / len(loading.asked))
+            landed = landed[asked.num_blocks :]
+        return True
+
+    def _take_load(self, asked: _Asked, landed: list[bool], seconds: float) -> None:
+        """Report a load whose leading blocks landed so."""
+        job = asked.job
+        ok = landed + [False] * (len(job.slots) - len(landed))
+        corrupt = [idx for idx, is_landed in enumerate(landed) if not is_landed]
+        # What was lent and is not there would be lent again and again: it counts as corrupt too.
+        corrupt += np.flatnonzero(~asked.readable).tolist()
+        bad = [idx for idx, is_ok in enumerate(ok) if not is_ok]
+        self._bad_block_ids.update(job.block_ids[idx] for idx in bad)
+        self._report.loads[job.req_id] = LoadResult(
+            num_loaded=len(ok) - len(bad),
+            bad_blocks=bad,
+            corrupt_hashes=[bytes(asked.hashes[idx]) for idx in corrupt],
+            load_us=int(seconds * 1e6),
         )
-        return [bool(ok) for ok in landed]
 
     def fail_loads(self, metadata: StepMetadata) -> None:
         """Count every load of this step as failed, whatever had arrived."""
+        loading, self._loading = self._loading, None
+        if loading is not None and loading.landing is not None:
+            # Blocks and slots are given back by what is reported here.
+            loading.landing.wait()
         self._done = metadata
         for job in metadata.loads:
             self._bad_block_ids.update(job.block_ids)
@@ -206,6 +281,8 @@ class WorkerSide:
 class IdleWorkerSide:
     """A rank whose memory kvkeep can't read: whatever it is asked to load or store, it declines."""
 
+    is_loading = False
+
     def __init__(self) -> None:
         self._bad_block_ids: set[int] = set()
         self._report = StepReport()
@@ -214,6 +291,13 @@ class IdleWorkerSide:
     def load(self, metadata: StepMetadata) -> bool:
         """Decline the loads."""
         self.fail_loads(metadata)
+        return True
+
+    def wait_for_layer(self, layer_name: str) -> None:
+        """Nothing is on its way."""
+
+    def finish_loads(self) -> bool:
+        """Nothing is on its way."""
         return True
 
     def fail_loads(self, metadata: StepMetadata) -> None:

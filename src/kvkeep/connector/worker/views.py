@@ -6,7 +6,7 @@ head-major layout that the connector asks for, each head of a block is one run o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class EngineMemory:
     """Heads in this rank's memory."""
     is_writer: bool
     """False if another rank holds the same heads and stores them."""
+    layer_indices: Mapping[str, int] = field(default_factory=dict)
+    """Which of ``tensors`` the engine's layer of a name reads; layers may share one."""
 
     @property
     def device(self) -> torch.device:
@@ -52,6 +54,7 @@ def view_engine_memory(
     """
     unique = {t.data_ptr(): t for t in kv_caches.values() if isinstance(t, torch.Tensor)}
     tensors = tuple(unique.values())
+    places = {address: idx for idx, address in enumerate(unique)}
     if len(tensors) != layout.num_layers:
         raise Unsupported(f"{len(tensors)} KV tensors for {layout.num_layers} layers")
     shape, strides = _common(tensors)
@@ -71,6 +74,11 @@ def view_engine_memory(
         first_head=first_head,
         num_heads=shape[1],
         is_writer=is_writer,
+        layer_indices={
+            name: places[t.data_ptr()]
+            for name, t in kv_caches.items()
+            if isinstance(t, torch.Tensor)
+        },
     )
 
 
