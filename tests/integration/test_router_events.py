@@ -1,7 +1,7 @@
 """Block events over real ZMQ sockets: in order, with gaps, from engines that restart, hostile."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -11,19 +11,26 @@ import zmq
 import zmq.asyncio
 
 from kvkeep.model.clock import Clock, SystemClock
-from kvkeep.router.events import zmq_source
+from kvkeep.router.events import following, zmq_source
 from kvkeep.router.events.feeds import EventFeeds
+from kvkeep.router.events.following import Follower
 from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
-from kvkeep.router.prefix_hashes import token_hashes, token_root
 from kvkeep.router.prefix_index import PrefixIndex
 from kvkeep.router.snapshot import Endpoint
 from kvkeep.testing.tcp_proxy import FaultyRelay, NetworkFault
-
-BLOCK_TOKENS = 4
-NAME = "engine"
-WAIT_S = 20.0
-FIRST, SECOND, THIRD = ([n] * BLOCK_TOKENS for n in (1, 2, 3))
+from tests.integration.source_contract import (
+    BLOCK_TOKENS,
+    FIRST,
+    NAME,
+    SECOND,
+    THIRD,
+    SourceContract,
+    held,
+    removed,
+    stored,
+    until,
+)
 
 
 class Publisher:
@@ -71,34 +78,46 @@ class Publisher:
             await self._replay.send_multipart([client, b"", b"", b"\xff" * 8, b""])
 
 
-def stored(tokens: list[int], name: int, parent: int | None = None) -> dict[str, Any]:
-    return {
-        "type": "BlockStored",
-        "block_hashes": [name],
-        "parent_block_hash": parent,
-        "token_ids": tokens,
-        "block_size": BLOCK_TOKENS,
-        "lora_id": None,
-        "medium": "GPU",
-        "lora_name": None,
-        "ownership": "some field of a later version",
-    }
+class ZmqRig:
+    """An engine behind a relay."""
+
+    def __init__(self, publisher: Publisher, relay: FaultyRelay) -> None:
+        self._publisher, self.relay = publisher, relay
+
+    async def publish(self, *events: dict[str, Any]) -> None:
+        await self._publisher.publish(*events)
+
+    async def publish_bytes(self, payload: bytes) -> None:
+        await self._publisher.publish_bytes(payload)
+
+    def lose(self) -> None:
+        self._publisher.number += 1
+
+    def restart(self) -> None:
+        self._publisher.restart()
+
+    @asynccontextmanager
+    async def followed(self) -> AsyncIterator[tuple[Follower, PrefixIndex]]:
+        address = f"tcp://127.0.0.1:{self.relay.address[1]}"
+        replay = self._publisher.addresses[1]
+        async with followed(ZmqAddress(address, replay)) as (source, index):
+            # A subscription takes a moment to reach the publisher, and nothing says when it has.
+            while not source.counters.num_batches or not source.is_connected:
+                await self._publisher.publish()
+                await asyncio.sleep(0.01)
+            yield source, index
 
 
-def removed(name: int) -> dict[str, Any]:
-    return {"type": "BlockRemoved", "block_hashes": [name], "medium": "GPU"}
+class TestZmqSource(SourceContract):
+    """The contract of sources, over ZMQ."""
 
-
-async def until(is_so: Callable[[], bool]) -> None:
-    end_s = SystemClock().now_s() + WAIT_S
-    while not is_so():
-        assert SystemClock().now_s() < end_s
-        await asyncio.sleep(0.002)
-
-
-def held(index: PrefixIndex, *blocks: list[int]) -> int:
-    tokens = [token for block in blocks for token in block]
-    return index.match(token_hashes(tokens, BLOCK_TOKENS, token_root()), [NAME])[0]
+    @pytest.fixture
+    async def rig(self) -> AsyncIterator[ZmqRig]:
+        """An engine, and a relay before its events."""
+        async with publishing(()) as publisher:
+            port = int(publisher.addresses[0].rpartition(":")[2])
+            with FaultyRelay(("127.0.0.1", port)) as relay:
+                yield ZmqRig(publisher, relay)
 
 
 @asynccontextmanager
@@ -124,32 +143,6 @@ async def listening(
             with suppress(asyncio.CancelledError):
                 await task
         context.destroy(linger=0)
-
-
-async def test_what_an_engine_tells_is_known() -> None:
-    """Blocks are known with what they follow, and gone when they are removed."""
-    async with listening() as (publisher, _, index):
-        await publisher.publish(stored(FIRST, 11), stored(SECOND, 12, parent=11))
-        await until(lambda: held(index, FIRST, SECOND, THIRD) == 2)
-        await publisher.publish(removed(12))
-        await until(lambda: held(index, FIRST, SECOND) == 1)
-        await publisher.publish({"type": "AllBlocksCleared"})
-        await until(lambda: held(index, FIRST) == 0)
-
-
-async def test_what_was_told_before_is_asked_for() -> None:
-    """A router that starts later than the engine knows what the engine holds already."""
-    index = PrefixIndex(BLOCK_TOKENS)
-    context = zmq.asyncio.Context()
-    publisher = Publisher(context)
-    await publisher.publish(stored(FIRST, 11), is_lost=True)
-    source = ZmqSource(NAME, publisher.address, index)
-    tasks = [asyncio.create_task(publisher.serve()), asyncio.create_task(source.run())]
-    await until(lambda: held(index, FIRST) == 1)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    context.destroy(linger=0)
 
 
 async def test_lost_events_are_replayed() -> None:
@@ -180,19 +173,6 @@ async def test_events_lost_for_good_forget_the_engine(*, has_replay: bool) -> No
 
         assert held(index, FIRST) == 0
         assert source.counters.num_dropped == dropped + 1
-
-
-async def test_an_engine_that_restarts_is_forgotten() -> None:
-    """Numbers that begin again mean an empty cache."""
-    async with listening() as (publisher, _, index):
-        for _ in range(5):
-            await publisher.publish(stored(FIRST, 11))
-        await until(lambda: held(index, FIRST) == 1)
-        publisher.restart()
-        await publisher.publish(stored(SECOND, 22))
-        await until(lambda: held(index, SECOND) == 1)
-
-        assert held(index, FIRST) == 0
 
 
 @asynccontextmanager
@@ -253,29 +233,6 @@ async def test_an_engine_killed_and_restarted_is_known_anew(*, has_replay: bool)
             assert held(index, SECOND) == (1 if has_replay else 0)
 
 
-async def test_a_connection_that_breaks_costs_nothing_but_time() -> None:
-    """The same engine after a cut: what was missed is asked for, what was known stays."""
-    async with publishing(()) as publisher:
-        ports = [int(each.rpartition(":")[2]) for each in publisher.addresses]
-        with FaultyRelay(("127.0.0.1", ports[0])) as relay:
-            address = ZmqAddress(f"tcp://127.0.0.1:{relay.address[1]}", publisher.addresses[1])
-            async with followed(address) as (source, index):
-                await until(lambda: source.is_connected)
-                await publisher.publish(stored(FIRST, 11), is_lost=True)
-                while not held(index, FIRST):
-                    await publisher.publish()
-                    await asyncio.sleep(0.01)
-                dropped = source.counters.num_dropped
-                relay.strike(NetworkFault.REFUSED)
-                await until(lambda: not source.is_connected)
-                await publisher.publish(stored(SECOND, 12, parent=11))
-                relay.heal()
-                await until(lambda: held(index, FIRST, SECOND) == 2)
-
-                assert source.counters.num_dropped == dropped
-                assert source.counters.num_losses == 1
-
-
 class ManualClock:
     """Time that a test moves."""
 
@@ -302,7 +259,7 @@ async def test_a_frozen_publisher_is_forgotten_and_found_again(
                 relay.strike(NetworkFault.FROZEN)
                 await until(lambda: not source.is_connected)
                 was_kept = held(index, FIRST)
-                clock.at_s += zmq_source.FORGET_S + 1
+                clock.at_s += following.FORGET_S + 1
                 await until(lambda: held(index, FIRST) == 0)
                 relay.heal()
                 await until(lambda: held(index, FIRST) == 1)

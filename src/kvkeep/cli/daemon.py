@@ -17,6 +17,7 @@ from kvkeep.daemon.settings import load_settings
 @click.option("--pool", help="Path of the pool file; by default it follows from the socket.")
 @click.option("--pool-bytes", help="Size of the pool, such as 2GiB.")
 @click.option("--metrics-port", type=int, help="Port on 127.0.0.1 for /metrics and /status.")
+@click.option("--events-socket", help="Path at which routers hear which blocks are kept.")
 @click.option("--lease-s-max", type=float, help="The longest lease, in seconds.")
 @click.option("--sessions-max", type=int, help="Connections at once.")
 @click.option("--verify-on-start/--no-verify-on-start", default=None,

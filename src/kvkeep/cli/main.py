@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = {
     "daemon": "kvkeep.cli.daemon:daemon",
     "route": "kvkeep.cli.route:route",
     "announce": "kvkeep.cli.announce:announce",
+    "forward": "kvkeep.cli.forward:forward",
     "top": "kvkeep.cli.top:top",
     "doctor": "kvkeep.cli.doctor:doctor",
     "cache": "kvkeep.cli.cache:cache",

@@ -10,9 +10,12 @@ import logging
 import zmq
 
 from kvkeep.model.clock import Clock
+from kvkeep.model.errors import InputError
+from kvkeep.router.events.following import Follower, TakesEvents
+from kvkeep.router.events.nats_source import SUBJECTS, NatsAddress, NatsSource
 from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.events.source_counters import SourceCounters
-from kvkeep.router.events.zmq_source import TakesEvents, ZmqAddress, ZmqSource
+from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
 from kvkeep.router.prefix_index import PrefixIndex
 from kvkeep.router.snapshot import Endpoint
 
@@ -22,8 +25,10 @@ REPLAY_SUFFIX = ".replay"
 """Of a daemon's second socket."""
 
 
-def address_of(endpoint: Endpoint, said: EngineEvents) -> ZmqAddress:
+def address_of(endpoint: Endpoint, said: EngineEvents) -> ZmqAddress | NatsAddress:
     """Return where an engine publishes."""
+    if said.publish.startswith("nats://"):
+        return NatsAddress(said.publish, said.topic or f"{SUBJECTS}.{endpoint.name}")
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     return ZmqAddress(
         said.publish.replace("{host}", host),
@@ -38,16 +43,20 @@ class _Sources:
 
     def __init__(self, table: TakesEvents, clock: Clock) -> None:
         self._table, self._clock = table, clock
-        self._running: dict[str, tuple[ZmqSource, asyncio.Task[None]]] = {}
+        self._running: dict[str, tuple[Follower, asyncio.Task[None]]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._past = SourceCounters()
 
-    def begin(self, name: str, address: ZmqAddress) -> None:
+    def begin(self, name: str, address: ZmqAddress | NatsAddress) -> None:
         """Listen; a loop is running."""
         self.end(name)
-        source = ZmqSource(name, address, self._table, self._clock)
+        source: ZmqSource | NatsSource
+        if isinstance(address, NatsAddress):
+            source = NatsSource(name, address, self._table, self._clock)
+        else:
+            source = ZmqSource(name, address, self._table, self._clock)
         task = asyncio.get_running_loop().create_task(source.run())
-        task.add_done_callback(lambda done: self._ended(name, address, done))
+        task.add_done_callback(lambda done: self._ended(name, done))
         self._running[name] = source, task
 
     def end(self, name: str) -> None:
@@ -61,15 +70,15 @@ class _Sources:
         self._ending.add(task)
         task.cancel()
 
-    def _ended(self, name: str, address: ZmqAddress, task: asyncio.Task[None]) -> None:
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
         self._ending.discard(task)
         if task.cancelled():
             return
         error = task.exception()
         # Whatever it was, the fleet is routed without these events.
         self._table.drop(name)
-        log.error("events of %s at %s are not heard any more: %s", name, address.events, error)
-        if error is not None and not isinstance(error, zmq.ZMQError):
+        log.error("events of %s are not heard any more: %s", name, error)
+        if error is not None and not isinstance(error, zmq.ZMQError | InputError):
             raise error
 
     def is_running(self, name: str) -> bool:
