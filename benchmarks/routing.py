@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from benchmarks.figures import Figure, Target, emit, median_figure
+from kvkeep.model.announced import POOL_MEDIUM
+from kvkeep.router.events.block_events import BlockStored
 from kvkeep.router.policies.base import Policy
 from kvkeep.router.policies.consistent_hash import ConsistentHash
 from kvkeep.router.policies.least_loaded import LeastLoaded
@@ -146,7 +148,9 @@ def measure_choices(num_rounds: int) -> None:
     for name, values in spent.items():
         kind = "hashing" if name in ("text", "tokens") else "choice"
         emit(median_figure(f"routing.{kind}.{name}", values, "us"))
-    emit(_size_figure(chance))
+    emit(_size_figure("bytes_per_block_and_engine", _assumed))
+    emit(_size_figure("bytes_per_block_and_engine.events", _stored))
+    emit(_size_figure("bytes_per_block_and_daemon", _pooled))
 
 
 def _choose(
@@ -164,29 +168,58 @@ def _time(call: Callable[[int], object]) -> float:
     return 1e6 * (time.process_time() - begun) / CALLS
 
 
-def _size_figure(chance: Random) -> Figure:
-    """Return the bytes that a block known of an engine takes, of a full index."""
+def _size_figure(name: str, tell: Callable[[PrefixIndex, int, Random], int]) -> Figure:
+    """Return the bytes that a block known of an engine takes, of a full index.
+
+    Args:
+        name: Of the figure.
+        tell: Brings news of 8 blocks of one engine, and returns how many are known of all.
+    """
     import tracemalloc
 
+    chance = Random(1)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     index = PrefixIndex(BLOCK_TOKENS, 5 << 10)
     sizes = []
     for number in range(4000):
-        index.assume(f"engine-{number % 4}", [chance.getrandbits(60) for _ in range(8)])
+        num_known = tell(index, number, chance)
         if number > 1500 and number % 100 == 0:
             used, _ = tracemalloc.get_traced_memory()
-            num_known = sum(index.num_blocks(f"engine-{idx}") for idx in range(4))
             sizes.append((used - before) / num_known)
     tracemalloc.stop()
     return Figure(
-        figure="routing.index.bytes_per_block_and_engine",
+        figure=f"routing.index.{name}",
         value=statistics.median(sizes),
         unit="bytes",
         target=Target("value", "<=", 256),
         spread=(min(sizes), max(sizes)),
         samples=len(sizes),
     )
+
+
+def _assumed(index: PrefixIndex, number: int, chance: Random) -> int:
+    index.assume(f"engine-{number % 4}", [chance.getrandbits(60) for _ in range(8)])
+    return sum(index.num_blocks(f"engine-{idx}") for idx in range(4))
+
+
+def _stored(index: PrefixIndex, number: int, chance: Random) -> int:
+    index.apply(f"engine-{number % 4}", _event(chance, [chance.getrandbits(64) for _ in range(8)]))
+    return sum(index.num_blocks(f"engine-{idx}") for idx in range(4))
+
+
+def _pooled(index: PrefixIndex, number: int, chance: Random) -> int:
+    numbers = [chance.getrandbits(64) for _ in range(8)]
+    # Events of an engine and of its daemon are read from bytes: equal numbers are not one object.
+    copied = [int(str(each)) for each in numbers]
+    index.pools.apply("pool", BlockStored(copied, [], 1, medium=POOL_MEDIUM))
+    index.apply("engine-0", _event(chance, numbers, POOL_MEDIUM))
+    return index.pools.num_blocks("pool")
+
+
+def _event(chance: Random, numbers: list[int], medium: str = "GPU") -> BlockStored:
+    tokens = [chance.getrandbits(16) for _ in range(8 * BLOCK_TOKENS)]
+    return BlockStored([*numbers], tokens, BLOCK_TOKENS, medium=medium)
 
 
 if __name__ == "__main__":
