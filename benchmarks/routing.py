@@ -17,7 +17,7 @@ from random import Random
 
 from benchmarks.figures import Figure, Target, emit, median_figure
 from kvkeep.model.announced import POOL_MEDIUM
-from kvkeep.router.events.block_events import BlockStored
+from kvkeep.router.events.block_events import BlockStored, Hash
 from kvkeep.router.policies.base import Policy
 from kvkeep.router.policies.consistent_hash import ConsistentHash
 from kvkeep.router.policies.least_loaded import LeastLoaded
@@ -211,7 +211,7 @@ def _stored(index: PrefixIndex, number: int, chance: Random) -> int:
 def _pooled(index: PrefixIndex, number: int, chance: Random) -> int:
     numbers = [chance.getrandbits(64) for _ in range(8)]
     # Events of an engine and of its daemon are read from bytes: equal numbers are not one object.
-    copied = [int(str(each)) for each in numbers]
+    copied: list[Hash] = [int(str(each)) for each in numbers]
     index.pools.apply("pool", BlockStored(copied, [], 1, medium=POOL_MEDIUM))
     index.apply("engine-0", _event(chance, numbers, POOL_MEDIUM))
     return index.pools.num_blocks("pool")
