@@ -37,9 +37,9 @@ class HandOffSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     engine as it is: such parameters can name memory of other engines."""
     prefill_timeout_s: Seconds = 120.0
     """From sending a prefill until its whole answer."""
-    decode_timeout_s: Seconds = 120.0
-    """From sending the request to a decode engine until its response begins; after that
-    ``relay.upstream_silence_s`` counts."""
+    decode_timeout_s: Seconds = 600.0
+    """From sending the request to a decode engine until its response begins, which is its end if it
+    is not streamed; after that ``relay.upstream_silence_s`` counts."""
     prefill_attempts: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
     """Prefill engines that one request is sent to at most, under the retry budget."""
     decode_attempts: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3
