@@ -46,7 +46,9 @@ MESSAGES = st.one_of(
     st.builds(m.Reserve, IDS, NAMESPACES, IDS, HASH_TEXTS, IDS, IDS, SECONDS),
     st.builds(m.Commit, IDS, IDS, st.binary(max_size=9), IDS),
     st.builds(m.ReportCorrupt, NAMESPACES, IDS, HASH_TEXTS),
-    st.builds(m.ReportHandoff, st.sampled_from(get_args(m.HandoffOutcome)) | st.just("x"), IDS, IDS),
+    st.builds(
+        m.ReportHandoff, st.sampled_from(get_args(m.HandoffOutcome)) | st.just("x"), IDS, IDS
+    ),
     st.builds(m.Ping, IDS), st.builds(m.GetStatus, IDS), st.builds(m.Clear, IDS),
 )  # fmt: skip
 HELLO = m.Hello(VERSION, "worker", "one", WIRE_LAYOUT)
