@@ -35,9 +35,9 @@ WATCHED = (
     *("read_leases", "write_leases"),
     *("slots_free", "slots_ready", "slots_writing", "slots_doomed", "slots_fenced"),
 )
-CANARIES = 1
-"""A process that wrote has one slot for its canary, fenced off from its leave until it ends; all
-engines are threads of this process."""
+CANARIES = NUM_ENGINES
+"""An engine that left has one slot for its canary, fenced off until it greets again or its process
+ends; all engines are threads of this process."""
 LAST_LEASES_S = 15.0
 """Leases that nobody released have run out by then."""
 

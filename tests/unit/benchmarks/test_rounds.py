@@ -1,6 +1,6 @@
 """One round of the time-to-first-token benchmark, on an engine that is only imagined."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -36,7 +36,15 @@ class ImaginedEngine(Engine):
     def prompt_of(self, text: str, num_tokens: int) -> str:
         return text[:num_tokens]
 
-    def complete(self, prompt: str, *, max_tokens: int = 4, logprobs: int | None = None) -> Answer:
+    def complete(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 4,
+        logprobs: int | None = None,
+        salt: str | None = None,
+        begun: Callable[[], object] = lambda: None,
+    ) -> Answer:
         if prompt in self.local:
             self.hits["local_hits"] += self.served_tokens
         elif prompt in self.seen and self.stores:
