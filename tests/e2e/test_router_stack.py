@@ -178,7 +178,7 @@ def test_a_prompt_goes_where_its_blocks_are(stack: dict[str, Any], client: opena
     assert f"holds {num_cached // 32} of" in again
     assert num_cached >= 160
     assert workers(stack)[name]["is_heard"]
-    assert seen(stack)["gauges"]["pools_heard"] == 1
+    wait_until(lambda: seen(stack)["gauges"]["pool_blocks"] > 0, "the daemon has said so too")
 
 
 def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
