@@ -20,9 +20,12 @@ from tests.integration.daemons import (
     Worker,
     connect,
     hashes_of,
+    opened_prefixes,
     running_daemon,
+    wait_until,
 )
-from tests.integration.test_movement import daemon_with_disk, store_sequence
+from tests.integration.test_movement import daemon_with, daemon_with_disk, store_sequence
+from tests.servers.tier_server import tier_server
 
 
 def why(daemon: Daemon, *arguments: str) -> Any:
@@ -133,3 +136,53 @@ def test_a_block_that_stays_in_its_tier_is_named(tmp_path: Path) -> None:
 
         assert found["reason"]["code"] == "in_tier"
         assert "in disk" in found["reason"]["text"]
+
+
+def test_a_tier_that_does_not_answer_is_no_tier_that_has_the_block(tmp_path: Path) -> None:
+    """Its server is killed: the reason names that, for blocks it had and for unknown ones."""
+    hashes = hashes_of(0, 4)
+    with (
+        tier_server("valkey") as server,
+        daemon_with(
+            tmp_path, server.tier | {"timeout_s": 0.5, "deadline_s": 1.0}, planner="load"
+        ) as daemon,
+        Worker(daemon) as worker,
+        opened_prefixes(daemon, patience_s=5.0) as client,
+    ):
+        store_sequence(daemon, worker, hashes)
+        clear = ["cache", "clear", "--tier", "pool", "--socket", daemon.socket]
+        assert CliRunner().invoke(main, clear).exit_code == 0
+        server.kill()
+
+        def reason(name: str, wanted: list[BlockHash]) -> dict[str, str]:
+            question = client.ask(NAMESPACE, 0, wanted, engine_request=name)
+            assert question is not None
+            client.answer(question, CALL_TIMEOUT_S)
+            (found, *_) = why(daemon, name)["requests"]
+            return dict(found["reason"])
+
+        wait_until(lambda: reason("cmpl-had", hashes)["code"] == "tier_away", "left alone", 30.0)
+        had = reason("cmpl-had", hashes)
+        unknown = reason("cmpl-unknown", hashes_of(500, 4))
+
+        assert "valkey does not answer now" in had["text"]
+        assert "nothing to load" not in had["text"]
+        assert unknown["code"] == "never_stored"
+        assert "valkey does not answer now" in unknown["text"]
+
+
+def test_a_clear_that_was_refused_clears_nothing() -> None:
+    """A block that is evicted later was evicted, whatever was asked and turned down before."""
+    hashes = hashes_of(0, 4)
+    with running_daemon() as daemon, Worker(daemon) as worker:
+        worker.store(hashes)
+        refused = ["cache", "clear", "--tier", "pool", "--tier", "nosuch"]
+        done = CliRunner().invoke(main, [*refused, "--socket", daemon.socket])
+        while worker.store(hashes_of(10_000 + daemon.counter("blocks_stored"), 250)):
+            if daemon.counter("blocks_evicted") > 250:
+                break
+        ask(daemon, NAMESPACE, hashes, "cmpl-evicted")
+        (found,) = why(daemon, "cmpl-evicted")["requests"]
+
+        assert done.exit_code == 2
+        assert found["reason"]["code"] == "evicted"

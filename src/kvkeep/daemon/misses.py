@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from kvkeep.core.blocks import BlockState
+from kvkeep.core.breaker import BreakerState
 from kvkeep.core.eviction.base import fingerprint_of
+from kvkeep.daemon.movement.lower_tier import LowerTier
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.movement.promotion import Wanted
+from kvkeep.daemon.movement.proving import Proof
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import Clock
 from kvkeep.model.ids import BlockHash, BlockKey, Namespace
@@ -39,7 +42,7 @@ class Reason:
 
     code: str
     """For a program: ``never_stored``, ``evicted``, ``cleared``, ``rotten``, ``being_stored``,
-    ``in_tier``, ``not_lent``, ``none`` or ``no_pool``."""
+    ``in_tier``, ``tier_away``, ``none`` or ``no_pool``."""
     text: str
     """For a person."""
 
@@ -112,7 +115,9 @@ class Misses:
         if engine_request is None:
             return
         missing = wanted.keys(num_lent, num_lent + 1)
-        reason = self.reason(missing[0]) if missing else Reason("none", "every block was lent")
+        reason = Reason("none", "every block was lent")
+        if missing:
+            reason = self.reason(missing[0], wanted, num_lent)
         self._outcomes.append(
             Outcome(
                 engine_request, engine_id, wanted.namespace, wanted.group_idx,
@@ -123,8 +128,14 @@ class Misses:
 
     # ---- reasons
 
-    def reason(self, key: BlockKey) -> Reason:
-        """Why this block can't be had in the pool now."""
+    def reason(self, key: BlockKey, wanted: Wanted | None = None, num_lent: int = 0) -> Reason:
+        """Why this block can't be had in the pool now.
+
+        Args:
+            key: Of the block.
+            wanted: The question that did not find it, if one was asked just now.
+            num_lent: Blocks that were lent for it.
+        """
         node = self._shell.node
         if node is None:
             return Reason("no_pool", "no engine has opened the pool yet")
@@ -133,11 +144,41 @@ class Misses:
             return Reason("none", "the block is readable")
         if slot is not None:
             return Reason("being_stored", "the block was just being written")
-        for tier in self._movement.tiers:
-            if tier.has(key):
-                plan = self._movement.plan_reason or "it was not asked for"
+        holders = [tier for tier in self._movement.tiers if tier.has(key)]
+        for tier in holders:
+            if not _why_away(tier):
+                plan = self._plan_reason(tier, wanted, num_lent)
                 return Reason("in_tier", f"the block is in {tier.name} and did not come: {plan}")
-        return self._lost(key)
+        for tier in holders:
+            text = f"the block was in {tier.name} when that last answered; {_why_away(tier)}"
+            return Reason("tier_away", text)
+        lost = self._lost(key)
+        return Reason(lost.code, "; ".join([lost.text, *self._not_asked()]))
+
+    def _plan_reason(self, tier: LowerTier, wanted: Wanted | None, num_lent: int) -> str:
+        """Why a tier that has the block and can be asked did not give it for this question."""
+        pace = self._movement.pace
+        if wanted is None or pace is None:
+            return "it is brought when an engine asks for it, if that pays"
+        # Weighed again: what the planner said last may have been about another request.
+        if not pace.may_pay(num_lent, len(wanted.hashes), tier, wanted.prefill_tokens_s):
+            return self._movement.plan_reason
+        return (
+            "too little of the prefix is there to pay, it came too late, could not be read, or the "
+            "pool had no room"
+        )
+
+    def _not_asked(self) -> list[str]:
+        """What can't be asked now for a block that nobody knows of, each in words."""
+        movement = self._movement
+        away = [why for tier in movement.tiers if (why := _why_away(tier))]
+        away += [f"{name} can't be used ({why})" for name, why in movement.closed_tiers.items()]
+        away += [
+            f"{name} is just being opened"
+            for name in movement.opening_tiers
+            if name not in movement.closed_tiers
+        ]
+        return [f"{why}, and may have it" for why in away]
 
     def _lost(self, key: BlockKey) -> Reason:
         """Why a block is nowhere."""
@@ -223,3 +264,14 @@ class Misses:
                 }
             )
         return {"namespaces": shown}
+
+
+def _why_away(tier: LowerTier) -> str:
+    """Why nothing can be had from an open tier now; empty if it answers."""
+    if tier.queue.breaker_state is not BreakerState.CLOSED:
+        return f"{tier.name} does not answer now: its calls fail or hang"
+    if tier.proof is Proof.AWAITED:
+        return f"{tier.name} has not answered yet"
+    if tier.is_held:
+        return f"{tier.name} is just being cleared"
+    return ""

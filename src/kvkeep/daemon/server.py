@@ -189,7 +189,7 @@ class SessionProtocol(asyncio.Protocol):
                 found = self._server.inspection.verify(message.tier)
                 self._begin_telling(message.request_id, found)
             case m.ClearTiers():
-                self._clear_tiers(message)
+                self._begin_telling(message.request_id, self._clear_tiers(message))
             case m.Explain():
                 self._explain(message)
             case m.Prefetch():
@@ -446,11 +446,11 @@ class SessionProtocol(asyncio.Protocol):
         namespace = None if message.namespace is None else Namespace(message.namespace)
         yield await self._server.inspection.keys(message.tier, namespace, message.limit)
 
-    def _clear_tiers(self, message: m.ClearTiers) -> None:
-        if POOL in message.tiers:
-            self._server.misses.cleared()
-        found = self._server.inspection.clear(message.tiers)
-        self._begin_telling(message.request_id, found)
+    async def _clear_tiers(self, message: m.ClearTiers) -> AsyncIterator[Mapping[str, object]]:
+        async for part in self._server.inspection.clear(message.tiers):
+            if part["tier"] == POOL:
+                self._server.misses.cleared()
+            yield part
 
     def _explain(self, message: m.Explain) -> None:
         misses = self._server.misses

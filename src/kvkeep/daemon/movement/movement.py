@@ -80,6 +80,11 @@ class Movement:
         """Why a tier could not be opened, by its name."""
         return self._set.failed
 
+    @property
+    def opening_tiers(self) -> Sequence[str]:
+        """Names of those that are being opened now."""
+        return list(self._set.opening)
+
     # ---- opening and closing
 
     async def opened(self) -> None:
@@ -126,7 +131,16 @@ class Movement:
         self._cascade = self._promotion = None
         return movers
 
-    async def _take_stock(self, cascade: Cascade, tier: LowerTier) -> None:
+    async def _take_stock_again(self, cascade: Cascade, tier: LowerTier) -> None:
+        """A tier could not be reached, or has lost something: it may have lost everything."""
+        try:
+            await self._take_stock(cascade, tier, are_uses=False)
+        finally:
+            tier.known.stock_ended()
+
+    async def _take_stock(
+        self, cascade: Cascade, tier: LowerTier, *, are_uses: bool = True
+    ) -> None:
         """Blocks that were readable before this tier was open, as after a restart.
 
         It may have most of them already, which nobody knows of a tier that is not local.
@@ -137,7 +151,7 @@ class Movement:
         for start in range(0, len(keys), USES_AT_ONCE):
             batch = keys[start : start + USES_AT_ONCE]
             await tier.take_stock(batch)
-            cascade.ready(batch, [tier])
+            cascade.ready(batch, [tier], are_uses=are_uses)
             await asyncio.sleep(0)  # others have their turn
 
     async def _end(self, movers: Sequence[Mover], tiers: TierSet) -> None:
@@ -158,6 +172,10 @@ class Movement:
         self._set.retry()
         for tier in self.tiers:
             tier.tick()
+            if tier.wants_stock and self._cascade is not None:
+                tier.known.stock_begun(self._clock.now_s())
+                log.info("a tier is asked for the pool's blocks again. tier=%s", tier.name)
+                self._begin(self._take_stock_again(self._cascade, tier), self._stocks)
 
     def status(self) -> dict[str, object]:
         """What stands below the pool, for a person or a script."""
