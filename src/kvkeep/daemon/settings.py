@@ -17,7 +17,6 @@ from kvkeep.core.quotas import OTHERS, TENANTS_MAX
 from kvkeep.daemon.sequences.settings import SequenceSettings, with_sequence_sizes
 from kvkeep.daemon.tier_settings import (
     AnyTierSettings,
-    DiskTierSettings,
     Share,
     check_places,
     with_names,
@@ -91,8 +90,6 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("quotas are more than 1 together: lower a share")
         if len(self.quotas) > TENANTS_MAX:
             raise ValueError(f"quotas names more than {TENANTS_MAX} tenants: leave some out")
-        if any("\0" in tier.folder for tier in self.tiers if isinstance(tier, DiskTierSettings)):
-            raise ValueError("a path holds no zero byte: write another folder")
         check_places(with_names(self.tiers))
         if len(self.socket_path.encode()) > SOCKET_PATH_BYTES_MAX:
             raise ValueError(

@@ -5,12 +5,18 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
 
+from kvkeep.model.addresses import checked_folder, checked_host, place_of
+from kvkeep.model.errors import InputError
 from kvkeep.model.sizes import parse_bytes
+from kvkeep.tiers.entry_names import checked_prefix
+from kvkeep.tiers.mooncake.settings import parse_master
+from kvkeep.tiers.object_store import parse_endpoint, parse_location
+from kvkeep.tiers.valkey_wire import parse_url
 
 SIZE_FIELDS = ("capacity_bytes", "segment_bytes", "queue_bytes_max", "write_bytes_per_s")
 """Fields in which ``100GiB`` style is understood."""
@@ -159,47 +165,103 @@ def with_names(tiers: Sequence[AnyTierSettings]) -> list[AnyTierSettings]:
 
 
 def check_places(tiers: Sequence[AnyTierSettings]) -> None:
-    """Refuse two tiers that would keep their blocks in one place.
+    """Refuse places that can't be, and two tiers that would keep their blocks in one.
 
     Args:
         tiers: Each with its name.
 
     Raises:
-        ValueError: Says which two, and the mend.
+        ValueError: Says which, and the mend.
     """
-    users: dict[object, TierSettings] = {}
+    users: list[tuple[_Place, AnyTierSettings]] = []
     for tier in tiers:
-        for place in _places(tier):
-            other = users.setdefault(place, tier)
-            if other is not tier:
+        places = _checked_places(tier)
+        for place, (taken, other) in itertools.product(places, users):
+            if place.overlaps(taken):
+                folders = isinstance(tier, DiskTierSettings) or isinstance(other, DiskTierSettings)
                 mend = (
                     "give each a folder of its own"
-                    if isinstance(tier, DiskTierSettings)
+                    if folders
                     else "leave one out, or give each a prefix of its own"
                 )
                 raise ValueError(
                     f"the tiers {other.name!r} and {tier.name!r} would keep their blocks in one "
                     f"place: {mend}"
                 )
+        users += [(place, tier) for place in places]
 
 
-def _places(tier: AnyTierSettings) -> list[object]:
+class _Place(msgspec.Struct, frozen=True):
     """What two tiers can't both have, in one spelling."""
+
+    where: tuple[object, ...]
+    prefix: str | None = None
+    """Of the names that are used there; None: all are."""
+
+    def overlaps(self, other: "_Place") -> bool:
+        both = (self.prefix, other.prefix)
+        return self.where == other.where and (None in both or self.prefix == other.prefix)
+
+
+def _checked_places(tier: AnyTierSettings) -> "list[_Place]":
+    """Where a tier keeps its blocks.
+
+    Raises:
+        ValueError: There can be no such place, or a text of the tier holds a zero byte.
+    """
+    for field in tier.__struct_fields__:
+        value = getattr(tier, field)
+        if any("\0" in text for text in (value if isinstance(value, list) else [str(value)])):
+            raise ValueError(
+                f"{field} of the tier {tier.name!r} holds a zero byte: a path or address holds no "
+                "zero byte, write another"
+            )
+    try:
+        return list(_places(tier))
+    except (InputError, ValueError) as error:
+        raise ValueError(f"the tier {tier.name}: {error}") from None
+
+
+def _places(tier: AnyTierSettings) -> "Iterator[_Place]":
+    if isinstance(tier, DiskTierSettings):
+        for where in _folder_places(tier.folder, "folder"):
+            yield _Place(where)
+        return
+    prefix = checked_prefix(tier.prefix)
     match tier:
-        case DiskTierSettings():
-            folder = os.path.realpath(os.path.expanduser(tier.folder))
-            places: list[object] = [("folder", folder)]
-            with contextlib.suppress(OSError):
-                # The same folder in two places of the file system: a bind mount.
-                found = os.stat(folder)
-                places.append(("inode", found.st_dev, found.st_ino))
-            return places
         case ValkeyTierSettings():
-            return [(tier.kind, tier.url, tier.prefix)]
+            address, _, _ = parse_url(tier.url)
+            host = address.unix_path and os.path.realpath(address.unix_path)
+            host = host or place_of(checked_host(address.host))
+            port = 0 if address.unix_path else address.port
+            yield _Place((tier.kind, host, port, address.database), prefix)
         case ObjectStoreTierSettings():
-            return [(tier.kind, tier.endpoint.rstrip("/"), tier.url.rstrip("/"), tier.prefix)]
+            scheme, place = parse_location(tier.url)
+            if scheme == "file":
+                for where in _folder_places(place, "the folder of `url`"):
+                    yield _Place(where, prefix)
+            if tier.endpoint:
+                parse_endpoint(tier.endpoint)
+            if scheme == "s3":
+                # As the tier does.
+                endpoint = tier.endpoint or os.environ.get("AWS_ENDPOINT_URL", "")
+                _, host, port, path = parse_endpoint(endpoint) if endpoint else ("", "", 0, "")
+                yield _Place((tier.kind, place_of(host), port, path, place), prefix)
         case MooncakeTierSettings():
-            return [(tier.kind, tier.master, tier.prefix)]
+            host, port = parse_master(tier.master)
+            yield _Place((tier.kind, place_of(host), port), prefix)
+
+
+def _folder_places(folder: str, field: str) -> Iterator[tuple[object, ...]]:
+    try:
+        path = checked_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"{field} can't be, {error}: write another") from None
+    yield ("folder", path)
+    with contextlib.suppress(OSError):
+        # The same folder in two places of the file system: a bind mount.
+        found = os.stat(path)
+        yield ("inode", found.st_dev, found.st_ino)
 
 
 def with_sizes(tier: Any) -> Any:

@@ -27,6 +27,10 @@ def read_private(path: Path, what: str, bytes_max: int) -> bytes:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:
+        raise InputError(
+            f"the {what} {str(path)!r} can't be: a path holds no zero byte; name another"
+        ) from error
     except OSError as error:
         raise InputError(
             f"the {what} {path} can't be opened ({error.strerror}): name another"

@@ -14,8 +14,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
-from urllib.parse import urlsplit
 
+from kvkeep.model import addresses
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import BlockKey
@@ -326,6 +326,29 @@ class ObjectStoreTier:
         )
 
 
+def parse_endpoint(endpoint: str) -> tuple[str, str, int, str]:
+    """Read ``https://host:port``, or ``http``; a path may follow.
+
+    Returns:
+        Scheme, host in one spelling, port, path without slashes at its ends.
+
+    Raises:
+        InputError: It is none of these. The message holds nothing of it, as it may hold a password.
+    """
+    try:
+        parts = addresses.split_url(endpoint)
+        port = addresses.port_of(parts, 443 if parts.scheme == "https" else 80)
+        host = addresses.checked_host(parts.hostname) if parts.hostname else ""
+    except ValueError as error:
+        raise InputError(f"an S3 server's `endpoint` can't be so, {error}: mend it") from None
+    is_plain = not (parts.username or parts.password or parts.query or parts.fragment)
+    if parts.scheme not in ("http", "https") or not host or not is_plain or " " in endpoint:
+        raise InputError(
+            "an S3 server's `endpoint` is written https://host:port, without a user or spaces"
+        )
+    return parts.scheme, host, port, parts.path.strip("/")
+
+
 def _imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -335,13 +358,28 @@ def _imported(module: str) -> Any:
 
 def _opened(settings: ObjectStoreSettings, environment: Mapping[str, str]) -> "ObjectStore":
     stores = _imported("obstore.store")
-    scheme, _, place = settings.url.partition("://")
-    if scheme == "memory" and not place:
+    scheme, place = parse_location(settings.url)
+    if scheme == "memory":
         return cast("ObjectStore", stores.MemoryStore())
-    if scheme == "file" and place.startswith("/"):
+    if scheme == "file":
         return _opened_folder(stores, place)
-    if scheme == "s3" and _BUCKET.fullmatch(place):
-        return _opened_s3(stores, settings, place, environment)
+    return _opened_s3(stores, settings, place, environment)
+
+
+def parse_location(url: str) -> tuple[str, str]:
+    """Read ``s3://bucket``, ``file:///folder`` or ``memory://``.
+
+    Returns:
+        Scheme; bucket or folder.
+
+    Raises:
+        InputError: It is none of these.
+    """
+    scheme, _, place = url.partition("://")
+    is_bucket = scheme == "s3" and _BUCKET.fullmatch(place) is not None
+    is_folder = scheme == "file" and place.startswith("/")
+    if is_bucket or is_folder or url == "memory://":
+        return scheme, place
     raise InputError(
         "an object store's `url` is s3://bucket with 3 to 63 lower-case letters, digits, '.' "
         "and '-', or file:///folder, or memory://"
@@ -405,14 +443,12 @@ def _opened_s3(
 def _may_be_http(endpoint: str, settings: ObjectStoreSettings) -> bool:
     if not endpoint:
         return False
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-        raise InputError("an S3 server's `endpoint` is written https://host:port, without a user")
-    if parts.scheme == "https":
+    scheme, host, *_ = parse_endpoint(endpoint)
+    if scheme == "https":
         return False
-    if settings.allow_http or parts.hostname in LOOPBACK:
+    if settings.allow_http or host in LOOPBACK:
         return True
     raise InputError(
-        f"{parts.hostname} would get keys and blocks in clear: write https:// in `endpoint`, "
+        f"{host} would get keys and blocks in clear: write https:// in `endpoint`, "
         "or set `allow_http`"
     )

@@ -411,5 +411,5 @@ def _as_words(*words: str | int) -> bytes:
 def _trusted(ca_file: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file or None)
-    except (OSError, ssl.SSLError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise InputError(f"{ca_file!r} holds no certificates to trust: mend `ca_file`") from error

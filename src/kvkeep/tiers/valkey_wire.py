@@ -15,14 +15,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote
 
+from kvkeep.model import addresses
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError
 
 Piece = bytes | memoryview
 
 PORT_DEFAULT: Final = 6379
+DATABASE_MAX: Final = (1 << 31) - 1
+"""The largest number that a server reads."""
 BUFFER_BYTES: Final = 4096
 """For the lines between values: small, as what of a value falls into it is copied once more."""
 PIECES_MAX: Final = 512
@@ -88,25 +91,36 @@ def parse_url(url: str) -> tuple[ServerAddress, str | None, str | None]:
             password.
     """
     try:
-        parts = urlsplit(url)
-        port = parts.port or PORT_DEFAULT
-    except ValueError:
-        raise InputError("the address of the Valkey server has no valid port: mend `url`") from None
+        return _parsed(addresses.split_url(url))
+    except ValueError as error:
+        raise InputError(
+            f"the address of the Valkey server can't be, {error}: mend `url`"
+        ) from None
+
+
+def _parsed(parts: SplitResult) -> tuple[ServerAddress, str | None, str | None]:
     user, password = (unquote(text) if text else None for text in (parts.username, parts.password))
     if parts.scheme == "unix" and parts.path:
-        return ServerAddress(unix_path=unquote(parts.path)), user, password
+        path = unquote(parts.path)
+        addresses.check_socket_path(path)
+        return ServerAddress(unix_path=path), user, password
+    port = addresses.port_of(parts, PORT_DEFAULT)
     database = parts.path.strip("/") or "0"
     if parts.scheme not in ("valkey", "valkeys", "redis", "rediss") or not parts.hostname:
         raise InputError(
             "the address of a Valkey server is written valkey://host:port/0, valkeys:// for TLS, "
             "or unix:///path: mend `url`"
         )
-    if not (database.isascii() and database.isdigit()) or parts.query or parts.fragment:
+    is_number = database.isascii() and database.isdigit() and len(database) <= 10
+    if not is_number or parts.query or parts.fragment:
         raise InputError(
             "behind host and port of a Valkey server's `url` stands a database number or nothing: "
             "set everything else as settings of their own"
         )
+    if int(database) > DATABASE_MAX:
+        raise ValueError(f"its database is none from 0 to {DATABASE_MAX}")
     is_tls = parts.scheme in ("valkeys", "rediss")
+    addresses.checked_host(parts.hostname)
     return ServerAddress(parts.hostname, port, "", is_tls, int(database)), user, password
 
 

@@ -36,6 +36,12 @@ def test_a_file_open_to_others_is_refused(tmp_path: Path) -> None:
         read_secret(_file(tmp_path, SECRET, 0o640), "key")
 
 
+def test_a_path_that_can_not_be_is_refused() -> None:
+    """In one sentence, as every other."""
+    with pytest.raises(InputError, match="no zero byte"):
+        read_secret(Path("a\0b"), "key")
+
+
 def test_a_long_file_is_refused(tmp_path: Path) -> None:
     """It is not read to its end."""
     with pytest.raises(InputError, match="more than 10 bytes"):

@@ -50,6 +50,9 @@ class TestSettings:
         [
             ({"master": "nowhere"}, "host:port"),
             ({"master": "host:0"}, "host:port"),
+            ({"master": "h:1:2"}, "host:port"),
+            ({"master": "a b:1"}, "host:port"),
+            ({"local_hostname": "a b"}, "local_hostname"),
             ({"protocol": "carrier pigeon"}, "tcp or rdma"),
             ({"timeout_s": 0.0}, "timeout_s"),
             ({"timeout_s": float("nan")}, "timeout_s"),

@@ -40,6 +40,11 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"url": "s3://bucket", "endpoint": "http://h", **KEYS}, "in clear.*allow_http"),
         ({"url": "s3://bucket", "endpoint": "ftp://h", **KEYS}, "https://host:port"),
         ({"url": "s3://bucket", "endpoint": "https://u:hunter2@h", **KEYS}, "without a user"),
+        ({"url": "s3://bucket", "endpoint": "https://:hunter2@h", **KEYS}, "without a user"),
+        ({"url": "s3://bucket", "endpoint": "http://[::1", **KEYS}, "`endpoint` can't be so"),
+        ({"url": "s3://bucket", "endpoint": "https://h:99999", **KEYS}, "its port is none"),
+        ({"url": "s3://bucket", "endpoint": "https://a..b", **KEYS}, "its host is no name"),
+        ({"url": "s3://bucket", "endpoint": "https://h/ a", **KEYS}, "spaces"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(settings: dict[str, Any], complaint: str) -> None:

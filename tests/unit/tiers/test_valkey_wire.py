@@ -198,6 +198,9 @@ def test_an_address_is_read(
     [
         *("", "h:1", "http://h", "valkey://", "valkey://s3cret@h:x", "valkey://h/a", "unix://"),
         *("valkey://:s3cret@h/0?x=1", "valkey://h:99999"),
+        *("valkey://[::1", "valkey://h:0", "valkey://ho st:1", "valkey://a..b:1"),
+        *(f"valkey://{'a' * 70}:1", "valkey://h/99999999999999999999", "valkey://h/2147483648"),
+        *(f"unix:///{'a' * 107}", "unix:///a%00b", "valkey://h\n:1"),
     ],
 )
 def test_another_address_is_refused(url: str) -> None:

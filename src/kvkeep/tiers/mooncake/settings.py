@@ -1,9 +1,11 @@
 """What the tier on Mooncake Store can be told."""
 
+import contextlib
 import ipaddress
 from dataclasses import dataclass
 from typing import Literal
 
+from kvkeep.model.addresses import checked_host, split_host_port
 from kvkeep.model.errors import InputError
 from kvkeep.tiers.base import VALUE_BYTES_MAX
 from kvkeep.tiers.entry_names import PREFIX_DEFAULT, checked_prefix
@@ -47,12 +49,8 @@ class MooncakeSettings:
 
     def __post_init__(self) -> None:
         checked_prefix(self.prefix)
-        host, _, port = self.master.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-            raise InputError(
-                f"{self.master!r} is no address of a mooncake_master: write host:port, "
-                "such as 127.0.0.1:50051"
-            )
+        parse_master(self.master)
+        _check_host(self.local_hostname)
         if self.protocol not in ("tcp", "rdma"):
             raise InputError(
                 f"Mooncake's protocol {self.protocol!r} is not known here: choose tcp or rdma"
@@ -69,6 +67,34 @@ class MooncakeSettings:
         for name, value, low, high in limits:
             if not low <= value <= high:
                 raise InputError(f"{name} = {value} is out of range: choose {low} to {high}")
+
+
+def parse_master(text: str) -> tuple[str, int]:
+    """Host, in one spelling, and port of a ``mooncake_master``.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        return split_host_port(text)
+    except ValueError as error:
+        raise InputError(
+            f"{text[:80]!r} is no address of a mooncake_master, {error}: write host:port, "
+            "such as 127.0.0.1:50051"
+        ) from None
+
+
+def _check_host(text: str) -> None:
+    try:
+        checked_host(text)
+    except ValueError as error:
+        with contextlib.suppress(ValueError):
+            split_host_port(text)
+            return
+        raise InputError(
+            f"local_hostname = {text[:80]!r} can't be, {error}: write a name or address of this "
+            "host"
+        ) from None
 
 
 def _check_address(text: str) -> None:
