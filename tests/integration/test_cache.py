@@ -309,3 +309,31 @@ def test_bad_input_is_one_sentence(daemon: Daemon) -> None:
 
     assert [(each.exit_code, each.stderr.count("\n")) for each in done] == [(2, 1)] * 4
     assert "choose from pool" in done[0].stderr
+
+
+def test_a_tier_that_can_t_be_looked_at_is_named(tmp_path: Path) -> None:
+    """Before an engine has come, and where its folder can't be used: never passed over in silence.
+
+    Who names the tiers that are meant is not told of others.
+    """
+    (tmp_path / "file").write_text("no folder")
+    tiers = [
+        {"kind": "disk", "folder": str(tmp_path / name), "capacity_bytes": "64MiB", "name": name}
+        for name in ("good", "file")
+    ]
+    config = tmp_path / "daemon.yaml"
+    config.write_text(json.dumps({"tiers": tiers}))
+    with running_daemon(config=config) as daemon:
+        waiting = [run(daemon, "verify"), run(daemon, "clear", "--yes", "--json")]
+        with Worker(daemon):
+            wait_for_tiers(daemon)
+            failed = [run(daemon, "verify"), run(daemon, "clear", "--yes", "--json")]
+            named = run(daemon, "clear", "--tier", "pool", "--tier", "good")
+
+    assert [each.exit_code for each in (*waiting, *failed)] == [1] * 4
+    assert all("good: not " in each.stderr and "file: not " in each.stderr for each in waiting)
+    assert all("good: not " not in each.stderr for each in failed)
+    assert all("file: not " in each.stderr for each in failed)
+    assert list(json.loads(failed[1].stdout)["left_out"]) == ["file"]
+    assert [each["tier"] for each in json.loads(failed[1].stdout)["tiers"]] == ["good", "pool"]
+    assert named.exit_code == 0

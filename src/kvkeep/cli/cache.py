@@ -11,13 +11,13 @@ from rich.table import Table
 
 from kvkeep.cli.asking import ask_status, asked_daemon, told
 from kvkeep.cli.status import readable_bytes
-from kvkeep.client.connection import Connection
 from kvkeep.model.errors import InputError
 from kvkeep.model.ids import HASH_BYTES
 from kvkeep.protocol import messages as m
 
 POOL = "pool"
 EXIT_ROTTEN = 1
+EXIT_LEFT_OUT = 1
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
@@ -109,10 +109,25 @@ def _state_of(tier: dict[str, Any]) -> str:
     return "not proven yet" if tier["proof"] == "awaited" else "open"
 
 
-def _open_tiers(connection: Connection) -> list[str]:
-    """Names of the tiers that can be asked, the pool first."""
-    movement = ask_status(connection)["movement"] or {}
-    return list(dict.fromkeys([POOL, *(tier["name"] for tier in movement.get("tiers", []))]))
+def tiers_of(status: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Names of the tiers that can be asked, the pool first; and of the others, with the reason."""
+    movement = status["movement"] or {}
+    why = dict.fromkeys(movement.get("waiting", []), "it is opened when the first engine has come")
+    why |= dict.fromkeys(movement.get("opening", []), "it is just being opened")
+    why |= movement.get("failed", {})
+    tiers = movement.get("tiers", [])
+    silent = [tier["name"] for tier in tiers if tier["proof"] == "awaited"]
+    why |= dict.fromkeys(silent, "it has not answered yet")
+    names = dict.fromkeys([POOL, *(tier["name"] for tier in tiers)])
+    return [name for name in names if name not in why], why
+
+
+def _say_left_out(left_out: dict[str, str], what: str) -> None:
+    """To a person, which of all tiers nothing was done to; the exit code says so to a script."""
+    for name, why in left_out.items():
+        click.echo(f"{name}: not {what}: {why}", err=True)
+    if left_out:
+        click.get_current_context().exit(EXIT_LEFT_OUT)
 
 
 # ---- ls
@@ -179,10 +194,15 @@ def parse_namespace(text: str) -> bytes:
 )
 @_options
 def verify(tiers: Sequence[str], socket: str | None, as_json: bool) -> None:
-    """Read every block and compare digests; what is rotten is removed, and the exit code is 1."""
+    """Read every block and compare digests; what is rotten is removed, and the exit code is 1.
+
+    Where no tier is named and one can't be looked at, it is 1 as well.
+    """
     results = []
     with asked_daemon(socket, "cache verify") as connection:
-        for name in tiers or _open_tiers(connection):
+        known, left_out = tiers_of(ask_status(connection))
+        left_out = {} if tiers else left_out
+        for name in tiers or known:
             found: dict[str, Any] = {}
             for found in told(connection, m.VerifyTier(connection.next_request_id(), name)):
                 _progress(f"{name}: {found['num_checked']:,} blocks checked")
@@ -191,7 +211,8 @@ def verify(tiers: Sequence[str], socket: str | None, as_json: bool) -> None:
             if not as_json:
                 click.echo(sentence_of_verified(found))
     if as_json:
-        click.echo(json.dumps({"tiers": results}))
+        click.echo(json.dumps({"tiers": results, "left_out": left_out}))
+    _say_left_out(left_out, "verified")
     if any(found["num_rotten"] for found in results):
         click.get_current_context().exit(EXIT_ROTTEN)
 
@@ -226,11 +247,12 @@ def _progress(text: str) -> None:
 def clear(tiers: Sequence[str], yes: bool, socket: str | None, as_json: bool) -> None:
     """Forget the blocks of tiers; says what was cleared and what is kept because it is lent.
 
-    Of a shared store only blocks under this daemon's own prefix are removed.
+    Of a shared store only blocks under this daemon's own prefix are removed. Where no tier is named
+    and one can't be cleared now, the others are, and the exit code is 1.
     """
     results = []
     with asked_daemon(socket, "cache clear") as connection:
-        known = _open_tiers(connection)
+        known, left_out = tiers_of(ask_status(connection))
         if not tiers and not yes:
             raise InputError(
                 f"this clears {', '.join(known)}: repeat it with --yes, or choose with --tier"
@@ -240,12 +262,13 @@ def clear(tiers: Sequence[str], yes: bool, socket: str | None, as_json: bool) ->
             results.append(found)
             if not as_json:
                 click.echo(sentence_of(found))
+    left = [name for name in (*known, *left_out) if name != POOL and name not in names]
+    left_out = {} if tiers else left_out
     if as_json:
-        click.echo(json.dumps({"tiers": results}))
-        return
-    left = [name for name in known if name != POOL and name not in names]
-    if POOL in names and left:
+        click.echo(json.dumps({"tiers": results, "left_out": left_out}))
+    elif tiers and POOL in names and left:
         click.echo(f"{', '.join(left)}: not cleared; what is there comes back when it is asked for")
+    _say_left_out(left_out, "cleared")
 
 
 def sentence_of(found: dict[str, Any]) -> str:

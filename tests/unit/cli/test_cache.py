@@ -11,6 +11,7 @@ from kvkeep.cli.cache import (
     sentence_of,
     sentence_of_missing,
     sentence_of_verified,
+    tiers_of,
 )
 from kvkeep.cli.main import main
 from kvkeep.model.errors import InputError
@@ -54,6 +55,29 @@ def test_a_pool_without_tiers_is_one_row() -> None:
     (pool,) = rows_of(STATUS | {"movement": None, "gauges": {"slots": 0.0, "slots_ready": 0.0}})
 
     assert pool["state"] == "no engine has come"
+
+
+@pytest.mark.parametrize(
+    ("movement", "names", "why"),
+    [
+        ({"failed": {"valkey": "no"}, "tiers": []}, ["pool"], {"valkey": "no"}),
+        ({"opening": ["s3"], "tiers": []}, ["pool"], {"s3": "it is just being opened"}),
+        ({"opening": ["s3"], "failed": {"s3": "no"}, "tiers": []}, ["pool"], {"s3": "no"}),
+        ({"tiers": [{"name": "s3", "proof": "awaited"}]}, ["pool"], {"s3": "not answered"}),
+        ({"waiting": ["disk"], "tiers": []}, ["pool"], {"disk": "when the first engine"}),
+        ({"tiers": [{"name": "disk", "proof": "done"}]}, ["pool", "disk"], {}),
+        (None, ["pool"], {}),
+    ],
+)
+def test_a_tier_that_can_t_be_asked_has_a_reason(
+    movement: Any, names: list[str], why: dict[str, str]
+) -> None:
+    """Whoever means all tiers learns which one was left out."""
+    asked, left_out = tiers_of({"movement": movement})
+
+    assert asked == names
+    assert left_out.keys() == why.keys()
+    assert all(words in left_out[name] for name, words in why.items())
 
 
 @pytest.mark.parametrize(

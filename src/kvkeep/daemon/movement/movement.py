@@ -182,6 +182,7 @@ class Movement:
         pace = self.pace
         return {
             "is_open": self._pool_id is not None and not self._set.opening,
+            "waiting": self._waiting_tiers(),
             "opening": list(self._set.opening),
             "tiers": [tier.status() for tier in self.tiers],
             "failed": dict(self.closed_tiers),
@@ -189,6 +190,10 @@ class Movement:
             "bytes_per_s": {} if pace is None else pace.speeds(),
             "last_plan": "" if pace is None else pace.last_reason,
         }
+
+    def _waiting_tiers(self) -> list[str]:
+        """Names of those that nobody begins to open before the first engine has come."""
+        return [t.name for t in self._settings.named_tiers] if self._pool_id is None else []
 
     @property
     def plan_reason(self) -> str:
