@@ -5,6 +5,7 @@ as a request to an object store is mostly waiting. The calling thread alone touc
 memory, so that a request which outlives its call's deadline can do no harm.
 """
 
+import contextlib
 import importlib
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from kvkeep.model import addresses
@@ -93,6 +95,8 @@ class ObjectStoreTier:
         # The client raises exceptions of its own, and Python's for absent objects and files.
         self._failures = (self._exceptions.BaseError, OSError)
         self._store: ObjectStore | None = _opened(settings, os.environ)
+        scheme, place = parse_location(settings.url)
+        self._folder = Path(place) if scheme == "file" else None
         self._clock = SystemClock()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(settings.num_threads, f"kvkeep-{name}")
@@ -132,7 +136,12 @@ class ObjectStoreTier:
 
     def _put(self, name: str, content: bytes) -> bool:
         try:
+            if self._folder is not None:
+                _make_private(self._folder, name)
             self._client().put(name, content, use_multipart=False)
+            if self._folder is not None:
+                with contextlib.suppress(FileNotFoundError):  # deleted since
+                    (self._folder / name).chmod(0o600)
         except self._failures as error:
             raise self._unavailable(error) from error
         return True
@@ -386,8 +395,29 @@ def parse_location(url: str) -> tuple[str, str]:
     )
 
 
+def _make_private(folder: Path, name: str) -> None:
+    """Make the folders of an object, whatever the umask is, so that nobody else gets to it.
+
+    The client makes files by the umask alone, and this process's is not ours to change.
+    """
+    for part in reversed((folder / name).relative_to(folder).parents[:-1]):
+        path = folder / part
+        try:
+            path.mkdir(mode=0o700)
+            is_private = False  # the umask may take even the owner's rights
+        except FileExistsError:
+            found = path.stat()
+            # What another user made and lets us write to is theirs to open or close.
+            is_private = found.st_mode & 0o777 == 0o700 or found.st_uid != os.geteuid()
+        if not is_private:
+            path.chmod(0o700)
+
+
 def _opened_folder(stores: Any, path: str) -> "ObjectStore":
     try:
+        if not os.path.lexists(path):
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            os.chmod(path, 0o700)
         return cast("ObjectStore", stores.LocalStore(path, mkdir=True))
     except (OSError, _imported("obstore.exceptions").BaseError) as error:
         raise InputError(f"the folder {path!r} of `url` can't be opened: make it") from error

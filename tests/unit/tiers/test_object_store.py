@@ -1,9 +1,11 @@
 """Settings of the object store tier, and requests that fail or come late."""
 
+import os
+import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,38 @@ def test_a_folder_that_can_not_be_used_is_one_sentence(tmp_path: Path) -> None:
         ObjectStoreTier(ObjectStoreSettings(url=f"file://{tmp_path}/file/store"))
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o277])
+def _umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("_umask")
+def test_a_folder_is_nobody_elses(tmp_path: Path) -> None:
+    """Whatever the umask is: files can be read by their owner only, and reached by nobody."""
+    folder = tmp_path / "made" / "store"
+    folder.parent.mkdir(mode=0o700)
+    folder.parent.chmod(0o700)
+    tier = ObjectStoreTier(ObjectStoreSettings(url=f"file://{folder}"))
+    assert write(tier, [1]) == [True]
+    tier.close()
+
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.rglob("*")]}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}
+
+
+def test_folders_that_others_could_enter_are_closed(tmp_path: Path) -> None:
+    """Those below the user's own, which stays as it is."""
+    tmp_path.chmod(0o755)
+    settings = ObjectStoreSettings(url=f"file://{tmp_path}")
+    (tmp_path / settings.prefix).mkdir(mode=0o755)
+    tier = ObjectStoreTier(settings)
+    write(tier, [1])
+    tier.close()
+
+    assert stat.S_IMODE((tmp_path / settings.prefix).stat().st_mode) == 0o700
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
