@@ -81,6 +81,17 @@ def serve(worker: Worker, client: PrefixClient, hashes: list[BlockHash]) -> int:
     return sum(landed)
 
 
+def num_values(server: ValkeyServer) -> int:
+    """How many values a server has."""
+    return int(server.command("DBSIZE").strip()[1:])
+
+
+def clear_pool(daemon: Daemon) -> None:
+    """Have every block of the pool forgotten."""
+    with contextlib.closing(connect(daemon)) as tool:
+        tool.call(m.Clear(tool.next_request_id()), m.Cleared, CALL_TIMEOUT_S)
+
+
 def test_a_replay_of_ten_times_the_pool_is_served(tmp_path: Path) -> None:
     """From the disk, and again after everything was killed and the pool is gone."""
     sequences = [hashes_of(1000 * n, SEQUENCE_BLOCKS) for n in range(NUM_SEQUENCES)]
@@ -139,8 +150,7 @@ def test_a_question_that_waits_is_one_question(tmp_path: Path) -> None:
     hashes = hashes_of(0, 40)
     with daemon_with_disk(tmp_path, planner="load") as daemon, Worker(daemon) as worker:
         store_sequence(daemon, worker, hashes)
-        with contextlib.closing(connect(daemon)) as tool:
-            tool.call(m.Clear(tool.next_request_id()), m.Cleared, CALL_TIMEOUT_S)
+        clear_pool(daemon)
         with opened_prefixes(daemon) as client:
             lease = acquire(client, hashes[:20])
             assert lease is not None
@@ -193,6 +203,29 @@ def test_a_restart_writes_nothing_that_a_server_has(tmp_path: Path) -> None:
 
             assert tier["writes"]["num_keys"] == CANARIES + 10
             assert daemon.counter("blocks_recovered") == 200
+    finally:
+        server.stop()
+
+
+def test_a_server_that_was_started_again_empty_gets_the_pool_again(tmp_path: Path) -> None:
+    """Nobody asked it for anything meanwhile: what was believed of it is found out and given up."""
+    hashes = hashes_of(0, 40)
+    server = ValkeyServer().run()
+    try:
+        valkey = {"kind": "valkey", "url": server.url}
+        with (
+            daemon_with(tmp_path, valkey, planner="load") as daemon,
+            Worker(daemon) as worker,
+            opened_prefixes(daemon) as client,
+        ):
+            store_sequence(daemon, worker, hashes)
+            server.kill()
+            server.run()
+            assert num_values(server) == 0
+            wait_until(lambda: num_values(server) == len(hashes), "filled again", 30.0)
+
+            clear_pool(daemon)
+            assert serve(worker, client, hashes) == len(hashes)
     finally:
         server.stop()
 

@@ -71,17 +71,24 @@ class Cascade:
         """Blocks that wait for their turn."""
         return len(self._waiting)
 
-    def ready(self, keys: Sequence[BlockKey], tiers: Sequence[LowerTier] | None = None) -> None:
+    def ready(
+        self,
+        keys: Sequence[BlockKey],
+        tiers: Sequence[LowerTier] | None = None,
+        *,
+        are_uses: bool = True,
+    ) -> None:
         """These blocks became readable in the pool.
 
         Args:
             keys: Of the blocks.
             tiers: Those that hear of it; all if None.
+            are_uses: Whether an engine uses them now, which speaks for keeping them.
         """
         if self._is_over:
             return
         for key in keys:
-            for tier in tiers or self._tiers:
+            for tier in (tiers or self._tiers) if are_uses else ():
                 tier.seen(key)
             waiting, copying = self._waiting.get(key, ()), self._copying.get(key, ())
             wanted_by = [

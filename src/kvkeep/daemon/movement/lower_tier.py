@@ -12,6 +12,7 @@ from typing import TypeVar
 from kvkeep.core.admission import AdmissionPolicy
 from kvkeep.core.breaker import BreakerState
 from kvkeep.core.eviction.base import fingerprint_of
+from kvkeep.daemon.movement.known_keys import KnownKeys
 from kvkeep.daemon.movement.proving import Proof, Reads, prove_tier
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import CorruptDataError, UnavailableError
@@ -20,8 +21,6 @@ from kvkeep.tiers.base import BATCH_MAX, Gauges, Parts, Probes, Tier
 from kvkeep.tiers.io_queue import Outcome, TierQueue
 from kvkeep.tiers.wrappers.metered import MeteredTier
 
-KNOWN_MAX = 1 << 18
-"""Keys remembered of a tier that is asked over a network."""
 REFUSED_MAX = 1 << 14
 """Blocks of which it is remembered why they were not admitted."""
 
@@ -81,8 +80,11 @@ class LowerTier:
         self._value_bytes = value_bytes
         self._probes_at_once = probes_at_once
         self._rejections = rejections
-        self._known: OrderedDict[BlockKey, None] = OrderedDict()
-        """Keys that were there when last looked; for a tier that is not local."""
+        self.known = KnownKeys()
+        """What it is believed to have; for a tier that is not local."""
+        self._looking_since_s: float | None = None
+        """Since when a key is asked for that nobody wants."""
+        self._look_at_s = 0.0
         self._refused: OrderedDict[int, str] = OrderedDict()
         """By fingerprint: why admission turned a block down last; the latest last."""
         self._unwanted: OrderedDict[BlockKey, None] = OrderedDict()
@@ -119,17 +121,16 @@ class LowerTier:
         tier = self.queue.tier
         if self.is_local and isinstance(tier, Probes):
             return tier.lookup([key])[0]
-        return key in self._known
+        return key in self.known
+
+    def _found(self, keys: Sequence[BlockKey], are_there: Sequence[bool]) -> None:
+        if not self.is_local:
+            self.known.found(keys, are_there, self._clock.now_s())
 
     def _learn(self, keys: Sequence[BlockKey], are_there: Sequence[bool]) -> None:
         if self.is_local:
             return
-        for key, is_there in zip(keys, are_there, strict=True):
-            self._known.pop(key, None)
-            if is_there:
-                self._known[key] = None
-        while len(self._known) > KNOWN_MAX:
-            self._known.popitem(last=False)
+        self.known.learn(keys, are_there)
 
     def status(self) -> dict[str, object]:
         """What a person or a script asks about it."""
@@ -255,7 +256,7 @@ class LowerTier:
 
     async def _probe_batch(self, keys: Sequence[BlockKey]) -> list[bool]:
         found: list[bool] = await self._call(partial(self.queue.submit_probe, keys))
-        self._learn(keys, found)
+        self._found(keys, found)
         return found
 
     async def _bisect(self, keys: Sequence[BlockKey]) -> list[bool]:
@@ -300,7 +301,7 @@ class LowerTier:
             None if key in self._unwanted else length
             for key, length in zip(keys, lengths, strict=True)
         ]
-        self._learn(keys, [length is not None for length in lengths])
+        self._found(keys, [length is not None for length in lengths])
         return lengths
 
     async def write(self, keys: Sequence[BlockKey], values: Sequence[Parts]) -> list[bool]:
@@ -337,6 +338,42 @@ class LowerTier:
         """Several times a second: notice calls that hang, and try again what has to be done."""
         self.queue.sweep(self._clock.now_s())
         self._delete_unwanted()
+        self._look()
+
+    def _look(self) -> None:
+        """Ask now and then for a key that it should have: its loss may not show otherwise."""
+        now_s, key = self._clock.now_s(), self.known.sample
+        since_s = self._looking_since_s
+        is_busy = since_s is not None and now_s - since_s <= self.queue.limits.deadline_s
+        if self.is_local or self.is_closed_off or key is None or is_busy or now_s < self._look_at_s:
+            return
+        loop = asyncio.get_running_loop()
+
+        def done(outcome: Outcome[list[bool]]) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._looked, key, outcome)
+
+        if self.queue.submit_probe([key], done):
+            self._looking_since_s = now_s
+
+    def _looked(self, key: BlockKey, outcome: Outcome[list[bool]]) -> None:
+        self._looking_since_s = None
+        self._heard(outcome)
+        if outcome.answer is not None:
+            self._found([key], outcome.answer)
+        self._look_at_s = self._clock.now_s() + self.known.look_again_s
+
+    def _heard(self, outcome: Outcome[Answer]) -> None:
+        """A call has ended: what could not be reached may come back without what it had."""
+        if outcome.error is None:
+            self.known.answered()
+        elif not self.is_local:
+            self.known.doubt()
+
+    @property
+    def wants_stock(self) -> bool:
+        """Whether it is back and has to be asked for the blocks of the pool."""
+        return not self.is_closed_off and self.known.wants_stock(self._clock.now_s())
 
     def _delete_unwanted(self) -> None:
         """Begin to delete some of them, unless that is under way or can't be done now."""
@@ -388,13 +425,14 @@ class LowerTier:
 
     def known_keys(self) -> list[BlockKey]:
         """What it is remembered to keep, of a tier that can't list its keys."""
-        return list(self._known)
+        return self.known.keys()
 
     async def _call(self, submit: Callable[[Callable[[Outcome[Answer]], None]], bool]) -> Answer:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Outcome[Answer]] = loop.create_future()
 
         def settle(outcome: Outcome[Answer]) -> None:
+            self._heard(outcome)  # also where nobody waits for it any more
             if not ended.done():
                 ended.set_result(outcome)
 

@@ -186,6 +186,7 @@ class Movement:
             "opening": list(self._set.opening),
             "tiers": [tier.status() for tier in self.tiers],
             "failed": dict(self.closed_tiers),
+            "retried": self._set.retried,
             "cascades_waiting": 0 if self._cascade is None else self._cascade.num_waiting,
             "bytes_per_s": {} if pace is None else pace.speeds(),
             "last_plan": "" if pace is None else pace.last_reason,

@@ -113,6 +113,11 @@ class TierSet:
         self.opening[settings.name] = task
         task.add_done_callback(raise_defect)
 
+    @property
+    def retried(self) -> list[str]:
+        """Names of those that failed and are tried again by themselves."""
+        return list(self._retries)
+
     def retry(self) -> None:
         """Try again to open what could not be opened, and to prove what did not answer.
 

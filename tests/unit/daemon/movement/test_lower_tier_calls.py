@@ -50,6 +50,36 @@ async def test_what_was_read_or_written_is_known(grounds: Grounds) -> None:
     assert not grounds.tier.has(BLOCKS[0])
 
 
+async def test_one_believed_block_that_is_missing_makes_all_doubtful(tmp_path: Path) -> None:
+    """Also those that nobody asked for: they are admitted again, and the pool is gone through."""
+    grounds = Grounds(tmp_path, probes_at_once=1)
+    grounds.keep(BLOCKS)
+    await grounds.tier.read(BLOCKS, all_parts(grounds.view, list(range(30))))
+    assert grounds.tier.has(BLOCKS[20])
+    assert not grounds.tier.wants_stock
+    grounds.medium.delete(BLOCKS)
+
+    assert await grounds.tier.probe(BLOCKS) == [False] * 30
+    assert not grounds.tier.has(BLOCKS[20])
+    assert grounds.tier.wants_stock
+    grounds.close()
+
+
+async def test_a_call_that_failed_makes_all_doubtful_until_one_goes_well(grounds: Grounds) -> None:
+    """A server may come back without what it had; it is gone through when it answers."""
+    grounds.keep(BLOCKS)
+    await grounds.tier.read(BLOCKS, all_parts(grounds.view, list(range(30))))
+    grounds.medium.chances = {TierFault.IO_ERROR: 1.0}
+    with pytest.raises(UnavailableError):
+        await grounds.tier.read(BLOCKS[:1], all_parts(grounds.view, [0]))
+    assert not grounds.tier.has(BLOCKS[20])
+    assert not grounds.tier.wants_stock
+    grounds.medium.chances = {}
+    await grounds.tier.read(BLOCKS[:1], all_parts(grounds.view, [0]))
+
+    assert grounds.tier.wants_stock
+
+
 async def test_what_it_has_is_not_admitted_again(grounds: Grounds) -> None:
     """Nor is anything while it is being cleared."""
     grounds.store(BLOCKS[:1])
