@@ -1,5 +1,6 @@
 """Servers that a stack starts for its daemon's tiers: real programs, engines that only pretend."""
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import msgspec
 import pytest
 
 from kvkeep.stack.readiness import make_client
-from kvkeep.stack.record import read_record
+from kvkeep.stack.record import clear_recorded, read_record
 from kvkeep.stack.spec import StackSpec
 from kvkeep.stack.supervisor import Stack
 from tests.integration.daemons import (
@@ -109,9 +111,23 @@ def test_a_started_server_keeps_what_the_pool_can_not(
         record = read_record(stack.folder)
         assert record is not None
         assert f"server of tier {kind}" in [entry.name for entry in record.processes]
+        assert {Path(path).stat().st_mode & 0o077 for path in record.sockets} <= {0}
+    assert not any(map(os.path.lexists, record.sockets))
     assert not any(entry.process.is_alive() for entry in record.processes)
     assert not list(stack.folder.glob("servers/*/*.json"))
     assert not list(stack.folder.glob("servers/*/*.conf"))
+
+
+def test_sockets_of_a_killed_stack_are_cleared(tmp_path: Path, model: Path) -> None:
+    """By whoever comes next: the server was killed, and its supervisor tells nobody."""
+    with fake_stack(with_tier(tmp_path, model, TIERS["object_store"])) as stack:
+        record = read_record(stack.folder)
+        assert record is not None
+        stack.servers[0].stop()
+        assert [os.path.lexists(path) for path in record.sockets] == [True] * 4
+
+        clear_recorded(tmp_path, msgspec.structs.replace(record, processes=[], daemon=None))
+        assert not any(map(os.path.lexists, record.sockets))
 
 
 def test_an_object_stores_blocks_are_there_at_the_next_up(tmp_path: Path, model: Path) -> None:

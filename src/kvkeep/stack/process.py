@@ -107,6 +107,7 @@ class StackProcess:
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env=dict(environment),
+                umask=0o077,  # what it makes anywhere is its user's alone
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )

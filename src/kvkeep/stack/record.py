@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from kvkeep.tiers.pool_inode import FILE_MAGIC
 RECORD_NAME = "stack.json"
 LOCK_NAME = "stack.lock"
 POLL_S = 0.05
+PROBE_S = 1.0
 APPEAR_S = 5.0
 """Time that a `kvkeep up` which was started together with a `kvkeep wait` has to show itself."""
 DOWN_TIMEOUT_S = 2 * (STOP_GRACE_S + REAPER_SPARE_S) + 10.0
@@ -96,6 +98,8 @@ class StackRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How long its requests may still run when it is told to stop, in seconds."""
     processes: list[ProcessRecord] = []
     """In the order of their start."""
+    sockets: list[str] = []
+    """What servers of tiers make outside the state folder, and leave when they are killed."""
 
 
 def write_record(folder: Path, record: StackRecord) -> None:
@@ -231,6 +235,9 @@ def clear_recorded(folder: Path, record: StackRecord) -> list[str]:
     ended = [entry.name for entry in reversed(record.processes) if _end(entry)]
     if record.daemon is not None:
         _remove_files(record.daemon)
+    for path in map(Path, record.sockets):
+        if _is_socket(path) and not _is_answered(path):
+            _remove(path)
     now = read_record(folder)
     if now is None or now.supervisor == record.supervisor:  # not one that came after it
         _remove(folder / RECORD_NAME)
@@ -244,9 +251,9 @@ def _remove_files(daemon: DaemonRecord) -> None:
     A path alone proves nothing: what lies there now may be a file of the user's, so it goes only
     if it is a socket, or begins as pools do.
     """
-    socket, pool = Path(daemon.socket), Path(daemon.pool)
-    if daemon.socket and _is_socket(socket) and not _is_locked(Path(f"{socket}.lock")):
-        _remove(socket)
+    control, pool = Path(daemon.socket), Path(daemon.pool)
+    if daemon.socket and _is_socket(control) and not _is_locked(Path(f"{control}.lock")):
+        _remove(control)
     if daemon.pool and not daemon.keep_pool and is_pool(pool) and not _is_locked(pool):
         _remove(pool)
 
@@ -265,6 +272,19 @@ def _is_socket(path: Path) -> bool:
         return stat.S_ISSOCK(path.lstat().st_mode)
     except OSError:
         return False
+
+
+def _is_answered(path: Path) -> bool:
+    """Whether a program listens at a socket; another may have been given its name since."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(PROBE_S)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def is_pool(path: Path) -> bool:

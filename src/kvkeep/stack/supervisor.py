@@ -440,6 +440,7 @@ class Stack:
             processes=[
                 entry for part in self._parts() if (entry := _process_record(part)) is not None
             ],
+            sockets=[str(path) for server in self.servers for path in server.how.leftovers()],
         )
 
     def _router_record(self) -> RouterRecord | None:

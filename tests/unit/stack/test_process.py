@@ -1,8 +1,13 @@
 """What is made of a failed process's output."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
-from kvkeep.stack.process import ProcessId, telling_line, this_process
+from kvkeep.stack.process import ProcessId, StackProcess, telling_line, this_process
+from kvkeep.stack.record import wait_for_end
 
 VLLM = """\
 (APIServer pid=1) INFO 11-21 05:04:11 [api.py:1] starting
@@ -37,3 +42,21 @@ def test_a_pid_given_out_again_is_another_process() -> None:
 
     assert me.is_alive()
     assert not ProcessId(me.pid, me.start_ticks + 1).is_alive()
+
+
+def test_what_a_process_makes_is_its_users_alone(tmp_path: Path) -> None:
+    """Whatever the umask of whoever started the stack is."""
+    process = StackProcess("maker", tmp_path / "log")
+    before = os.umask(0o000)
+    try:
+        make = "import os, socket; socket.socket(socket.AF_UNIX).bind('s'); os.mkdir('d')"
+        started = process.start(
+            [sys.executable, "-c", make], environment=dict(os.environ), folder=tmp_path
+        )
+        assert wait_for_end(started, 60.0)
+    finally:
+        os.umask(before)
+        process.stop()
+
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("s", "d")]
+    assert modes == [0o700, 0o700]

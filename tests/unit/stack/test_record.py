@@ -110,6 +110,21 @@ def test_what_is_no_pool_and_no_socket_stays(tmp_path: Path, what: bytes | None)
     assert {path.name for path in tmp_path.iterdir()} == {"d.sock", "pool"}
 
 
+def test_sockets_that_nobody_answers_go(tmp_path: Path) -> None:
+    """One that a program listens at now is somebody else's, and a file is no socket."""
+    names = ["dead", "living", "file", "gone"]
+    paths = [tmp_path / name for name in names]
+    (tmp_path / "file").write_text("mine")
+    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as living:
+        dead.bind(str(tmp_path / "dead"))
+        dead.close()
+        living.bind(str(tmp_path / "living"))
+        living.listen()
+        clear_recorded(tmp_path, make(tmp_path, sockets=[str(path) for path in paths]))
+
+    assert [path.name for path in paths if path.exists()] == ["living", "file"]
+
+
 def test_a_link_to_a_pool_stays(tmp_path: Path) -> None:
     """A pool is where its daemon made it, never behind a link."""
     daemon = leave(tmp_path)

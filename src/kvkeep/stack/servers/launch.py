@@ -50,9 +50,15 @@ class ServerLaunch(msgspec.Struct, frozen=True):
     password: str = ""
 
     def leftovers(self) -> list[Path]:
-        """What SeaweedFS leaves outside its folder: gRPC sockets, named after its ports (4.48)."""
-        found = [Path("/tmp").glob(f"seaweedfs-*-{port}.sock") for port in self.ports.values()]
-        return [path for paths in found for path in paths]
+        """What SeaweedFS makes outside its folder and leaves when it is killed.
+
+        Its gRPC sockets are in ``/tmp``, whatever ``TMPDIR`` says, named after its ports (4.48).
+        """
+        ports = {name: port for name, port in self.ports.items() if name.endswith(".grpc")}
+        return [
+            Path("/tmp") / f"seaweedfs-{name.partition('.')[0]}-grpc-{port}.sock"
+            for name, port in ports.items()
+        ]
 
 
 def find_program(kind: str) -> str:

@@ -42,6 +42,18 @@ def test_the_object_store_has_a_key_that_only_the_daemon_knows() -> None:
     assert len({70, *found.ports.values()}) == 8
 
 
+def test_the_object_stores_sockets_are_known_before_it_starts() -> None:
+    """So that whoever clears after a crash finds them; no other server makes any."""
+    found = launch_server(StartedServer("object_store", 70, GIB, 0))
+
+    assert {str(path) for path in found.leftovers()} == {
+        f"/tmp/seaweedfs-{part}-grpc-{found.ports[f'{part}.port.grpc']}.sock"
+        for part in ("master", "volume", "filer", "s3")
+    }
+    for kind in ("valkey", "mooncake"):
+        assert launch_server(StartedServer(kind, 70, GIB, 0)).leftovers() == []
+
+
 @pytest.mark.parametrize(
     ("size_bytes", "num_volumes", "volume_mib"),
     [(GIB // 2, 16, 64), (GIB, 16, 64), (16 * GIB, 16, 1024), (1024 * GIB, 128, 8192)],
