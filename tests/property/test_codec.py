@@ -42,6 +42,8 @@ def values_of(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
             return st.none()
         case msgspec.inspect.ListType(item_type=item):
             return st.lists(values_of(item), max_size=LIST_MAX)
+        case msgspec.inspect.LiteralType(values=values):
+            return st.sampled_from(values)
         case msgspec.inspect.UnionType(types=types):
             return st.one_of([values_of(each) for each in types])
         case msgspec.inspect.StructType(cls=cls, fields=fields):
