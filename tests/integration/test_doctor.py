@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from kvkeep.cli.main import main
 from tests.integration.daemons import Daemon, Worker, hashes_of, running_daemon, wait_until
-from tests.integration.test_movement import wait_for_tiers
+from tests.integration.test_movement import store_sequence, wait_for_tiers
 from tests.servers.tier_server import S3_ENVIRONMENT, SERVER_KINDS, tier_server
 
 BACK_TIMEOUT_S = 30.0
@@ -28,7 +28,7 @@ def write_config(folder: Path, tier: dict[str, object], socket: str = "") -> Pat
         "socket": socket or str(folder / "d.sock"),
         "pool": str(folder / "pool"),
         "pool_bytes": 1 << 24,
-        "tiers": [tier | {"timeout_s": 1.0, "deadline_s": 2.0}],
+        "tiers": [tier | ({} if tier["kind"] == "disk" else {"timeout_s": 1.0, "deadline_s": 2.0})],
     }
     file.write_text(json.dumps(told))
     return file
@@ -64,6 +64,25 @@ def test_a_mooncake_store_without_memory_is_a_warning(tmp_path: Path) -> None:
 
     assert (code, found["level"]) == (0, "warn")
     assert "segment_bytes" in found["mend"]
+
+
+@pytest.mark.parametrize("removed", ["*", "segment-*"])
+def test_a_folder_that_was_removed_under_a_daemon_fails(removed: str, tmp_path: Path) -> None:
+    """The daemon serves what it has open; the doctor sees that nobody else will."""
+    folder = tmp_path / "disk"
+    tier: dict[str, object] = {"kind": "disk", "folder": str(folder), "capacity_bytes": "64MiB"}
+    config = write_config(tmp_path, tier)
+    with running_daemon(config=config) as daemon, Worker(daemon) as worker:
+        write_config(tmp_path, tier, daemon.socket)
+        store_sequence(daemon, worker, hashes_of(0, 4))
+        code, there = report(config, "disk")
+        for path in folder.glob(removed):
+            path.unlink()
+        code_removed, away = report(config, "disk")
+
+    assert (code, there["level"]) == (0, "ok")
+    assert (code_removed, away["level"]) == (1, "fail")
+    assert "removed" in away["text"]
 
 
 @pytest.mark.parametrize("kind", SERVER_KINDS)

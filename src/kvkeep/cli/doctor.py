@@ -32,6 +32,7 @@ from kvkeep.cli.findings import (
     find_recognizer,
     find_socket,
     find_versions,
+    is_locked,
     ok,
     speed_text,
     warn,
@@ -48,6 +49,7 @@ from kvkeep.daemon.tier_settings import (
 )
 from kvkeep.model.clock import Clock, SystemClock
 from kvkeep.model.errors import CorruptDataError, InputError, RefusedError, UnavailableError
+from kvkeep.tiers.disk.headers import NAME as FOLDER_LOCK
 
 VALUE_BYTES = 1 << 20
 """Of the values that are written and read: about a block."""
@@ -59,6 +61,7 @@ START_S = 20.0
 TRY_AGAIN_S = 0.25
 CONNECT_S = 2.0
 EXIT_FAILED = 1
+MEND_LOCKED = "end that one, or give each daemon a folder of its own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,17 +181,30 @@ def asked_tier(tier: AnyTierSettings, status: dict[str, Any]) -> Finding:
     """What the daemon that serves says of a tier."""
     name, movement = name_of(tier), status["movement"] or {}
     if name in movement.get("failed", {}):
-        mend = "mend it, then start the daemon anew"
+        is_retried = name in movement.get("retried", [])
+        then = (
+            "the daemon tries it again within a minute"
+            if is_retried
+            else "then start the daemon anew"
+        )
+        mend = f"mend what is said; {then}"
         return fail(name, movement["failed"][name], mend)
     found = next((each for each in movement.get("tiers", []) if each["name"] == name), None)
     if found is None:
         if movement.get("is_open"):
             mend = "the daemon was started with other settings: start it anew"
             return warn(name, "the daemon has no such tier", mend)
+        if isinstance(tier, DiskTierSettings) and name in movement.get("waiting", []):
+            folder = Path(tier.folder).expanduser()
+            if is_locked(folder / FOLDER_LOCK):
+                return fail(name, f"another process uses {folder}", MEND_LOCKED)
         return ok(name, "is opened when the first engine has come")
     if found["breaker"] != "closed":
         mend = "see what answers there; it is tried again every two seconds"
         return fail(name, "calls fail or hang: left alone for now", mend)
+    if isinstance(tier, DiskTierSettings) and (lost := _lost_folder(tier, found)):
+        mend = "start the daemon anew: what it keeps there is gone when it ends"
+        return fail(name, lost, mend)
     if found.get("proof") == "awaited":
         mend = "see what answers there; it is asked again every second"
         return fail(name, "has not answered yet: not used before it has given bytes back", mend)
@@ -198,6 +214,21 @@ def asked_tier(tier: AnyTierSettings, status: dict[str, Any]) -> Finding:
     speed = movement.get("bytes_per_s", {}).get(name)
     read = "" if speed is None else f", reads {readable_bytes(int(speed))}/s"
     return ok(name, f"open{read}")
+
+
+def _lost_folder(settings: DiskTierSettings, found: dict[str, Any]) -> str:
+    """What is wrong with the folder of a disk tier that a daemon has open; empty if nothing is.
+
+    Files that were removed go on to serve the daemon which has them open, and nobody after it.
+    """
+    folder = Path(settings.folder).expanduser()
+    if not folder.is_absolute():
+        return ""  # as seen from where the daemon was started
+    if not is_locked(folder / FOLDER_LOCK):
+        return f"the daemon does not use {folder}: its folder was removed, or is another"
+    if found.get("num_values") and not any(folder.glob("segment-*")):
+        return f"the daemon's segments in {folder} were removed"
+    return ""
 
 
 # ---- tiers that no daemon holds
@@ -272,6 +303,8 @@ def _is_listening(address: str) -> bool:
 
 def _tried_disk(settings: DiskTierSettings) -> Finding:
     name, folder = name_of(settings), Path(settings.folder).expanduser()
+    if is_locked(folder / FOLDER_LOCK):
+        return fail(name, f"another process uses {folder}", MEND_LOCKED)
     there = folder
     while not there.is_dir():
         if there.exists() or there == there.parent:

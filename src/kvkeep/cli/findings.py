@@ -192,7 +192,7 @@ def find_socket(path: Path) -> Finding:
     """What lies at the socket's path, when no daemon answers there."""
     if path.exists() and not path.is_socket():
         return fail("socket", f"{path} is not a socket", "choose another socket")
-    if _is_locked(Path(f"{path}.lock")):
+    if is_locked(Path(f"{path}.lock")):
         mend = "it is frozen or starting: see its log, or end it"
         return fail("socket", f"a daemon holds {path} and does not answer", mend)
     text = f"no daemon serves {path}"
@@ -201,7 +201,8 @@ def find_socket(path: Path) -> Finding:
     return warn("socket", text, "start one: kvkeep daemon")
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of this file; False where there is none to be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

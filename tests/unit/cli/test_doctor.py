@@ -1,5 +1,6 @@
 """The report as a whole, and how tiers without a daemon are tried."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from kvkeep.cli.doctor import asked_tier, make_plan, tried_tier
 from kvkeep.cli.findings import Level
 from kvkeep.cli.main import main
 from kvkeep.daemon.settings import DaemonSettings
-from kvkeep.daemon.tier_settings import DiskTierSettings, ObjectStoreTierSettings
+from kvkeep.daemon.tier_settings import AnyTierSettings, DiskTierSettings, ObjectStoreTierSettings
+from kvkeep.tiers.disk.tier import DiskTier
 
 DISK = DiskTierSettings(folder="/tier", capacity_bytes=1 << 30)
 
@@ -95,18 +97,64 @@ def test_what_can_t_be_opened_fails(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_daemon_that_serves_is_asked(movement: Any, level: Level, text: str) -> None:
+def test_a_daemon_that_serves_is_asked(
+    movement: Any, level: Level, text: str, tmp_path: Path
+) -> None:
     """Its word counts: nothing is opened beside it."""
-    found = asked_tier(DISK, {"movement": movement})
+    with contextlib.closing(DiskTier(tmp_path, 64 << 20, 1 << 20)):
+        disk = msgspec.structs.replace(DISK, folder=str(tmp_path))
+        found = asked_tier(disk, {"movement": movement})
 
     assert found.level is level
     assert text in found.text
 
 
+@pytest.mark.parametrize(
+    ("retried", "mend"), [(["s3"], "the daemon tries it again"), ([], "then start the daemon anew")]
+)
+def test_a_tier_that_is_tried_again_needs_no_new_daemon(retried: list[str], mend: str) -> None:
+    """Only one that gave back other bytes is not believed again."""
+    movement = {"failed": {"s3": "nobody answers"}, "retried": retried}
+    found = asked_tier(
+        ObjectStoreTierSettings(url="s3://blocks", name="s3"), {"movement": movement}
+    )
+
+    assert mend in found.mend
+
+
+def test_a_folder_that_another_process_uses_fails(tmp_path: Path) -> None:
+    """Without a daemon here, and with one that waits for its first engine: a daemon can't have it.
+
+    Where the folder is the daemon's own, its files are there and locked.
+    """
+    settings = DiskTierSettings(folder=str(tmp_path), capacity_bytes=64 << 20, name="disk")
+    waiting = {"movement": {"is_open": False, "waiting": ["disk"]}}
+    serving = {"movement": {"tiers": [{"name": "disk", "breaker": "closed", "num_values": 0}]}}
+    tier = DiskTier(tmp_path, 64 << 20, 1 << 20)
+    try:
+        found = [tried_tier(settings), asked_tier(settings, waiting)]
+        own = asked_tier(settings, serving)
+    finally:
+        tier.close()
+    alone = [tried_tier(settings), asked_tier(settings, waiting)]
+
+    assert [each.level for each in found] == [Level.FAIL] * 2
+    assert all("another process uses" in each.text for each in found)
+    assert own.level is Level.OK
+    assert all("another process" not in each.text for each in alone)
+
+
 def test_two_tiers_of_a_kind_are_told_apart() -> None:
     """Each by its name."""
-    found = [{"name": "disk", "breaker": "closed"}, {"name": "disk-2", "breaker": "open"}]
-    named = DaemonSettings(tiers=[DISK, msgspec.structs.replace(DISK, folder="/b")]).named_tiers
+    found = [
+        {"name": "object_store", "breaker": "closed"},
+        {"name": "object_store-2", "breaker": "open"},
+    ]
+    two: list[AnyTierSettings] = [
+        ObjectStoreTierSettings(url="s3://a-a"),
+        ObjectStoreTierSettings(url="s3://b-b"),
+    ]
+    named = DaemonSettings(tiers=two).named_tiers
     levels = [asked_tier(tier, {"movement": {"tiers": found}}).level for tier in named]
 
     assert levels == [Level.OK, Level.FAIL]
