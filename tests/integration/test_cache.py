@@ -127,6 +127,7 @@ def test_what_is_stored_is_counted_and_listed(medium: dict[str, object], daemon:
         listed = {
             name: answer(daemon, "ls", "--tier", name, "--limit", "4096") for name in ("pool", tier)
         }
+        exactly = run(daemon, "ls", "--tier", tier, "--limit", str(NUM_BLOCKS))
         few = answer(daemon, "ls", "--limit", "3", "--namespace", NAMESPACE.hex())
         none = answer(daemon, "ls", "--tier", tier, "--namespace", "00" * 32)
         shown = run(daemon, "stat").stdout
@@ -138,8 +139,10 @@ def test_what_is_stored_is_counted_and_listed(medium: dict[str, object], daemon:
         for name, keys in listed.items():
             assert keys_of(keys) == {block_hash.hex() for block_hash in hashes}
             assert keys["is_whole"] == keys["can_list"] == (name != "mooncake")
-        assert (len(few["keys"]), few["is_whole"]) == (3, False)
+        assert (len(few["keys"]), few["is_whole"], few["has_more"]) == (3, False, True)
         assert none["keys"] == []
+        assert "there are more than" not in exactly.stderr
+        assert len(exactly.stdout.splitlines()) == NUM_BLOCKS
 
 
 def test_another_daemon_lists_what_it_did_not_write(

@@ -165,7 +165,7 @@ def sentence_of_missing(found: dict[str, Any], limit: int) -> str:
             f"{found['tier']} can't list its keys: these are the ones that this daemon wrote or "
             "read since its start, and there may be others"
         )
-    if not found["is_whole"] and len(found["keys"]) == limit:
+    if found["has_more"]:
         sentences.append(f"there are more than {limit}: choose another --limit or a --namespace")
     return "; ".join(sentences)
 

@@ -95,24 +95,32 @@ def test_what_was_kept_is_said(found: dict[str, Any], sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("can_list", "is_whole", "num_keys", "words"),
+    ("can_list", "has_more", "num_keys", "words"),
     [
-        (True, True, 3, []),
-        (True, False, 3, ["there are more than 3"]),
+        (True, False, 3, []),
+        (True, True, 3, ["there are more than 3"]),
         (False, False, 2, ["x can't list its keys", "there may be others"]),
         (False, False, 0, ["x can't list its keys", "there may be others"]),
-        (False, False, 3, ["x can't list its keys", "there are more than 3"]),
+        (False, True, 3, ["x can't list its keys", "there are more than 3"]),
     ],
 )
 def test_what_a_listing_misses_is_said(
-    can_list: bool, is_whole: bool, num_keys: int, words: list[str]
+    can_list: bool, has_more: bool, num_keys: int, words: list[str]
 ) -> None:
     """Keys beyond the limit, and those that no tier can name: never silently empty."""
-    found = {"tier": "x", "can_list": can_list, "is_whole": is_whole, "keys": [{}] * num_keys}
-    said = sentence_of_missing(found, 3)
+    is_whole = can_list and not has_more
+    found = {"tier": "x", "can_list": can_list, "is_whole": is_whole, "has_more": has_more}
+    said = sentence_of_missing(found | {"keys": [{}] * num_keys}, 3)
 
     assert all(word in said for word in words)
     assert bool(said) == bool(words)
+
+
+def test_as_many_keys_as_the_limit_are_not_more() -> None:
+    """Of a tier that can't list its keys, where the rest may be others' and none is known."""
+    found = {"tier": "x", "can_list": False, "is_whole": False, "has_more": False}
+
+    assert "more than" not in sentence_of_missing(found | {"keys": [{}] * 3}, 3)
 
 
 @pytest.mark.parametrize(("can_list", "is_said"), [(True, False), (False, True)])

@@ -112,6 +112,7 @@ class Inspection:
             "tier": name,
             "is_whole": len(keys) <= limit and all(map(_can_list, tiers)),
             "can_list": all(map(_can_list, tiers)),
+            "has_more": len(keys) > limit,
             "keys": [
                 {
                     "namespace": key.namespace.hex(),
