@@ -17,8 +17,8 @@ import msgspec
 from kvkeep.model.errors import InputError
 from kvkeep.stack.models import Model
 from kvkeep.stack.placement.assign import assign_gpus, find_gpus, fits_without_a_word, share_cores
-from kvkeep.stack.servers.started import find_started
-from kvkeep.stack.spec import EngineSpec, StackSpec
+from kvkeep.stack.servers.started import find_lent
+from kvkeep.stack.spec import EngineSpec, StackSpec, named_ports
 from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES, check_replaceable
 from kvkeep.tiers.slot_header import DIGEST_BYTES, HEADER_BYTES
 
@@ -85,19 +85,6 @@ def is_port_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def named_ports(spec: StackSpec) -> dict[str, int]:
-    """The ports that a stack file asks for, by field."""
-    ports = {"daemon.metrics_port": spec.daemon.metrics_port if spec.daemon.enabled else 0}
-    ports |= {f"engines[{idx}].port": engine.port for idx, engine in enumerate(spec.engines)}
-    ports |= {
-        f"daemon.tiers[{server.tier_idx}].port": server.port
-        for server in find_started(spec.daemon.tiers)
-    }
-    if spec.router is not None:
-        ports |= {"router.port": spec.router.port, "router.admin_port": spec.router.admin_port}
-    return {field: port for field, port in ports.items() if port}
 
 
 def show_bytes(num_bytes: int) -> str:
@@ -269,15 +256,25 @@ def _check_memory(spec: StackSpec) -> None:
                 f"daemon.pool_bytes = {show_bytes(pool_bytes)}: {pool.parent} has "
                 f"{show_bytes(room)} free; choose less, or enlarge it."
             )
+    held_bytes = pool_bytes
+    for field, num_bytes in find_lent(spec.daemon.tiers) if spec.daemon.enabled else ():
+        held_bytes += num_bytes
+        if held_bytes > total:
+            raise InputError(
+                f"{field} = {show_bytes(num_bytes)}: the pool and what tiers keep in memory "
+                f"together are {show_bytes(held_bytes)}, and this machine has "
+                f"{show_bytes(total)}; choose less."
+            )
     own = [
         0 if gpu or engine.url else kv_cache_bytes(engine, gpu=gpu) or 0 for engine in spec.engines
     ]
-    if pool_bytes + sum(own) > total:
+    if held_bytes + sum(own) > total:
         largest = max(range(len(own)), key=own.__getitem__)
+        tiers = "" if held_bytes == pool_bytes else ", what tiers keep in memory"
         raise InputError(
-            f"engines[{largest}].kv_cache_bytes = {show_bytes(own[largest])}: the pool and the "
-            f"engines' caches together are {show_bytes(pool_bytes + sum(own))}, and this machine "
-            f"has {show_bytes(total)}; choose less."
+            f"engines[{largest}].kv_cache_bytes = {show_bytes(own[largest])}: the pool{tiers} and "
+            f"the engines' caches together are {show_bytes(held_bytes + sum(own))}, and this "
+            f"machine has {show_bytes(total)}; choose less."
         )
 
 

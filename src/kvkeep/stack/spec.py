@@ -25,7 +25,7 @@ from kvkeep.model.errors import InputError
 from kvkeep.router.settings import Port
 from kvkeep.stack.models import DEFAULT_MODEL
 from kvkeep.stack.routing.spec import RouterSpec, check_router, whole_router_paths
-from kvkeep.stack.servers.started import check_started, client_settings
+from kvkeep.stack.servers.started import check_started, client_settings, find_started
 
 ENGINES_MAX = 64
 BLOCK_TOKENS_UNIT = 32
@@ -287,10 +287,8 @@ def check_spec(spec: StackSpec) -> None:
     _check_paths(spec)
     check_started(spec.daemon.tiers)
     spec.daemon_settings()
+    _check_ports(spec)
     names: dict[str, int] = {}
-    ports: dict[int, str] = {}
-    if spec.daemon.metrics_port:
-        ports[spec.daemon.metrics_port] = "daemon.metrics_port"
     for idx, engine in enumerate(spec.engines):
         field = f"engines[{idx}]"
         if engine.name in names:
@@ -299,29 +297,34 @@ def check_spec(spec: StackSpec) -> None:
                 "give each engine its own."
             )
         names[engine.name] = idx
-        if engine.port in ports:
-            raise InputError(
-                f"{field}.port = {engine.port}: {ports[engine.port]} is the same; choose another, "
-                "or 0 for a free one."
-            )
-        if engine.port:
-            ports[engine.port] = f"{field}.port"
         _check_engine(engine, field)
         _check_tier(spec, engine, field)
-    for field, port in _router_ports(spec).items():
-        if port and port in ports:
-            raise InputError(
-                f"{field} = {port}: {ports[port]} is the same; choose another, or 0 for a free one."
-            )
-        ports[port] = field
     _check_layouts(spec)
     check_router(spec)
 
 
-def _router_ports(spec: StackSpec) -> dict[str, int]:
-    if spec.router is None:
-        return {}
-    return {"router.port": spec.router.port, "router.admin_port": spec.router.admin_port}
+def _check_ports(spec: StackSpec) -> None:
+    fields: dict[int, str] = {}
+    for field, port in named_ports(spec).items():
+        if port in fields:
+            raise InputError(
+                f"{field} = {port}: {fields[port]} is the same; choose another, or 0 for a free "
+                "one."
+            )
+        fields[port] = field
+
+
+def named_ports(spec: StackSpec) -> dict[str, int]:
+    """The ports that a stack file asks for, by field."""
+    ports = {"daemon.metrics_port": spec.daemon.metrics_port if spec.daemon.enabled else 0}
+    ports |= {f"engines[{idx}].port": engine.port for idx, engine in enumerate(spec.engines)}
+    ports |= {
+        f"daemon.tiers[{server.tier_idx}].port": server.port
+        for server in find_started(spec.daemon.tiers)
+    }
+    if spec.router is not None:
+        ports |= {"router.port": spec.router.port, "router.admin_port": spec.router.admin_port}
+    return {field: port for field, port in ports.items() if port}
 
 
 def _check_paths(spec: StackSpec) -> None:

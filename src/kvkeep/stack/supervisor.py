@@ -25,7 +25,6 @@ from kvkeep.stack.machine import (
     check_machine,
     check_shapes,
     has_gpu,
-    named_ports,
     size_pool,
 )
 from kvkeep.stack.models import Model, check_model, resolve_model
@@ -52,7 +51,7 @@ from kvkeep.stack.servers.launch import find_program, launch_server
 from kvkeep.stack.servers.part import ServerPart
 from kvkeep.stack.servers.ports import HeldPorts
 from kvkeep.stack.servers.started import find_started, with_ports
-from kvkeep.stack.spec import EngineSpec, StackSpec, with_whole_paths
+from kvkeep.stack.spec import EngineSpec, StackSpec, named_ports, with_whole_paths
 
 Launcher = Callable[[EngineSpec, Placement], Launch]
 

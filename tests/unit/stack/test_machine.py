@@ -39,6 +39,13 @@ def test_a_stack_that_fits_is_let_through() -> None:
     machine.check_machine(stack({"cpus": [0]}, {"cpus": "0-1"}, pool_bytes=2 * GIB))
 
 
+def test_a_tier_elsewhere_takes_no_memory_here() -> None:
+    """Neither a server that is there already, nor an object store's files."""
+    valkey = {"kind": "valkey", "url": "valkey://h", "capacity_bytes": "90GiB"}
+    objects = {"kind": "object_store", "start": True, "capacity_bytes": "90GiB"}
+    machine.check_machine(stack(pool_bytes=2 * GIB, tiers=[valkey, objects]))
+
+
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
@@ -54,6 +61,30 @@ def test_a_stack_that_fits_is_let_through() -> None:
             stack({"kv_cache_bytes": GIB}, {"kv_cache_bytes": 7 * GIB}, pool_bytes=2 * GIB),
             "engines[1].kv_cache_bytes = 7 GiB: the pool and the engines' caches together are "
             "10 GiB",
+        ),
+        (
+            stack(tiers=[{"kind": "valkey", "start": True, "capacity_bytes": "900TiB"}]),
+            "daemon.tiers[0].capacity_bytes = 921600 GiB: the pool and what tiers keep in memory "
+            "together are 921602 GiB, and this machine has 8 GiB; choose less.",
+        ),
+        (
+            stack(
+                pool_bytes=GIB,
+                tiers=[
+                    {"kind": "valkey", "start": True, "capacity_bytes": 4 * GIB},
+                    {"kind": "mooncake", "master": "h:1", "segment_bytes": "4GiB"},
+                ],
+            ),
+            "daemon.tiers[1].segment_bytes = 4 GiB: the pool and what tiers keep in memory "
+            "together are 9 GiB",
+        ),
+        (
+            stack(
+                {"kv_cache_bytes": 2 * GIB},
+                tiers=[{"kind": "mooncake", "start": True, "segment_bytes": "5GiB"}],
+            ),
+            "engines[0].kv_cache_bytes = 2 GiB: the pool, what tiers keep in memory and the "
+            "engines' caches together are 9 GiB",
         ),
         (stack({"port": 8201}), "engines[0].port = 8201: another program uses this TCP port"),
         (stack(metrics_port=8201), "daemon.metrics_port = 8201: another program uses this TCP"),

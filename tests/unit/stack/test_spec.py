@@ -9,7 +9,7 @@ from kvkeep.daemon.settings import SOCKET_PATH_BYTES_MAX
 from kvkeep.model.errors import InputError
 from kvkeep.stack.precedence import make_spec
 from kvkeep.stack.routing.spec import RouterSpec
-from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, default_state_dir
+from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, check_spec, default_state_dir
 
 
 def spec(**fields: object) -> StackSpec:
@@ -92,3 +92,39 @@ def test_engines_of_one_daemon_must_agree(field: str, one: object, other: object
         InputError, match=rf"engines\[1\]\.{field} = {other}: engines\[0\] has {one}"
     ):
         make_spec({"name": "x", "engines": engines})
+
+
+def _server(kind: str, port: int) -> dict[str, object]:
+    size = "segment_bytes" if kind == "mooncake" else "capacity_bytes"
+    return {"kind": kind, "start": True, "port": port, size: "64MiB"}
+
+
+@pytest.mark.parametrize(
+    ("daemon", "port", "said"),
+    [
+        (
+            DaemonSpec(tiers=[_server("valkey", 7), _server("mooncake", 7)]),
+            0,
+            "daemon.tiers[1].port = 7: daemon.tiers[0].port is the same",
+        ),
+        (
+            DaemonSpec(metrics_port=7, tiers=[_server("valkey", 7)]),
+            0,
+            "daemon.tiers[0].port = 7: daemon.metrics_port is the same",
+        ),
+        (
+            DaemonSpec(tiers=[_server("valkey", 7)]),
+            7,
+            "daemon.tiers[0].port = 7: engines[0].port is the same",
+        ),
+    ],
+)
+def test_two_servers_on_one_port_are_refused(daemon: DaemonSpec, port: int, said: str) -> None:
+    """Servers of tiers, the daemon and engines alike; without a port each gets one of its own."""
+    engines = [EngineSpec(name="a", port=port)]
+    with pytest.raises(InputError) as caught:
+        check_spec(StackSpec(name="s", engines=engines, daemon=daemon))
+
+    assert str(caught.value) == f"{said}; choose another, or 0 for a free one."
+    free = [{**tier, "port": 0} for tier in daemon.tiers]
+    check_spec(StackSpec(name="s", engines=engines, daemon=DaemonSpec(tiers=free)))

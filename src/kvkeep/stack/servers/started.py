@@ -66,6 +66,17 @@ def find_started(tiers: Sequence[Any]) -> Iterator[StartedServer]:
             yield StartedServer(tier["kind"], tier.get("port", 0), size, idx)
 
 
+def find_lent(tiers: Sequence[Any]) -> Iterator[tuple[str, int]]:
+    """Memory of this machine that checked tiers take beside the pool: field, and bytes.
+
+    A started Valkey fills its share; what is lent to Mooncake is, whoever started its master.
+    """
+    for idx, tier in enumerate(tiers):
+        if tier["kind"] == "mooncake" or (tier["kind"] == "valkey" and is_started(tier)):
+            field = _SIZE_FIELDS[tier["kind"]]
+            yield f"daemon.tiers[{idx}].{field}", with_sizes(tier).get(field, 0)
+
+
 def client_settings(tier: Any) -> Any:
     """What the daemon is told of a tier: its entry, with the address of a started server."""
     if not isinstance(tier, dict) or not tier.keys() & {"start", "port"}:
