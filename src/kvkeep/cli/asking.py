@@ -9,7 +9,7 @@ from typing import Any
 from kvkeep.client.connection import Connection
 from kvkeep.daemon.settings import load_settings
 from kvkeep.model.clock import SystemClock
-from kvkeep.model.errors import UnavailableError
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.protocol import messages as m
 from kvkeep.protocol.versions import VERSION
 
@@ -37,6 +37,21 @@ def asked_daemon(socket: str | None, why: str) -> Iterator[Connection]:
         yield connection
     finally:
         connection.close()
+
+
+def checked_text(text: str, what: str, chars_max: int = m.NAME_MAX) -> str:
+    """The same text, if a message to a daemon can hold it.
+
+    Raises:
+        InputError: It is too long, or its bytes were no UTF-8.
+    """
+    if len(text) > chars_max:
+        raise InputError(f"{what} has at most {chars_max} characters: give a shorter one")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is no text in UTF-8: type it again") from error
+    return text
 
 
 def ask_status(connection: Connection) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from kvkeep.cli.asking import ask_status, asked_daemon, told
+from kvkeep.cli.asking import ask_status, asked_daemon, checked_text, told
 from kvkeep.cli.status import readable_bytes
 from kvkeep.model.errors import InputError
 from kvkeep.model.ids import HASH_BYTES
@@ -145,6 +145,7 @@ def list_keys(
     if not 1 <= limit <= m.KEYS_MAX:
         raise InputError(f"--limit {limit} can't be: choose 1 to {m.KEYS_MAX}")
     name = None if namespace is None else parse_namespace(namespace)
+    checked_text(tier, "--tier")
     with asked_daemon(socket, "cache ls") as connection:
         request = m.ListKeys(connection.next_request_id(), tier, name, limit)
         (found,) = told(connection, request)
@@ -199,6 +200,8 @@ def verify(tiers: Sequence[str], socket: str | None, as_json: bool) -> None:
     Where no tier is named and one can't be looked at, it is 1 as well.
     """
     results = []
+    for name in tiers:
+        checked_text(name, "--tier")
     with asked_daemon(socket, "cache verify") as connection:
         known, left_out = tiers_of(ask_status(connection))
         left_out = {} if tiers else left_out
@@ -251,6 +254,8 @@ def clear(tiers: Sequence[str], yes: bool, socket: str | None, as_json: bool) ->
     and one can't be cleared now, the others are, and the exit code is 1.
     """
     results = []
+    for name in tiers:
+        checked_text(name, "--tier")
     with asked_daemon(socket, "cache clear") as connection:
         known, left_out = tiers_of(ask_status(connection))
         if not tiers and not yes:

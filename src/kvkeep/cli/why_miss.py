@@ -14,7 +14,7 @@ from typing import Any
 import click
 import httpx
 
-from kvkeep.cli.asking import asked_daemon, told
+from kvkeep.cli.asking import asked_daemon, checked_text, told
 from kvkeep.cli.cache import parse_namespace
 from kvkeep.client.connection import Connection
 from kvkeep.model.errors import InputError, UnavailableError
@@ -26,6 +26,7 @@ from kvkeep.protocol.codec import join_hashes
 
 TOKENIZE_S = 30.0
 TOKENS_MAX = 1 << 24
+SALT_MAX = 1 << 20
 NOBODY = "\0"
 """A part of no request's name."""
 SHOWN_MAX = 12
@@ -60,8 +61,10 @@ def why_miss(
     """
     if sum(given is not None for given in (request, prompt, tokens)) > 1:
         raise InputError("give one of REQUEST, --prompt and --tokens, not several")
-    if request is not None and len(request) > m.NAME_MAX:
-        raise InputError(f"a request's id has at most {m.NAME_MAX} characters: give a part of it")
+    if request is not None:
+        checked_text(request, "a request's id, or the part of it that is looked for,")
+    if asked["salt"] is not None:
+        checked_text(asked["salt"], "--salt", SALT_MAX)
     with asked_daemon(socket, "why-miss") as connection:
         if prompt is None and tokens is None:
             found = _explain(connection, engine_request=request or "")
@@ -147,13 +150,24 @@ def read_tokens(file: Path) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} can't be read: {error}") from error
     try:
-        words = json.loads(text) if text.lstrip().startswith("[") else text.split()
-        ids = [int(word) for word in words]
-    except (ValueError, TypeError) as error:
+        ids = _as_ids(json.loads(text) if text.lstrip().startswith("[") else text.split())
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{file} does not hold token ids: write a JSON list, or numbers between spaces"
         ) from error
     return checked_tokens(ids, str(file))
+
+
+def _as_ids(words: Sequence[object]) -> list[int]:
+    """Whole numbers, or digits of such; no part of a number is dropped.
+
+    Raises:
+        TypeError: Something is neither.
+        ValueError: Something else than digits.
+    """
+    if any(type(word) not in (int, str) for word in words):
+        raise TypeError("neither whole numbers nor digits")
+    return [int(str(word)) for word in words]
 
 
 def checked_tokens(ids: list[int], where: str) -> list[int]:
@@ -185,7 +199,7 @@ def _tokenize(
                 messages = [{"role": "user", "content": prompt}]
                 body = {"model": model, "messages": messages, "add_generation_prompt": True}
             answer = client.post(f"{base}/tokenize", json=body).raise_for_status().json()
-        ids = [int(token) for token in answer["tokens"]]
+        ids = _as_ids(answer["tokens"])
     except (
         httpx.HTTPError,
         httpx.InvalidURL,
@@ -193,6 +207,7 @@ def _tokenize(
         KeyError,
         TypeError,
         IndexError,
+        RecursionError,
     ) as error:
         raise UnavailableError(
             f"the engine at {url} makes no token ids of it ({error!r}): see --url and --model"

@@ -146,3 +146,18 @@ def test_without_a_daemon_it_is_one_sentence_and_code_2(command: str) -> None:
     assert done.exit_code == 2
     assert "start one with kvkeep daemon" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "clear"])
+@pytest.mark.parametrize(
+    ("tier", "sentence"), [("\udcff", "no text in UTF-8"), ("x" * 300, "at most 256 characters")]
+)
+def test_a_name_that_no_message_can_hold_is_one_sentence(
+    command: str, tier: str, sentence: str
+) -> None:
+    """Before a daemon is asked; a shell passes any bytes on."""
+    done = CliRunner().invoke(main, ["cache", command, "--tier", tier])
+
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1

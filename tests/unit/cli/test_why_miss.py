@@ -84,7 +84,14 @@ def test_token_ids_are_read(tmp_path: Path, text: str, ids: list[int]) -> None:
     assert read_tokens(tmp_path / "ids") == ids
 
 
-@pytest.mark.parametrize("text", ["", "a b", "[1, null]", "{}", "-1", "[", f"{1 << 31}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "a b", "[1, null]", "{}", "-1", "[", f"{1 << 31}", "[1e400]", "[Infinity]", "[1.5]"),
+        *("[true]", "[NaN]", "9" * 5000, "[" * 200_000),
+    ],
+    ids=lambda text: text[:12] or "nothing",
+)
 def test_what_is_no_list_of_token_ids_is_refused(tmp_path: Path, text: str) -> None:
     """With one sentence that says what to write."""
     (tmp_path / "ids").write_text(text)
@@ -98,6 +105,8 @@ def test_what_is_no_list_of_token_ids_is_refused(tmp_path: Path, text: str) -> N
     [
         (["id", "--prompt", "x"], "not several"),
         (["x" * 300], "at most 256 characters"),
+        (["\udcff"], "no text in UTF-8"),
+        (["--tokens", "a", "--salt", "\udcff"], "no text in UTF-8"),
         (["--socket", "/nowhere/d.sock"], "start one with kvkeep daemon"),
     ],
 )
