@@ -213,8 +213,8 @@ def _checked_places(tier: AnyTierSettings) -> "list[_Place]":
         value = getattr(tier, field)
         if any("\0" in text for text in (value if isinstance(value, list) else [str(value)])):
             raise ValueError(
-                f"{field} of the tier {tier.name!r} holds a zero byte: a path or address holds no "
-                "zero byte, write another"
+                f"the tier {tier.name}: {field} holds a zero byte, which no path or address can: "
+                "write another"
             )
     try:
         return list(_places(tier))

@@ -35,7 +35,7 @@ def split_url(url: str) -> SplitResult:
     try:
         return urlsplit(url)
     except ValueError:
-        raise ValueError("it is no address: [ and ] stand around an IPv6 address") from None
+        raise ValueError("its brackets stand around no IPv6 address") from None
 
 
 def port_of(parts: SplitResult, default: int) -> int:

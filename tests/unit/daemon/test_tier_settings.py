@@ -269,5 +269,5 @@ def test_a_place_that_can_not_be_is_refused(tmp_path: Path, tier: object, said: 
 )
 def test_a_zero_byte_is_refused(tmp_path: Path, tier: object) -> None:
     """Before the system is asked for such a path."""
-    with pytest.raises(InputError, match="holds no zero byte"):
+    with pytest.raises(InputError, match="holds a zero byte"):
         loaded(tmp_path, tier)

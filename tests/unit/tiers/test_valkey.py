@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.model.errors import UnavailableError
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.testing.tier_contract import block_key, in_parts
 from kvkeep.tiers.valkey import ValkeySettings, ValkeyTier
 
@@ -83,3 +83,10 @@ def test_a_closed_tier_says_so() -> None:
 
     with pytest.raises(UnavailableError, match="was closed"):
         tier.lookup([block_key(1)])
+
+
+@pytest.mark.parametrize("ca_file", ["a\0b", "/dev/null/x", "/dev/null"])
+def test_certificates_that_can_not_be_are_refused(ca_file: str) -> None:
+    """In one sentence that names the setting, before anybody is called."""
+    with pytest.raises(InputError, match="mend `ca_file`"):
+        ValkeyTier(ValkeySettings(url="valkeys://h", ca_file=ca_file))
