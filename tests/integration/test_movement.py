@@ -27,11 +27,16 @@ from tests.integration.daemons import (
     running_daemon,
     wait_until,
 )
+from tests.servers.seaweed import KEY, SECRET, SeaweedServer
 from tests.servers.valkey import ValkeyServer
 
 NUM_SEQUENCES = 80
 SEQUENCE_BLOCKS = 250
 """Together ten times what the pool holds."""
+
+
+PREFILL_TOKENS_S = 200
+"""Of an engine that is worth loading for."""
 
 
 def disk_in(folder: Path) -> dict[str, object]:
@@ -226,6 +231,47 @@ def test_a_server_that_was_started_again_empty_gets_the_pool_again(tmp_path: Pat
 
             clear_pool(daemon)
             assert serve(worker, client, hashes) == len(hashes)
+    finally:
+        server.stop()
+
+
+def announced_wait_us(daemon: Daemon, hashes: list[BlockHash]) -> int:
+    """Ask for a prefix that the pool has not, and leave; returns the wait that was announced."""
+    clear_pool(daemon)
+    with contextlib.closing(connect(daemon)) as tool:
+        question = m.Acquire(
+            tool.next_request_id(), NAMESPACE, 0, join_hashes(hashes), 30.0, PREFILL_TOKENS_S
+        )
+        return tool.call(question, m.Acquired, CALL_TIMEOUT_S).wait_us
+
+
+@pytest.mark.parametrize("planner", ["auto", "load"])
+def test_a_server_that_stands_still_is_waited_for_by_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planner: str
+) -> None:
+    """Long before the deadline of a call nobody waits any more; it is asked when it is back."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    hashes = hashes_of(0, 40)
+    server = SeaweedServer().run()
+    try:
+        store = {
+            "kind": "object_store",
+            "url": server.settings().url,
+            "endpoint": server.endpoint,
+            "timeout_s": 60,
+            "deadline_s": 60,
+        }
+        with daemon_with(tmp_path, store, planner=planner) as daemon, Worker(daemon) as worker:
+            store_sequence(daemon, worker, hashes)
+            assert announced_wait_us(daemon, hashes)
+            server.freeze()
+            wait_until(lambda: not announced_wait_us(daemon, hashes), "nobody waits", 20.0)
+            assert daemon.status()["movement"]["tiers"][0]["breaker"] == "closed"
+            assert not announced_wait_us(daemon, hashes)
+            server.thaw()
+
+            wait_until(lambda: announced_wait_us(daemon, hashes) > 0, "asked again", 20.0)
     finally:
         server.stop()
 

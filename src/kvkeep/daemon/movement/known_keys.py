@@ -45,6 +45,10 @@ class KnownKeys:
         """A key to ask for: the latest that is believed, else the latest one heard of."""
         return next(reversed(self._known)) if self._known else self._latest
 
+    def mentioned(self, key: BlockKey) -> None:
+        """The tier is asked for it."""
+        self._latest = key
+
     def learn(self, keys: Sequence[BlockKey], are_there: Sequence[bool]) -> None:
         """These were kept or deleted just now."""
         for key, is_there in zip(keys, are_there, strict=True):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import TypeVar
 from kvkeep.core.admission import AdmissionPolicy
 from kvkeep.core.breaker import BreakerState
 from kvkeep.core.eviction.base import fingerprint_of
+from kvkeep.core.pulse import Pulse
 from kvkeep.daemon.movement.known_keys import KnownKeys
 from kvkeep.daemon.movement.proving import Proof, Reads, prove_tier
 from kvkeep.model.clock import Clock
@@ -20,6 +22,8 @@ from kvkeep.model.ids import BlockKey
 from kvkeep.tiers.base import BATCH_MAX, Gauges, Parts, Probes, Tier
 from kvkeep.tiers.io_queue import Outcome, TierQueue
 from kvkeep.tiers.wrappers.metered import MeteredTier
+
+log = logging.getLogger(__name__)
 
 REFUSED_MAX = 1 << 14
 """Blocks of which it is remembered why they were not admitted."""
@@ -34,6 +38,10 @@ still be read."""
 
 BATCH_BYTES = 8 << 20
 """Moved in one call: enough for a tier's bandwidth, little enough for several threads to share."""
+READ_PATIENCE_S = 2.0
+"""A read that takes longer speaks against the tier, if ..."""
+READ_PATIENCE_FACTOR = 10.0
+"""... it takes this many times its estimate too."""
 READS_MAX = 16
 """Calls of promotions in motion at once: together 128 MiB at most."""
 
@@ -82,6 +90,9 @@ class LowerTier:
         self._rejections = rejections
         self.known = KnownKeys()
         """What it is believed to have; for a tier that is not local."""
+        self._pulse = Pulse(
+            queue.limits.deadline_s, latches=not is_local and isinstance(queue.tier, Probes)
+        )
         self._looking_since_s: float | None = None
         """Since when a key is asked for that nobody wants."""
         self._look_at_s = 0.0
@@ -106,11 +117,16 @@ class LowerTier:
     @property
     def is_asked(self) -> bool:
         """Whether a call would go through now: true again when the breaker wants a trial."""
-        return self.queue.estimate_s(0) != float("inf")
+        return self.queue.estimate_s(0) != float("inf") and not self.is_still
+
+    @property
+    def is_still(self) -> bool:
+        """Whether calls under way take so long that nobody should wait for others."""
+        return self._pulse.is_still(self._clock.now_s())
 
     def may_have(self, key: BlockKey) -> bool:
         """False if it surely has not got this block; costs no call."""
-        if self.is_closed_off or key in self._unwanted:
+        if self.is_closed_off or self.is_still or key in self._unwanted:
             return False
         return self.has(key) if self.is_local else self.is_asked
 
@@ -141,6 +157,7 @@ class LowerTier:
         return {
             "name": self.name,
             "breaker": self.queue.breaker_state.value,
+            "answers": not self.is_still,
             "proof": self.proof.value,
             "queued_bytes": self.queue.queued_bytes,
             "deletions_waiting": len(self._unwanted),
@@ -222,7 +239,9 @@ class LowerTier:
 
     async def probe(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which of these blocks it has, as far as it can tell; none if it can't be asked."""
-        found = [] if self.is_closed_off else await self._probe(keys)
+        if self.is_closed_off or self.is_still:
+            return [False] * len(keys)
+        found = await self._probe(keys)
         # A question may have been on its way when clearing began, or a block was found rotten.
         if self.is_closed_off:
             return [False] * len(keys)
@@ -255,7 +274,10 @@ class LowerTier:
         return found + [False] * (len(keys) - len(found))
 
     async def _probe_batch(self, keys: Sequence[BlockKey]) -> list[bool]:
-        found: list[bool] = await self._call(partial(self.queue.submit_probe, keys))
+        self.known.mentioned(keys[0])
+        found: list[bool] = await self._call(
+            partial(self.queue.submit_probe, keys), patience_s=None
+        )
         self._found(keys, found)
         return found
 
@@ -296,7 +318,11 @@ class LowerTier:
         self._require_proof()
         read = partial(self.queue.submit_read, keys, into)
         async with self._reads:
-            lengths: list[int | None] = await self._call(read)
+            estimate_s = self.queue.estimate_s(len(keys) * self._value_bytes)
+            patience_s = READ_PATIENCE_FACTOR * (estimate_s or float("inf"))
+            lengths: list[int | None] = await self._call(
+                read, patience_s=max(READ_PATIENCE_S, patience_s)
+            )
         lengths = [
             None if key in self._unwanted else length
             for key, length in zip(keys, lengths, strict=True)
@@ -338,6 +364,9 @@ class LowerTier:
         """Several times a second: notice calls that hang, and try again what has to be done."""
         self.queue.sweep(self._clock.now_s())
         self._delete_unwanted()
+        if self._pulse.look(self._clock.now_s()):
+            log.warning("a tier does not answer. tier=%s", self.name)
+            self.known.doubt()
         self._look()
 
     def _look(self) -> None:
@@ -351,21 +380,24 @@ class LowerTier:
 
         def done(outcome: Outcome[list[bool]]) -> None:
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._looked, key, outcome)
+                loop.call_soon_threadsafe(self._looked, key, ticket, outcome)
 
         if self.queue.submit_probe([key], done):
+            ticket = self._pulse.begin(now_s)
             self._looking_since_s = now_s
 
-    def _looked(self, key: BlockKey, outcome: Outcome[list[bool]]) -> None:
+    def _looked(self, key: BlockKey, ticket: int, outcome: Outcome[list[bool]]) -> None:
         self._looking_since_s = None
-        self._heard(outcome)
+        self._heard(outcome, ticket, is_question=True)
         if outcome.answer is not None:
             self._found([key], outcome.answer)
         self._look_at_s = self._clock.now_s() + self.known.look_again_s
 
-    def _heard(self, outcome: Outcome[Answer]) -> None:
+    def _heard(self, outcome: Outcome[Answer], ticket: int, *, is_question: bool) -> None:
         """A call has ended: what could not be reached may come back without what it had."""
-        if outcome.error is None:
+        is_good, now_s = outcome.error is None, self._clock.now_s()
+        self._pulse.end(ticket, now_s, is_good=is_good, is_question=is_question)
+        if is_good:
             self.known.answered()
         elif not self.is_local:
             self.known.doubt()
@@ -427,12 +459,17 @@ class LowerTier:
         """What it is remembered to keep, of a tier that can't list its keys."""
         return self.known.keys()
 
-    async def _call(self, submit: Callable[[Callable[[Outcome[Answer]], None]], bool]) -> Answer:
+    async def _call(
+        self,
+        submit: Callable[[Callable[[Outcome[Answer]], None]], bool],
+        patience_s: float | None = float("inf"),
+    ) -> Answer:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Outcome[Answer]] = loop.create_future()
 
         def settle(outcome: Outcome[Answer]) -> None:
-            self._heard(outcome)  # also where nobody waits for it any more
+            # Also where nobody waits for it any more.
+            self._heard(outcome, ticket, is_question=patience_s is None)
             if not ended.done():
                 ended.set_result(outcome)
 
@@ -443,6 +480,7 @@ class LowerTier:
 
         if not submit(done):
             raise UnavailableError(f"the tier {self.name} is full or left alone for now")
+        ticket = self._pulse.begin(self._clock.now_s(), patience_s)  # the loop settles later
         outcome = await ended
         if outcome.error is not None or outcome.answer is None:
             raise outcome.error or UnavailableError(f"the tier {self.name} gave no answer")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from kvkeep.core.planner import PlanMode, PlannerSettings
 from kvkeep.daemon.movement.cascade import Cascade
 from kvkeep.daemon.movement.lower_tier import LowerTier
-from kvkeep.daemon.movement.pace import LIMIT_PINNED_S, Pace
+from kvkeep.daemon.movement.pace import Pace
 from kvkeep.daemon.movement.promotion import Promotion, Wanted
 from kvkeep.daemon.movement.proving import Reads
 from kvkeep.daemon.movement.tier_set import TierSet, raise_defect
@@ -29,8 +29,6 @@ Mover = Cascade | Promotion
 DRAIN_S = 4.0
 """What is in motion when the daemon stops, or when the layout changes, is waited for so long; with
 what closing tiers may take, the daemon ends in that time, whatever hangs."""
-PROBE_S = 0.25
-"""Announced to a client before it is known where its blocks are."""
 PREFETCHES_MAX = 4
 """At once: tiers are there for requests that wait first of all."""
 PREFETCH_S = 30.0
@@ -299,13 +297,15 @@ class Movement:
             limit_s: The longest wait altogether, in seconds.
         """
         promotion = self._promotion
-        if promotion is None:
+        if promotion is None or self.pace is None:
             return
         loop = asyncio.get_running_loop()
-        last_s = loop.time() + limit_s
         # Who is told to load waits for that, however busy this machine is with finding out.
-        is_pinned = self._settings.planner == PlanMode.LOAD.value
-        probe_s = LIMIT_PINNED_S if is_pinned else PROBE_S
+        probe_s, most_s = self.pace.waits_s(
+            promotion.num_ready(wanted), len(wanted.hashes), wanted.prefill_tokens_s
+        )
+        limit_s = min(limit_s, most_s)
+        last_s = loop.time() + limit_s
         until_s = min(last_s, loop.time() + probe_s)
         announce(min(limit_s, probe_s))
 

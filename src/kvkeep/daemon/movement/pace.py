@@ -30,7 +30,10 @@ LIMIT_SHARE = 0.5
 """... or this share of what computing would take, if that is more: an estimate knows nothing of a
 machine that is busy this very moment, and what was given up late is computed late."""
 LIMIT_MIN_S = 0.1
-"""Below this nothing is given up: scheduling alone may take that long."""
+"""Below this nothing is given up that computing takes longer than: scheduling alone may take that
+long."""
+PROBE_S = 0.25
+"""Waited for at most before it is known where blocks are."""
 LIMIT_PINNED_S = 5.0
 """How long is waited at most where the choice is pinned to loading."""
 
@@ -141,7 +144,7 @@ class Pace:
         if num_blocks and chosen.saved_s is not None and explored is None:
             self.saved_us += int(max(0.0, chosen.saved_s) * 1e6)
         self.last_reason = chosen.reason
-        limit_s = self._limit_s(chosen.load_s, chosen.recompute_s)
+        limit_s = self._limit_s(chosen.load_s, chosen.recompute_s, prefill_tokens_s)
         return Pacing(num_blocks, limit_s, chosen.saved_s, explored, chosen.reason)
 
     def _sources(
@@ -160,11 +163,30 @@ class Pace:
             )
         return sources
 
-    def _limit_s(self, load_s: float | None, recompute_s: float) -> float:
+    def _limit_s(self, load_s: float | None, recompute_s: float, prefill_tokens_s: float) -> float:
         if self._settings.mode is PlanMode.LOAD:
             return LIMIT_PINNED_S
         wanted_s = max(LIMIT_FACTOR * (load_s or 0.0), LIMIT_SHARE * recompute_s)
-        return max(min(wanted_s, recompute_s), LIMIT_MIN_S)
+        if not prefill_tokens_s:  # computing is estimated by a guess
+            return max(min(wanted_s, recompute_s), LIMIT_MIN_S)
+        return min(max(wanted_s, LIMIT_MIN_S), recompute_s)
+
+    def waits_s(
+        self, num_ready: int, num_hashes: int, prefill_tokens_s: float
+    ) -> tuple[float, float]:
+        """How long a request waits at most until its blocks are found, and altogether.
+
+        Never longer than computing what is missing takes, where that is known and the choice is
+        not pinned to loading.
+        """
+        if self._settings.mode is PlanMode.LOAD:
+            return LIMIT_PINNED_S, float("inf")
+        if not prefill_tokens_s:
+            return PROBE_S, float("inf")
+        tokens = self._layout.block_tokens
+        speed = PrefillSpeed(prefill_tokens_s)
+        compute_s = speed.seconds(num_ready * tokens, (num_hashes - num_ready) * tokens)
+        return min(PROBE_S, LIMIT_SHARE * compute_s), compute_s
 
     def speeds(self) -> dict[str, float]:
         """Measured bytes a second by tier, the pool's among them; only what was measured."""

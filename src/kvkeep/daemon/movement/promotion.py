@@ -57,6 +57,12 @@ class Arrival:
     ended: "asyncio.Future[None]"
     until_s: float
     """By the loop's clock: when whoever asked for them gives up."""
+    tiers: Sequence[LowerTier]
+    """Where they come from."""
+
+    def is_awaited(self, now_s: float) -> bool:
+        """Whether it is still worth waiting for: what is late may never come."""
+        return now_s < self.until_s and not any(tier.is_still for tier in self.tiers)
 
 
 class Promotion:
@@ -88,8 +94,9 @@ class Promotion:
         if self._is_over or num_ready >= len(wanted.hashes):
             return False
         (key,) = wanted.keys(num_ready, num_ready + 1)
-        if key in self._arriving:
-            return True
+        arrival = self._arriving.get(key)
+        if arrival is not None:
+            return arrival.is_awaited(asyncio.get_running_loop().time())
         size = (num_ready, len(wanted.hashes))
         return any(
             tier.may_have(key) and self._pace.may_pay(*size, tier, wanted.prefill_tokens_s)
@@ -132,7 +139,7 @@ class Promotion:
                     continue
             # While this one looked, another may have begun to read the same.
             arrival = self._arriving.get(first) or self._fetch(wanted, num_ready, runs)
-            if arrival is None:
+            if arrival is None or not arrival.is_awaited(asyncio.get_running_loop().time()):
                 return
             announce(arrival.until_s - asyncio.get_running_loop().time())
             await asyncio.shield(arrival.ended)
@@ -195,7 +202,11 @@ class Promotion:
             if slot != do.NO_SLOT
         ]
         loop = asyncio.get_running_loop()
-        arrival = Arrival(loop.create_future(), loop.time() + pacing.limit_s)
+        arrival = Arrival(
+            loop.create_future(),
+            loop.time() + pacing.limit_s,
+            [tier for tier, _ in runs],
+        )
         for key, _, _ in granted:
             self._arriving[key] = arrival
         task = loop.create_task(self._read(reply.lease_id, granted, arrival))

@@ -141,4 +141,5 @@ async def test_a_status_says_what_stands(grounds: Grounds) -> None:
 
     assert status["num_values"] == 30
     assert status["breaker"] == "closed"
+    assert status["answers"] is True
     assert status["queued_bytes"] == 0

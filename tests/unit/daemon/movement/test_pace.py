@@ -3,7 +3,7 @@
 import pytest
 
 from kvkeep.core.planner import PlanMode, PlannerSettings
-from kvkeep.daemon.movement.pace import LIMIT_MIN_S, LIMIT_PINNED_S, Pace
+from kvkeep.daemon.movement.pace import LIMIT_MIN_S, LIMIT_PINNED_S, PROBE_S, Pace
 from kvkeep.testing.virtual_time import VirtualTime
 from tests.unit.daemon.movement.grounds import LAYOUT, Grounds
 
@@ -33,6 +33,21 @@ async def test_a_fast_tier_is_loaded_from(grounds: Grounds) -> None:
     assert pacing.num_blocks == NUM_BLOCKS
     assert LIMIT_MIN_S <= pacing.limit_s <= recompute_s
     assert pace.saved_us == pytest.approx(recompute_s * 1e6, rel=0.1)
+
+
+@pytest.mark.parametrize("engine", [2000.0, 20_000.0, 200_000.0])
+async def test_nobody_waits_longer_than_computing_takes(grounds: Grounds, engine: float) -> None:
+    """Neither until blocks are found, nor for them, nor for both."""
+    pace = paced(grounds, 1e9)
+    compute_s = NUM_BLOCKS * LAYOUT.block_tokens / engine
+    probe_s, most_s = pace.waits_s(0, NUM_BLOCKS, engine)
+    pacing = pace.plan(0, NUM_BLOCKS, [(grounds.tier, NUM_BLOCKS)], engine)
+
+    assert probe_s < compute_s
+    assert most_s == pytest.approx(compute_s)
+    assert pacing.limit_s <= compute_s
+    assert pace.waits_s(NUM_BLOCKS - 1, NUM_BLOCKS, engine)[1] < compute_s
+    assert pace.waits_s(0, NUM_BLOCKS, 0.0)[0] == PROBE_S
 
 
 async def test_a_slow_tier_is_left_alone(grounds: Grounds) -> None:
