@@ -268,7 +268,7 @@ class Misses:
 
 def _why_away(tier: LowerTier) -> str:
     """Why nothing can be had from an open tier now; empty if it answers."""
-    if tier.queue.breaker_state is not BreakerState.CLOSED:
+    if tier.queue.breaker_state is not BreakerState.CLOSED or not tier.is_asked:
         return f"{tier.name} does not answer now: its calls fail or hang"
     if tier.proof is Proof.AWAITED:
         return f"{tier.name} has not answered yet"

@@ -3,14 +3,17 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from kvkeep.core.breaker import BreakerState
 from kvkeep.daemon import misses as subject
-from kvkeep.daemon.misses import Misses
+from kvkeep.daemon.misses import Misses, Reason
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.movement.promotion import Wanted
+from kvkeep.daemon.movement.proving import Proof
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import SystemClock
@@ -67,6 +70,65 @@ def test_questions_without_a_name_are_not_kept(misses: Misses) -> None:
     answer(misses, None)
 
     assert requests(misses, "") == []
+
+
+def reason_above(*tiers: object, wanted: Wanted | None = None, **movement: object) -> Reason:
+    """Why a block is missing that no pool has, above tiers such as these."""
+    known = {"tiers": tiers, "closed_tiers": {}, "opening_tiers": [], "pace": None} | movement
+    ledger = SimpleNamespace(find=lambda _key: None)
+    shell: Any = SimpleNamespace(node=SimpleNamespace(ledger=ledger))
+    misses = Misses(shell, cast(Any, SimpleNamespace(**known)), SystemClock())
+    return misses.reason(BlockKey(NAMESPACE, HASH), wanted)
+
+
+def tier_that(**states: object) -> Any:
+    """A tier that has every block and answers, but for what is said."""
+    breaker = states.pop("breaker", BreakerState.CLOSED)
+    usual = {"name": "disk", "is_asked": True, "proof": Proof.DONE, "is_held": False}
+    queue = SimpleNamespace(breaker_state=breaker)
+    return SimpleNamespace(queue=queue, has=lambda _key: True, **(usual | states))
+
+
+@pytest.mark.parametrize(
+    ("states", "words"),
+    [
+        ({"breaker": BreakerState.OPEN}, "disk does not answer now"),
+        ({"breaker": BreakerState.HALF_OPEN}, "disk does not answer now"),
+        ({"is_asked": False}, "disk does not answer now"),
+        ({"proof": Proof.AWAITED}, "disk has not answered yet"),
+        ({"is_held": True}, "disk is just being cleared"),
+    ],
+)
+def test_a_tier_that_is_not_read_is_away(states: dict[str, object], words: str) -> None:
+    """What it had says nothing of what can be had; another that has the block comes first."""
+    away = reason_above(tier_that(**states))
+    beside = reason_above(tier_that(**states), tier_that(name="other"))
+
+    assert away.code == "tier_away"
+    assert words in away.text
+    assert beside.code == "in_tier"
+    assert "in other" in beside.text
+
+
+def test_the_reason_of_a_plan_is_that_requests() -> None:
+    """What the planner said last may have been about somebody else's."""
+    wanted = Wanted(NAMESPACE, 0, [HASH], 0.0)
+    said: dict[str, Any] = {"plan_reason": "loading costs more"}
+    declined = SimpleNamespace(may_pay=lambda *_: False)
+    agreed = SimpleNamespace(may_pay=lambda *_: True)
+
+    assert "costs more" in reason_above(tier_that(), wanted=wanted, pace=declined, **said).text
+    assert "costs more" not in reason_above(tier_that(), wanted=wanted, pace=agreed, **said).text
+    assert "costs more" not in reason_above(tier_that(), pace=declined, **said).text
+
+
+def test_tiers_that_can_t_be_asked_are_named() -> None:
+    """The block may lie in one that is opening or failed, whatever the daemon remembers."""
+    found = reason_above(closed_tiers={"s3": "no bucket"}, opening_tiers=["s3", "valkey"])
+
+    assert found.code == "never_stored"
+    assert "s3 can't be used (no bucket), and may have it" in found.text
+    assert "valkey is just being opened" in found.text
 
 
 def test_memory_is_bounded(misses: Misses) -> None:
