@@ -340,3 +340,23 @@ def test_a_tier_that_can_t_be_looked_at_is_named(tmp_path: Path) -> None:
     assert list(json.loads(failed[1].stdout)["left_out"]) == ["file"]
     assert [each["tier"] for each in json.loads(failed[1].stdout)["tiers"]] == ["good", "pool"]
     assert named.exit_code == 0
+
+
+def test_a_tier_whose_server_died_keeps_no_other_from_being_verified(tmp_path: Path) -> None:
+    """It is named with what it did; who names it alone gets the sentence and code 2."""
+    disk = {"kind": "disk", "folder": str(tmp_path / "disk"), "capacity_bytes": "64MiB"}
+    config = tmp_path / "daemon.yaml"
+    with tier_server("valkey") as server:
+        valkey = server.tier | {"timeout_s": 0.5, "deadline_s": 1.0}
+        config.write_text(json.dumps({"tiers": [valkey, disk], "planner": "load"}))
+        with running_daemon(config=config) as daemon, Worker(daemon) as worker:
+            wait_for_tiers(daemon)
+            worker.store(hashes_of(0, 4))
+            wait_until(lambda: daemon.counter("blocks_cascaded") >= 8, "blocks in both")
+            server.kill()
+            every, one = run(daemon, "verify", "--json"), run(daemon, "verify", "--tier", "valkey")
+
+    assert (every.exit_code, one.exit_code) == (1, 2)
+    assert [each["tier"] for each in json.loads(every.stdout)["tiers"]] == ["pool", "disk"]
+    assert list(json.loads(every.stdout)["left_out"]) == ["valkey"]
+    assert "valkey: not verified" in every.stderr

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from kvkeep.cli.asking import ask_status, asked_daemon, checked_text, told
 from kvkeep.cli.status import readable_bytes
-from kvkeep.model.errors import InputError
+from kvkeep.client.connection import Connection
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import HASH_BYTES
 from kvkeep.protocol import messages as m
 
@@ -206,10 +207,13 @@ def verify(tiers: Sequence[str], socket: str | None, as_json: bool) -> None:
         known, left_out = tiers_of(ask_status(connection))
         left_out = {} if tiers else left_out
         for name in tiers or known:
-            found: dict[str, Any] = {}
-            for found in told(connection, m.VerifyTier(connection.next_request_id(), name)):
-                _progress(f"{name}: {found['num_checked']:,} blocks checked")
-            _progress("")
+            try:
+                found = _verified(connection, name)
+            except UnavailableError as error:
+                if tiers:
+                    raise
+                left_out[name] = str(error)
+                continue
             results.append(found)
             if not as_json:
                 click.echo(sentence_of_verified(found))
@@ -218,6 +222,21 @@ def verify(tiers: Sequence[str], socket: str | None, as_json: bool) -> None:
     _say_left_out(left_out, "verified")
     if any(found["num_rotten"] for found in results):
         click.get_current_context().exit(EXIT_ROTTEN)
+
+
+def _verified(connection: Connection, name: str) -> dict[str, Any]:
+    """What was found in one tier, in the end.
+
+    Raises:
+        UnavailableError: It can't be read now.
+    """
+    found: dict[str, Any] = {}
+    try:
+        for found in told(connection, m.VerifyTier(connection.next_request_id(), name)):
+            _progress(f"{name}: {found['num_checked']:,} blocks checked")
+    finally:
+        _progress("")
+    return found
 
 
 def sentence_of_verified(found: dict[str, Any]) -> str:
