@@ -15,7 +15,7 @@ from kvkeep.core.breaker import BreakerState
 from kvkeep.core.eviction.base import fingerprint_of
 from kvkeep.core.pulse import Pulse
 from kvkeep.daemon.movement.known_keys import KnownKeys
-from kvkeep.daemon.movement.proving import Proof, Reads, prove_tier
+from kvkeep.daemon.movement.proving import Canaries, Proof, Reads, prove_tier
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import CorruptDataError, UnavailableError
 from kvkeep.model.ids import BlockKey
@@ -102,6 +102,7 @@ class LowerTier:
         """Blocks that it may have and must not give: neither read nor written until deleted."""
         self._is_deleting = False
         self._delete_at_s = 0.0
+        self.canaries = Canaries()
         self.proof = Proof.DONE
         """Whoever opens it says if it is not."""
         self.is_held = False
@@ -226,7 +227,7 @@ class LowerTier:
 
         def attempt(tier: Tier) -> Reads | CorruptDataError:
             try:
-                return prove_tier(tier, self._value_bytes, lambda: self.num_rejected)
+                return prove_tier(tier, self._value_bytes, lambda: self.num_rejected, self.canaries)
             except CorruptDataError as error:
                 return error
 
@@ -363,6 +364,9 @@ class LowerTier:
     def tick(self) -> None:
         """Several times a second: notice calls that hang, and try again what has to be done."""
         self.queue.sweep(self._clock.now_s())
+        if self.canaries.are_left and self.proof is not Proof.AWAITED:
+            self.canaries.are_left = False
+            self.delete(self.canaries.keys)
         self._delete_unwanted()
         if self._pulse.look(self._clock.now_s()):
             log.warning("a tier does not answer. tier=%s", self.name)

@@ -1,7 +1,6 @@
 """Before a tier serves: values are written to it and read back, byte by byte, and timed."""
 
-import contextlib
-import os
+import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -30,8 +29,31 @@ class Proof(Enum):
     """It has not answered yet: nothing is taken from it or given to it."""
 
 
+class Canaries:
+    """What one tier is proven with, each time the same: few can stay that can't be deleted.
+
+    The bytes follow from the keys, so a write that was given up and arrives in the midst of the
+    next proof changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.keys = [
+            BlockKey(CANARY_NAMESPACE, BlockHash(secrets.token_bytes(HASH_BYTES)))
+            for _ in range(BATCH)
+        ]
+        self.are_left = False
+        """Some may still be there, or come: set on any thread, and reset by who deletes them."""
+
+    def values(self, value_bytes: int) -> list[bytes]:
+        """One for each key, of this length."""
+        return [hashlib.shake_128(key.block_hash).digest(value_bytes) for key in self.keys]
+
+
 def prove_tier(
-    tier: Tier, value_bytes: int, num_rejected: Callable[[], int] = lambda: 0
+    tier: Tier,
+    value_bytes: int,
+    num_rejected: Callable[[], int] = lambda: 0,
+    canaries: Canaries | None = None,
 ) -> list[tuple[int, float]]:
     """Write and read back what no engine wants.
 
@@ -40,6 +62,7 @@ def prove_tier(
         value_bytes: Length of the values that it is to keep.
         num_rejected: How many values its wrappers have not believed so far: what they reject is a
             miss to whoever reads, and here it is the proof that failed.
+        canaries: What is written and read, and who is told if it may stay; others if None.
 
     Returns:
         Bytes and seconds of each read; fewer where the tier declined to keep a value.
@@ -48,11 +71,13 @@ def prove_tier(
         CorruptDataError: Other bytes came back; the tier must not be used.
         UnavailableError: The tier can't be used now.
     """
-    keys = [
-        BlockKey(CANARY_NAMESPACE, BlockHash(secrets.token_bytes(HASH_BYTES))) for _ in range(BATCH)
-    ]
-    values = [os.urandom(value_bytes) for _ in keys]
-    kept = tier.write(keys, [[memoryview(value)] for value in values])
+    canaries = canaries or Canaries()
+    keys, values = canaries.keys, canaries.values(value_bytes)
+    try:
+        kept = tier.write(keys, [[memoryview(value)] for value in values])
+    except UnavailableError:
+        canaries.are_left = True  # they may arrive yet
+        raise
     try:
         samples = []
         for count in (1, BATCH):
@@ -67,8 +92,10 @@ def prove_tier(
         return samples
     finally:
         # What was found out counts, whether or not the values can be deleted.
-        with contextlib.suppress(UnavailableError):
+        try:
             tier.delete(keys)
+        except UnavailableError:
+            canaries.are_left = True
 
 
 def _read_back(tier: Tier, keys: Sequence[BlockKey], values: Sequence[bytes]) -> float | None:

@@ -262,7 +262,9 @@ def _open_and_prove(
     tier = open_tier(settings, value_bytes(view), clock)
     try:
         register_pool(tier, view.region)
-        reads = prove_tier(tier.queue.tier, value_bytes(view), lambda: tier.num_rejected)
+        reads = prove_tier(
+            tier.queue.tier, value_bytes(view), lambda: tier.num_rejected, tier.canaries
+        )
     except UnavailableError as error:
         # It may come, and is proven then.
         log.warning("a tier does not answer yet. tier=%s reason=%s", tier.name, str(error))

@@ -1,15 +1,20 @@
 """A tier as the event loop sees it."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from kvkeep.core.admission import AdmitReason
+from kvkeep.daemon.movement.proving import BATCH, Proof
 from kvkeep.daemon.movement.slots import all_parts
 from kvkeep.model.errors import UnavailableError
+from kvkeep.model.ids import BlockKey
+from kvkeep.tiers.base import Parts
 from kvkeep.tiers.faulty import TierFault
 from kvkeep.tiers.io_queue import QueueLimits
+from kvkeep.tiers.memory import MemoryTier
 from tests.unit.daemon.movement.grounds import WAIT_S, Grounds, keys
 
 BLOCKS = keys(0, 30)
@@ -132,6 +137,32 @@ async def test_a_read_waits_for_its_turn_and_is_not_refused(tmp_path: Path) -> N
 
     assert found == [[grounds.value_bytes]] * 12
     grounds.close()
+
+
+async def test_nothing_stays_of_proofs_that_arrived_late(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a server that stood still: few values however often it was asked, and then none."""
+    tier, medium = grounds.tier, grounds.medium
+    good, inner = medium.write, medium._inner
+    assert isinstance(inner, MemoryTier)
+
+    def arrive_late(keys: Sequence[BlockKey], values: Sequence[Parts]) -> list[bool]:
+        good(keys, values)
+        raise UnavailableError("no answer in time")
+
+    monkeypatch.setattr(medium, "write", arrive_late)
+    tier.proof = Proof.AWAITED
+    for _ in range(3):
+        with pytest.raises(UnavailableError):
+            await tier.prove()
+        tier.tick()
+    assert len(list(inner.keys())) == BATCH
+    tier.proof = Proof.DONE
+    tier.tick()
+    async with asyncio.timeout(WAIT_S):
+        while list(inner.keys()):
+            await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, int)])
 
 
 async def test_a_status_says_what_stands(grounds: Grounds) -> None:

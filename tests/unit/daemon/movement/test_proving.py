@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvkeep.daemon.movement.proving import BATCH, prove_tier
+from kvkeep.daemon.movement.proving import BATCH, Canaries, prove_tier
 from kvkeep.model.errors import CorruptDataError, UnavailableError
 from kvkeep.model.ids import BlockKey
 from kvkeep.tiers.faulty import FaultyTier, TierFault
@@ -66,6 +66,22 @@ def test_a_tier_that_declines_proves_nothing() -> None:
 def test_a_tier_that_forgets_is_not_timed() -> None:
     """Room for three of eight values: only the single read may count."""
     assert len(prove_tier(tier(capacity_bytes=3 * VALUE_BYTES), VALUE_BYTES)) <= 1
+
+
+def test_what_can_not_be_deleted_is_told_and_is_the_same_next_time() -> None:
+    """Whoever owns the tier deletes it later; meanwhile it is no more than one batch."""
+    inner, canaries = MemoryTier(1 << 20), Canaries()
+    proven = FaultyTier(inner, {TierFault.READ_ONLY: 1.0}, seed=1)
+    with pytest.raises(UnavailableError):
+        prove_tier(proven, VALUE_BYTES, canaries=canaries)
+    assert canaries.are_left
+    canaries.are_left = False
+    proven.write = inner.write  # type: ignore[method-assign]
+    for _ in range(2):
+        assert len(prove_tier(proven, VALUE_BYTES, canaries=canaries)) == 2
+
+    assert canaries.are_left
+    assert set(inner.keys()) == set(canaries.keys)
 
 
 def test_a_tier_that_fails_says_so() -> None:
