@@ -98,10 +98,18 @@ def rows_of(status: dict[str, Any]) -> list[dict[str, Any]]:
                 "bytes_per_s": speeds.get(tier["name"]),
             }
         )
-    for kind, reason in movement.get("failed", {}).items():
+    for kind, reason in _closed_of(movement).items():
         none = dict.fromkeys(("num_blocks", "used_bytes", "capacity_bytes", "bytes_per_s"))
         rows.append({"tier": kind, "state": reason, **none, "num_asked": 0, "num_hits": 0})
     return rows
+
+
+def _closed_of(movement: dict[str, Any]) -> dict[str, str]:
+    """Tiers that are not open, with the reason."""
+    why = dict.fromkeys(movement.get("waiting", []), "it is opened when the first engine has come")
+    why |= dict.fromkeys(movement.get("opening", []), "it is just being opened")
+    why.update(movement.get("failed", {}))
+    return why
 
 
 def _state_of(tier: dict[str, Any]) -> str:
@@ -113,9 +121,7 @@ def _state_of(tier: dict[str, Any]) -> str:
 def tiers_of(status: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """Names of the tiers that can be asked, the pool first; and of the others, with the reason."""
     movement = status["movement"] or {}
-    why = dict.fromkeys(movement.get("waiting", []), "it is opened when the first engine has come")
-    why |= dict.fromkeys(movement.get("opening", []), "it is just being opened")
-    why |= movement.get("failed", {})
+    why = _closed_of(movement)
     tiers = movement.get("tiers", [])
     silent = [tier["name"] for tier in tiers if tier["proof"] == "awaited"]
     why |= dict.fromkeys(silent, "it has not answered yet")

@@ -32,6 +32,7 @@ STATUS: dict[str, Any] = {
                 "reads": {"num_keys": 9, "num_done": 4},
             }
         ],
+        "opening": ["s3", "valkey"],
         "failed": {"valkey": "nobody answers"},
         "bytes_per_s": {"disk": 2e9},
     },
@@ -39,14 +40,15 @@ STATUS: dict[str, Any] = {
 
 
 def test_every_tier_is_a_row() -> None:
-    """The pool first, then the open tiers, then those that could not be opened, with the reason."""
-    pool, disk, valkey = rows_of(STATUS)
+    """The pool first, then the open tiers, then those that are not open, with the reason."""
+    pool, disk, s3, valkey = rows_of(STATUS)
 
     assert (pool["num_blocks"], pool["used_bytes"], pool["capacity_bytes"]) == (7, 7000, 20_000)
     assert (pool["num_hits"], pool["num_asked"]) == (30, 50)
     assert (disk["num_blocks"], disk["num_hits"], disk["num_asked"]) == (5, 4, 9)
     assert disk["state"] == "left alone (open)"
     assert disk["bytes_per_s"] == 2e9
+    assert s3["state"] == "it is just being opened"
     assert (valkey["state"], valkey["num_blocks"]) == ("nobody answers", None)
 
 
