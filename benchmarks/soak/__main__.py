@@ -23,7 +23,7 @@ from tests.servers.valkey import ValkeyServer
 
 POOL_BYTES = 64 << 20
 WORKING_SET_BYTES = 4 * POOL_BYTES
-DISK_BYTES = 4 * WORKING_SET_BYTES
+DISK_BYTES = 2 * WORKING_SET_BYTES
 """Room for the working set while half of it is on probation, and for what comes once."""
 VALKEY_BYTES = WORKING_SET_BYTES // 2
 NUM_ENGINES = 3

@@ -148,10 +148,10 @@ def _question(num_words: int, max_tokens: int = 6) -> Question:
     )  # fmt: skip
 
 
-def _faults_routed(pair: Pair) -> contextlib.AbstractContextManager[Router]:
+def _faults_routed(pair: Pair, leg_s: float = LEG_S) -> contextlib.AbstractContextManager[Router]:
     return pair.routed(
-        {"upstream_silence_s": LEG_S},
-        prefill_timeout_s=LEG_S, decode_timeout_s=LEG_S, prefill_attempts=1, decode_attempts=1,
+        {"upstream_silence_s": leg_s},
+        prefill_timeout_s=leg_s, decode_timeout_s=leg_s, prefill_attempts=1, decode_attempts=1,
         offer_lease_s=float(LEASE_S),
     )  # fmt: skip
 
@@ -197,6 +197,16 @@ class Client:
         """What was answered so far."""
         return "".join(c["choices"][0]["text"] for c in self.chunks if c.get("choices"))
 
+    async def computes(self, engine: EnginePart) -> "Client":
+        """Wait until an engine works on it; asks once more if that was over before it was seen."""
+        client = self
+        while not _running(engine):
+            if client.task.done():
+                assert client.error == "", client.error
+                client = Client(self._url, self._question)
+            await asyncio.sleep(0.02)
+        return client
+
     async def streams(self) -> "Client":
         """Wait for the first token."""
         await _until(lambda: bool(self.text), "a first token")
@@ -219,6 +229,12 @@ class Client:
         reasons = [c["choices"][0]["finish_reason"] for c in self.chunks if c.get("choices")]
         assert (self.error, reasons[-1]) == ("", "length")
         return self.text
+
+
+async def _prefilling(pair: Pair, router: Router) -> Client:
+    """A long prompt that the prefill engine computes now."""
+    client = Client(router.url, _question(LONG_WORDS))
+    return await asyncio.wait_for(client.computes(pair.prefill), HANG_S)
 
 
 IN_USE = (
@@ -250,8 +266,7 @@ def test_clients_that_leave_take_their_blocks_along(pair: Pair) -> None:
 
 
 async def _abort_everywhere(pair: Pair, router: Router) -> None:
-    prefilling = Client(router.url, _question(LONG_WORDS))
-    await _until(lambda: _running(pair.prefill) > 0, "a prefill")
+    prefilling = await _prefilling(pair, router)
     await prefilling.leave()
     await _until_idle(pair.prefill, pair.decode)
 
@@ -276,8 +291,7 @@ def test_frozen_engines_cost_one_error_each(pair: Pair) -> None:
 
 
 async def _freeze_everywhere(pair: Pair, router: Router) -> None:
-    prefilling = Client(router.url, _question(LONG_WORDS))
-    await _until(lambda: _running(pair.prefill) > 0, "a prefill")
+    prefilling = await _prefilling(pair, router)
     with pair.frozen(pair.prefill):
         assert await prefilling.fails() == "upstream_timeout"
     await _until_idle(pair.prefill, pair.decode)
@@ -300,36 +314,34 @@ async def _freeze_everywhere(pair: Pair, router: Router) -> None:
 @pytest.mark.timeout(600, func_only=True)
 def test_killed_engines_cost_their_own_requests_only(pair: Pair) -> None:
     """A dead prefill engine ends no stream, a dead decode engine leaves nothing behind."""
-    with _faults_routed(pair) as router:
-        asyncio.run(_kill_prefill_when_offered(pair, router))
-    with _faults_routed(pair) as router:
+    # Patient legs: the decode engine stands still while three things are brought about.
+    with _faults_routed(pair, leg_s=HANG_S) as router:
         asyncio.run(_kill_both(pair, router))
 
 
-async def _kill_prefill_when_offered(pair: Pair, router: Router) -> None:
-    """Through the pool its blocks outlive it; NIXL has nobody to read them from."""
+async def _kill_both(pair: Pair, router: Router) -> None:
+    """The prefill engine with one prompt offered and one being computed; then the other."""
     wanted = await Client(router.url, _question(SHORT_WORDS)).ends()
+    streaming = await Client(router.url, _question(SHORT_WORDS, max_tokens=2000)).streams()
     done = _prefilled(pair)
     with pair.frozen(pair.decode):
         offered = Client(router.url, _question(SHORT_WORDS))
         await _until(lambda: _prefilled(pair) > done, "an offer")
+        prefilling = await _prefilling(pair, router)
         await asyncio.to_thread(pair.prefill.kill)
+        assert await prefilling.fails() == "upstream_error"
+    num_chunks = len(streaming.chunks)
+    await _until(lambda: len(streaming.chunks) > num_chunks, "a stream that goes on")
+    await _assert_offer_ended(pair, offered, wanted)
+
+    await asyncio.to_thread(pair.decode.kill)
+    assert await streaming.fails() == "upstream_error"
+
+
+async def _assert_offer_ended(pair: Pair, offered: Client, wanted: str) -> None:
+    """Through the pool its blocks outlive who computed them; NIXL has nobody to read them from."""
     if pair.transport == "pool":
         assert await offered.ends() == wanted
     else:
         await asyncio.wait_for(offered.task, HANG_S)
         assert offered.error or offered.text in ("", wanted)
-    await _until_idle(pair.decode)
-
-
-async def _kill_both(pair: Pair, router: Router) -> None:
-    streaming = await Client(router.url, _question(SHORT_WORDS, max_tokens=2000)).streams()
-    prefilling = Client(router.url, _question(LONG_WORDS))
-    await _until(lambda: _running(pair.prefill) > 0, "a prefill")
-    await asyncio.to_thread(pair.prefill.kill)
-    assert await prefilling.fails() == "upstream_error"
-    num_chunks = len(streaming.chunks)
-    await _until(lambda: len(streaming.chunks) > num_chunks, "a stream that goes on")
-
-    await asyncio.to_thread(pair.decode.kill)
-    assert await streaming.fails() == "upstream_error"
