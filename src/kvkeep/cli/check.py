@@ -1,6 +1,7 @@
 """``kvkeep check``: prove on a stack that reused KV gives the answer recomputation would give."""
 
 import asyncio
+import importlib
 import os
 import secrets
 import signal
@@ -33,6 +34,8 @@ from kvkeep.validate.suites.determinism import (
 
 SCHEMA = "kvkeep.check/1"
 ARM_PROMPTS = 20
+LATER: dict[str, str] = {}
+"""Commands in files of their own, as ``module:function``, imported when they are called."""
 EXIT_FAILED = 1
 EXIT_INPUT = 2
 
@@ -54,7 +57,25 @@ _SETTINGS = (
 _IN_SECONDS = ("http_timeout", "server_start_timeout")
 
 
-@click.group()
+class CheckGroup(click.Group):
+    """The commands of this file, and those of `LATER`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every name."""
+        return [*super().list_commands(ctx), *LATER]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command, imported if need be; None for a name that is none."""
+        target = LATER.get(cmd_name)
+        if target is None:
+            return super().get_command(ctx, cmd_name)
+        module, _, function = target.partition(":")
+        command = getattr(importlib.import_module(module), function)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=CheckGroup)
 def check() -> None:
     """Prove that a stack's reused KV gives the answers that recomputation gives."""
 
