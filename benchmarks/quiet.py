@@ -19,7 +19,7 @@ class CpuReading:
     busy_s: float
     """Of the whole machine, with what its host took away."""
     own_s: float
-    """Of this process and its descendants that still run."""
+    """Of this process and its descendants; those that ended count once somebody waited for them."""
 
 
 def read_cpu() -> CpuReading:
@@ -41,7 +41,7 @@ def _own_ticks() -> int:
         except OSError:  # gone since the folder was listed
             continue
         pid, parent = int(entry.name), int(fields[1])
-        ticks[pid] = int(fields[11]) + int(fields[12])
+        ticks[pid] = sum(int(field) for field in fields[11:15])  # its own and its ended children's
         children.setdefault(parent, []).append(pid)
     total, pending = 0, [os.getpid()]
     while pending:

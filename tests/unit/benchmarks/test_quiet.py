@@ -1,6 +1,8 @@
 """What other work took of the processors."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -29,3 +31,12 @@ def test_a_reading_counts_this_process() -> None:
 
     assert reading.own_s >= sum(os.times()[:2]) * 0.5
     assert reading.busy_s >= reading.own_s * 0.5
+
+
+def test_a_child_that_ended_was_ours() -> None:
+    """What a command took that a benchmark ran and waited for is not others' work."""
+    before = read_cpu()
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+
+    assert read_cpu().own_s - before.own_s >= 0.4
