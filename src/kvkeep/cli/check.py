@@ -34,7 +34,9 @@ from kvkeep.validate.suites.determinism import (
 
 SCHEMA = "kvkeep.check/1"
 ARM_PROMPTS = 20
-LATER: dict[str, str] = {}
+LATER: dict[str, str] = {
+    "report": "kvkeep.cli.check_report:report",
+}
 """Commands in files of their own, as ``module:function``, imported when they are called."""
 EXIT_FAILED = 1
 EXIT_INPUT = 2

@@ -1,0 +1,74 @@
+"""``kvkeep check report`` as a person runs it."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kvkeep.cli.check import check
+from kvkeep.validate.report.form import FORM
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(check, list(arguments))
+
+
+def write(path: Path, verdict: str = "identical", ttft_s: float = 1.0) -> str:
+    """A report of one run of twenty requests."""
+    requests: list[dict[str, Any]] = [
+        {
+            "phase": "p", "prompt_id": f"q{number}", "index": number, "verdict": verdict,
+            "candidate": {"ttft_s": ttft_s * (1 + number)},
+        }
+        for number in range(20)
+    ]  # fmt: skip
+    passed = verdict == "identical"
+    outcome = "passed" if passed else "failed"
+    one = {
+        "schema": "x/1",
+        "suite": "x",
+        "outcome": outcome,
+        "passed": passed,
+        "requests": requests,
+    }
+    path.write_text(json.dumps({"schema": FORM, "passed": passed, "runs": [one]}))
+    return str(path)
+
+
+def test_a_report_is_shown_as_page_and_xml(tmp_path: Path) -> None:
+    """Exit code 0 whatever the report says, and both files are there."""
+    report = write(tmp_path / "r.json", "drift")
+    html, junit = tmp_path / "r.html", tmp_path / "r.xml"
+
+    result = run("report", report, "--html", str(html), "--junit", str(junit))
+
+    assert result.exit_code == 0, result.output
+    assert "did not pass" in html.read_text()
+    assert ElementTree.parse(junit).getroot().get("failures") == "21"
+
+
+def test_the_schema_is_printed() -> None:
+    """As JSON, without a report."""
+    result = run("report", "--schema")
+
+    assert json.loads(result.stdout)["title"] == FORM
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["report"], "Name a report"),
+        (["report", "r.json"], "Say what to write"),
+        (["report", "none.json", "--html", "x.html"], "can't be read"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], why: str) -> None:
+    """Exit code 2 and a sentence on stderr."""
+    result = run(*arguments)
+
+    assert result.exit_code == 2
+    assert why in result.stderr
+    assert len(result.stderr.splitlines()) == 1
