@@ -11,6 +11,7 @@ import click
 from kvkeep.router.handoff.settings import TransportName
 from kvkeep.router.run import run
 from kvkeep.router.settings import PolicyName, load_settings
+from kvkeep.stack.routing.running import check_running
 
 
 @click.command()
@@ -59,4 +60,6 @@ def route(
         roles = [{"url": url, "role": "prefill"} for url in prefill]
         roles += [{"url": url, "role": "decode"} for url in decode]
         given["engines"] = [*urls, *roles]
-    run(load_settings(config, os.environ, given))
+    settings = load_settings(config, os.environ, given)
+    check_running(settings)
+    run(settings)

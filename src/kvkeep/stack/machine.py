@@ -17,6 +17,7 @@ import msgspec
 from kvkeep.model.errors import InputError
 from kvkeep.stack.models import Model
 from kvkeep.stack.placement.assign import assign_gpus, find_gpus, fits_without_a_word, share_cores
+from kvkeep.stack.routing.pairs import check_heads, check_pairs
 from kvkeep.stack.servers.started import find_lent
 from kvkeep.stack.spec import EngineSpec, StackSpec, named_ports
 from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES, check_replaceable
@@ -175,8 +176,10 @@ def check_shapes(spec: StackSpec, models: Mapping[str, Model]) -> None:
         models: By the name that the file has for each; what is not known of one is not judged.
 
     Raises:
-        InputError: Two engines' models differ in what a block is made of.
+        InputError: Two engines' models differ in what a block is made of, or a model's heads can't
+            be split over an engine's ranks.
     """
+    check_heads(spec, models)
     first: tuple[str, _KvShape] | None = None
     for idx, engine in enumerate(spec.engines):
         name = spec.model_of(engine)
@@ -201,6 +204,7 @@ def check_machine(spec: StackSpec) -> None:
     """
     if spec.daemon.enabled:
         _check_pool(spec.daemon_settings().pool_path)
+    check_pairs(spec, gpu=has_gpu())
     _check_memory(spec)
     _check_cpus(spec)
     assigned_gpus(spec)

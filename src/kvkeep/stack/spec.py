@@ -387,11 +387,18 @@ def _check_layouts(spec: StackSpec) -> None:
     """Refuse engines that one pool can't serve; their daemon would, after a minute of starting."""
     sharing = [(idx, engine) for idx, engine in enumerate(spec.engines) if engine.uses_kvkeep]
     for (one, first), (other, engine) in itertools.product(sharing[:1], sharing[1:]):
-        for name in ("block_tokens", "dtype"):
-            mine, theirs = getattr(engine, name), getattr(first, name)
+        for name, mine, theirs in (
+            ("block_tokens", engine.block_tokens, first.block_tokens),
+            ("dtype", engine.dtype, first.dtype),
+            ("connector_settings.kv_form", _kv_form(engine), _kv_form(first)),
+        ):
             if mine != theirs:
                 raise InputError(
                     f"engines[{other}].{name} = {mine}: engines[{one}] has {theirs}, and engines "
                     "of one daemon keep their blocks in one pool; give both the same, or another "
                     "stack."
                 )
+
+
+def _kv_form(engine: EngineSpec) -> str:
+    return load_connector_settings({**engine.connector_settings, "socket": "unused"}).kv_form

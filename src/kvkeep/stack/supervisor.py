@@ -46,6 +46,7 @@ from kvkeep.stack.record import (
 )
 from kvkeep.stack.routing.on_demand import OnDemandEngines
 from kvkeep.stack.routing.part import RouterPart
+from kvkeep.stack.routing.running import check_values
 from kvkeep.stack.routing.spec import RouterSpec, router_values
 from kvkeep.stack.servers.launch import find_program, launch_server
 from kvkeep.stack.servers.part import ServerPart
@@ -287,6 +288,7 @@ class Stack:
             more["block_tokens"] = self.spec.engines[0].block_tokens
         urls = {name: part.url for name, part in self.engines.items()}
         values = router_values(self.spec, urls, more, self._events)
+        check_values(values)
         self._router = RouterPart(
             lambda: launch_router(values),
             self.folder,

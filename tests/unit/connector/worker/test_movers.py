@@ -1,5 +1,6 @@
 """Blocks between an engine's memory and a pool: bit for bit, between any numbers of ranks."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,13 +33,15 @@ def pool(tmp_path: Path) -> Iterator[Pool]:
     found.close()
 
 
-def make_ranks(tp_size: int, *, is_one_buffer: bool = True) -> list[EngineMemory]:
+def make_ranks(
+    tp_size: int, *, is_one_buffer: bool = True, num_heads: int = HEADS
+) -> list[EngineMemory]:
     """The ranks of an engine, zeroed."""
-    local = max(1, HEADS // tp_size)
+    local = max(1, num_heads // tp_size)
     return [
         make_memory(
             make_tensors(local, is_one_buffer=is_one_buffer),
-            make_layout(HEADS),
+            make_layout(num_heads),
             tp_rank=rank,
             tp_size=tp_size,
         )
@@ -87,6 +90,22 @@ def test_blocks_come_back_bit_for_bit(
     for rank in target:
         untouched = [block for block in range(8) if block not in LOADED]
         assert not any(tensor[untouched].any() for tensor in rank.tensors)
+
+
+@pytest.mark.parametrize(
+    ("stored_by", "loaded_by"), [(1, 3), (3, 1), (2, 3), (3, 2), (6, 2), (2, 12), (12, 3)]
+)
+def test_sizes_need_not_divide_each_other(tmp_path: Path, stored_by: int, loaded_by: int) -> None:
+    """Six heads: every rank loads its own, whichever ranks had stored them."""
+    source = make_ranks(stored_by, num_heads=6)
+    target = make_ranks(loaded_by, num_heads=6)
+    with contextlib.closing(Pool(tmp_path, make_layout(6))) as pool:
+        store(source, pool)
+        landed = [load(rank, pool) for rank in target]
+
+    assert landed == [[True] * 3] * loaded_by
+    for stored, loaded in zip(STORED, LOADED, strict=True):
+        assert is_equal(whole(target, loaded), whole(source, stored))
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
