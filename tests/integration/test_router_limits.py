@@ -137,3 +137,43 @@ async def test_keys_have_limits_of_their_own(tmp_path: Path) -> None:
         check_refused(got, 429)
     assert (unknown.status, unknown.retry_after) == (401, None)
     assert unknown.error is not None
+
+
+async def test_prompt_tokens_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    """Long prompts are counted as they come, and put right by what engines say; errors are free."""
+    keys = tmp_path / "keys.json"
+    read = {"name": "read", "key": SECRET + "-read"}
+    # Nothing to speak of comes back while the test runs.
+    rate = {"prompt_tokens_per_min": 0.06, "prompt_tokens_burst": 2500}
+    keys.write_text(json.dumps([read | rate]))
+    keys.chmod(0o600)
+    text = "x" * 4000
+    async with opened({"keys_file": str(keys)}) as scene:
+        url, key = scene.process.ready["url"], read["key"]
+
+        async def ask() -> Got:
+            return await chat(scene.session, url, text, key=key)
+
+        scene.gate.opened.clear()
+        running = [asyncio.create_task(ask()) for _ in range(2)]
+        await scene.until(running=2, waiting=0)
+        beyond = await ask()
+        scene.gate.opened.set()
+        first = await asyncio.gather(*running)
+        body = {"model": "fake-model", "messages": text}
+        headers = {"Authorization": f"Bearer {key}"}
+        wrong = []
+        for _ in range(4):
+            async with scene.session.post(
+                f"{url}/v1/chat/completions", json=body, headers=headers
+            ) as answer:
+                wrong.append(answer.status)
+        later = [await ask() for _ in range(4)]
+        told = workers(scene.process)
+
+    assert (beyond.status, told["refused"]["token_limit_exceeded"]) == (429, 1)
+    assert beyond.retry_after is not None
+    assert beyond.error is not None
+    assert "prompt tokens each minute" in beyond.error["message"]
+    assert wrong == [400] * 4
+    assert all(got.is_whole for got in [*first, *later])

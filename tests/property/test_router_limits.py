@@ -137,6 +137,34 @@ def test_a_bucket_gives_its_rate_and_no_more(
 
 
 @given(
+    st.floats(0.01, 1e5),
+    st.integers(1, 1000),
+    st.lists(st.tuples(st.floats(0, 5), st.integers(0, 5000)), min_size=1, max_size=20),
+)
+def test_a_bucket_lends_once_and_has_it_back(
+    rate_per_s: float, burst: int, asked: list[tuple[float, int]]
+) -> None:
+    """In any time at most burst, rate x time and one request beyond the burst are taken."""
+    bucket = TokenBucket(rate_per_s, burst)
+    now_s, taken = 1e5, list[tuple[float, int]]()
+    for pause_s, amount in asked:
+        now_s += pause_s
+        wait_s = bucket.wait_s(now_s, amount)
+        is_taken = bucket.take(now_s, amount)
+        assert is_taken == (wait_s == 0)
+        taken += [(now_s, amount)] * is_taken
+    for number, (first_s, _) in enumerate(taken):
+        total = 0
+        for last_s, amount in taken[number:]:
+            total += amount
+            lent = max(0, amount - burst)
+            assert total <= burst + lent + rate_per_s * (last_s - first_s + 1e-3) + 1e-3
+    for amount in (1, burst, 5000):
+        now_s += bucket.wait_s(now_s, amount)
+        assert bucket.take(now_s, amount)
+
+
+@given(
     st.floats(0, 1),
     st.floats(0, 10),
     st.integers(1, 5),

@@ -28,6 +28,8 @@ class RequestView(msgspec.Struct):
     num_tokens: int | None = None
     """Tokens of the prompt, an estimate where it was not tokenized."""
     is_stream: bool | None = None
+    num_counted: int | None = None
+    """Tokens of the prompt as the engine counted them; 0 if it answered with an error."""
 
 
 class BodyFields(msgspec.Struct):

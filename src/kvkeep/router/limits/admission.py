@@ -70,6 +70,8 @@ class Visit(msgspec.Struct, eq=False):
     """When it arrived, and then when it was let in."""
     why: str = ""
     """Of a refusal: ``queue_full`` or ``queue_timeout``."""
+    num_tokens: int = 0
+    """About how many the prompt has; what was taken of the holder's rate."""
 
     def move(self, move: VisitMove, now_s: float) -> None:
         """Take a step.

@@ -2,12 +2,18 @@
 
 _SLACK = 1e-6
 """Of one unit: whoever waited as long as told must not be refused for a rounding error."""
+_SLACK_S = 1e-6
+"""The same of time, where a unit takes less than a second."""
 
 
 class TokenBucket:
-    """Fills at a rate up to a limit; what is taken has to be there."""
+    """Fills at a rate up to a limit; what is taken has to be there.
 
-    __slots__ = ("_at_s", "_burst", "_level", "_rate_per_s")
+    Of what is more than the limit only the limit has to be there: the rest is owed, and has to come
+    back before anything is taken again. So whatever is asked for can be had, and the rate holds.
+    """
+
+    __slots__ = ("_at_s", "_burst", "_level", "_rate_per_s", "_slack")
 
     def __init__(self, rate_per_s: float, burst: float) -> None:
         """Be full.
@@ -19,20 +25,26 @@ class TokenBucket:
         assert rate_per_s > 0
         assert burst >= 1
         self._rate_per_s, self._burst = rate_per_s, burst
+        self._slack = max(_SLACK, _SLACK_S * rate_per_s)
         self._level = burst
         self._at_s: float | None = None
 
-    def wait_s(self, now_s: float) -> float:
-        """Seconds until one unit can be taken; 0 if it can be now."""
-        missing = 1.0 - self._level_at(now_s)
-        return 0.0 if missing <= _SLACK else missing / self._rate_per_s
+    def wait_s(self, now_s: float, amount: float = 1.0) -> float:
+        """Seconds until so many units can be taken; 0 if they can be now."""
+        missing = min(amount, self._burst) - self._level_at(now_s)
+        return 0.0 if missing <= self._slack else missing / self._rate_per_s
 
-    def take(self, now_s: float) -> bool:
-        """Take one unit, if it is there."""
+    def take(self, now_s: float, amount: float = 1.0) -> bool:
+        """Take so many units, if they are there."""
+        is_there = self.wait_s(now_s, amount) == 0
         level = self._level_at(now_s)
-        is_there = level >= 1.0 - _SLACK
-        self._level, self._at_s = max(0.0, level - 1.0) if is_there else level, now_s
+        left = level - amount if is_there else level
+        self._level, self._at_s = 0.0 if -self._slack <= left < 0 else left, now_s
         return is_there
+
+    def put_back(self, amount: float, now_s: float) -> None:
+        """Give back units that were not used; of those used beyond what was taken less than 0."""
+        self._level, self._at_s = min(self._burst, self._level_at(now_s) + amount), now_s
 
     def _level_at(self, now_s: float) -> float:
         if self._at_s is None:

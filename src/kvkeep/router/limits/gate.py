@@ -1,4 +1,4 @@
-"""What a request passes before it is routed: its key, its key's rate, and room.
+"""What a request passes before it is routed: its key, its key's rates, and room.
 
 Pure but for callbacks: the relay tells the time, calls ``tick`` when ``next_deadline_s`` is over,
 and is told when a request that waited may go on or may not.
@@ -18,6 +18,7 @@ from kvkeep.router.limits.keys import ApiKey, KeyRing
 REFUSALS = {
     "invalid_api_key": "requests without a key that is known (401)",
     "rate_limit_exceeded": "requests beyond the rate of their key (429)",
+    "token_limit_exceeded": "requests beyond the rate of prompt tokens of their key (429)",
     "concurrency_limit_exceeded": "requests beyond what their key may have in flight (429)",
     "queue_full": "requests for which there was no place to wait (503)",
     "queue_timeout": "requests that waited too long for their turn (503)",
@@ -26,6 +27,7 @@ REFUSALS = {
 """Code to help text."""
 ANYONE = ""
 """The holder of every request where no keys are asked for."""
+MINUTE_S = 60
 DRAINING_RETRY_AFTER_S = 1
 """By then another router, or this one's successor, has the address."""
 
@@ -83,7 +85,9 @@ class Gate:
         self._queue = AdmissionQueue(
             settings.in_flight_max, settings.queue_max, settings.queue_wait_s
         )
-        self._rates: dict[str, TokenBucket] = {}
+        self._requests: dict[str, TokenBucket] = {}
+        self._prompts: dict[str, TokenBucket] = {}
+        """Of prompt tokens; both by the key's name, of keys with such a limit."""
         self._waiting: dict[Visit, Decided] = {}
         self._is_draining = False
         self.num_refused = dict.fromkeys(REFUSALS, 0)
@@ -114,7 +118,11 @@ class Gate:
         return self._keys.find(authorization) or self._refused(UNKNOWN_KEY)
 
     def arrive(
-        self, authorization: bytes | None, now_s: float, decided: Decided
+        self,
+        authorization: bytes | None,
+        now_s: float,
+        decided: Decided,
+        num_tokens: int = 0,
     ) -> Visit | Refusal:
         """A request that wants an engine came.
 
@@ -122,6 +130,7 @@ class Gate:
             authorization: Value of its header; None if it has none.
             now_s: Monotonic time.
             decided: Told later if the visit is WAITING: exactly once, unless it left before.
+            num_tokens: About how many its prompt has.
 
         Returns:
             A visit, ADMITTED or WAITING, to be given back with ``leave`` exactly once whatever
@@ -129,27 +138,38 @@ class Gate:
         """
         if self._is_draining:
             return self._refused(_unavailable("draining", DRAINING_RETRY_AFTER_S))
-        holder = ANYONE
+        visit = Visit(ANYONE)
         if self._keys is not None:
             key = self.identify(authorization)
             if isinstance(key, Refusal):
                 return key
             if key is not None:
-                holder = key.name
-                if (beyond := self._beyond_limits(key, now_s)) is not None:
+                visit.holder, visit.num_tokens = key.name, num_tokens
+                if (beyond := self._beyond_limits(key, num_tokens, now_s)) is not None:
                     return self._refused(beyond)
-        visit = Visit(holder)
         pushed = self._queue.arrive(visit, now_s)
         if visit.state is VisitState.REFUSED:
+            self._count(visit, 0, now_s)
             return self._refused(_unavailable(visit.why, self._queue.retry_after_s()))
         if visit.state is VisitState.WAITING:
             self._waiting[visit] = decided
         if pushed:
-            self._tell_refused(pushed)
+            self._tell_refused(pushed, now_s)
         return visit
 
-    def leave(self, visit: Visit, now_s: float) -> None:
-        """A request ended, or its client went; who waits may be told within this call."""
+    def leave(self, visit: Visit, now_s: float, num_tokens: int | None = None) -> None:
+        """A request ended, or its client went; who waits may be told within this call.
+
+        Args:
+            visit: Of the request.
+            now_s: Monotonic time.
+            num_tokens: How many its prompt had, as whoever answered counted them; 0 if nobody
+                did, None if nobody said.
+        """
+        if visit.state is VisitState.WAITING:
+            num_tokens = 0
+        if num_tokens is not None:
+            self._count(visit, num_tokens, now_s)
         if self._waiting:
             self._waiting.pop(visit, None)
         for admitted in self._queue.leave(visit, now_s):
@@ -157,41 +177,73 @@ class Gate:
 
     def tick(self, now_s: float) -> None:
         """Refuse whoever waited too long."""
-        self._tell_refused(self._queue.expire(now_s))
+        self._tell_refused(self._queue.expire(now_s), now_s)
 
     def drain(self) -> None:
         """Let nobody in any more; who waits is still served in turn."""
         self._is_draining = True
 
-    def _beyond_limits(self, key: ApiKey, now_s: float) -> Refusal | None:
+    def _count(self, visit: Visit, num_tokens: int, now_s: float) -> None:
+        """Put right what was taken for a prompt."""
+        prompts = self._prompts.get(visit.holder)
+        if prompts is not None:
+            prompts.put_back(visit.num_tokens - num_tokens, now_s)
+
+    def _beyond_limits(self, key: ApiKey, num_tokens: int, now_s: float) -> Refusal | None:
         if key.in_flight_max and self._queue.num_present(key.name) >= key.in_flight_max:
             return _limited(
                 "concurrency_limit_exceeded",
                 f"This key may have {key.in_flight_max} requests at one time: wait for one to end.",
                 self._queue.retry_after_s(),
             )
-        if not key.requests_per_s:
-            return None
-        rate = self._rates.get(key.name)
-        if rate is None:
-            burst = key.burst or max(1.0, key.requests_per_s)
-            rate = self._rates[key.name] = TokenBucket(key.requests_per_s, burst)
-        if rate.take(now_s):
-            return None
-        return _limited(
-            "rate_limit_exceeded",
-            f"This key may send {key.requests_per_s:g} requests each second: send fewer.",
-            max(1, ceil(rate.wait_s(now_s))),
+        per_min = key.prompt_tokens_per_min
+        requests = _bucket(
+            self._requests, key.name, key.requests_per_s, key.burst or key.requests_per_s
         )
+        prompts = _bucket(
+            self._prompts, key.name, per_min / MINUTE_S, key.prompt_tokens_burst or per_min
+        )
+        if requests is not None and (wait_s := requests.wait_s(now_s)):
+            return _limited(
+                "rate_limit_exceeded",
+                f"This key may send {key.requests_per_s:g} requests each second: send fewer.",
+                max(1, ceil(wait_s)),
+            )
+        if prompts is not None and (wait_s := prompts.wait_s(now_s, num_tokens)):
+            return _limited(
+                "token_limit_exceeded",
+                f"This key may send {per_min:g} prompt tokens each minute, and this prompt has "
+                f"about {num_tokens}: send fewer.",
+                max(1, ceil(wait_s)),
+            )
+        # Nothing is taken of one rate for a request that the other one refuses.
+        if requests is not None:
+            requests.take(now_s)
+        if prompts is not None:
+            prompts.take(now_s, num_tokens)
+        return None
 
-    def _tell_refused(self, visits: Sequence[Visit]) -> None:
+    def _tell_refused(self, visits: Sequence[Visit], now_s: float) -> None:
         for visit in visits:
+            self._count(visit, 0, now_s)
             refusal = _unavailable(visit.why, self._queue.retry_after_s())
             self._waiting.pop(visit)(self._refused(refusal))
 
     def _refused(self, refusal: Refusal) -> Refusal:
         self.num_refused[refusal.code] += 1
         return refusal
+
+
+def _bucket(
+    known: dict[str, TokenBucket], name: str, rate_per_s: float, burst: float
+) -> TokenBucket | None:
+    """The bucket of a key, made at first use; None without a rate."""
+    if not rate_per_s:
+        return None
+    found = known.get(name)
+    if found is None:
+        found = known[name] = TokenBucket(rate_per_s, max(1.0, burst))
+    return found
 
 
 _UNAVAILABLE = {

@@ -40,6 +40,10 @@ class ApiKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Requests each second in the long run; 0: no limit."""
     burst: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     """Requests at once; 0: those of one second, and at least one."""
+    prompt_tokens_per_min: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
+    """Prompt tokens each minute in the long run; 0: no limit."""
+    prompt_tokens_burst: Annotated[int, msgspec.Meta(ge=0, le=10**12)] = 0
+    """Prompt tokens at once; 0: those of one minute, and at least one."""
     in_flight_max: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     """Requests that run or wait at one time; 0: no limit."""
 

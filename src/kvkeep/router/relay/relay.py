@@ -136,6 +136,12 @@ class Relay:
         """The header that the gate asks for, if it asks."""
         return request.head.field(b"authorization") if self._asks_keys else None
 
+    def estimate_tokens(self, request: Request) -> int:
+        """About how many tokens a prompt has, before anybody looked at it; 0 if nobody asks."""
+        if not self._asks_keys:
+            return 0
+        return max(len(request.body), request.head.length) // BYTES_PER_TOKEN
+
     def answer_locally(self, client: ClientConnection, request: Request) -> bool:
         """Answer what is not for one engine; returns whether it was that."""
         target = request.head.target

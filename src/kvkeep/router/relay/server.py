@@ -80,6 +80,7 @@ class ClientConnection(asyncio.Protocol):
         "_request",
         "_served",
         "_since_s",
+        "_view",
         "_visit",
         "is_stalled",
         "relay",
@@ -97,6 +98,8 @@ class ClientConnection(asyncio.Protocol):
         self._served: Served | None = None
         """Who serves it."""
         self._visit: Visit | None = None
+        self._view: RequestView | None = None
+        """What is known of the request since it was let in."""
         self._since_s = relay.now_s
         """When what is being waited for began."""
         self._lingered_bytes = -1
@@ -194,7 +197,10 @@ class ClientConnection(asyncio.Protocol):
         if relay.answer_locally(self, request):
             return
         found = relay.gate.arrive(
-            relay.find_authorization(request), relay.clock.now_s(), self._decided
+            relay.find_authorization(request),
+            relay.clock.now_s(),
+            self._decided,
+            relay.estimate_tokens(request),
         )
         if isinstance(found, Refusal):
             self._refuse_politely(found)
@@ -213,7 +219,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, request: Request) -> None:
         relay = self.relay
-        view, desk = relay.view_of(request), relay.desk
+        self._view = view = relay.view_of(request)
+        desk = relay.desk
         if desk is not None and request.is_whole:
             waiting = WaitingForEngine(self, desk, request, view)
             if waiting.begin(relay.clock.now_s()):
@@ -323,6 +330,8 @@ class ClientConnection(asyncio.Protocol):
         self, status: int, message: str, *, retry_after_s: int | None = None, fields: bytes = b""
     ) -> None:
         """Answer the request that is served with an error."""
+        if self._view is not None:
+            self._view.num_counted = 0
         keeps = self.keeps
         response = error_response(
             status,
@@ -351,8 +360,12 @@ class ClientConnection(asyncio.Protocol):
 
     def _leave(self) -> None:
         visit, self._visit = self._visit, None
+        view, self._view = self._view, None
         if visit is not None:
-            self.relay.gate.leave(visit, self.relay.clock.now_s())
+            counted = None
+            if view is not None:
+                counted = view.num_tokens if view.num_counted is None else view.num_counted
+            self.relay.gate.leave(visit, self.relay.clock.now_s(), counted)
 
     # --- The ends of the connection --------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """What a request passes before it is routed."""
 
+from typing import Any
+
 from kvkeep.router.limits.admission import Visit, VisitState
 from kvkeep.router.limits.gate import Gate, LimitSettings, Refusal
 from kvkeep.router.limits.keys import ApiKey, KeyRing
@@ -23,9 +25,16 @@ def gate_of(*keys: ApiKey, in_flight_max: int = 1, queue_max: int = 1) -> Gate:
     return Gate(settings, KeyRing(keys) if keys else None)
 
 
-def arrive(gate: Gate, shown: bytes | None = None, now_s: float = 0.0) -> tuple[object, Told]:
+def arrive(
+    gate: Gate, shown: bytes | None = None, now_s: float = 0.0, num_tokens: int = 0
+) -> tuple[object, Told]:
     told = Told()
-    return gate.arrive(shown, now_s, told), told
+    return gate.arrive(shown, now_s, told, num_tokens), told
+
+
+def gate_of_tokens(per_min: float, **more: Any) -> Gate:
+    key = ApiKey(name="a", key=SECRET, prompt_tokens_per_min=per_min, **more)
+    return gate_of(key, in_flight_max=0)
 
 
 def refused(found: object) -> tuple[int, str, bool]:
@@ -64,6 +73,61 @@ def test_a_key_beyond_its_rate_is_told_when_to_come_back() -> None:
     assert isinstance(found, Refusal)
     assert found.retry_after_s == 3
     admitted(arrive(gate, SHOWN, 4.0)[0])
+
+
+def test_a_key_beyond_its_prompt_tokens_is_told_when_to_come_back() -> None:
+    """429 that says how many there may be and were, with the seconds until so many are in it."""
+    gate = gate_of_tokens(600)
+    admitted(arrive(gate, SHOWN, 0.0, 500)[0])
+    found, _ = arrive(gate, SHOWN, 1.0, 200)
+
+    assert refused(found) == (429, "token_limit_exceeded", True)
+    assert isinstance(found, Refusal)
+    assert found.retry_after_s == 9
+    assert "600 prompt tokens each minute" in found.message
+    assert "about 200" in found.message
+    assert gate.num_refused["token_limit_exceeded"] == 1
+    admitted(arrive(gate, SHOWN, 10.0, 200)[0])
+
+
+def test_an_estimate_is_put_right_by_what_the_engine_counted() -> None:
+    """Fewer tokens than thought come back; more are owed; silence leaves the estimate."""
+    gate = gate_of_tokens(600)
+    gate.leave(admitted(arrive(gate, SHOWN, 0.0, 600)[0]), 0.0, 100)
+    gate.leave(admitted(arrive(gate, SHOWN, 0.0, 500)[0]), 0.0, 600)
+    assert refused(arrive(gate, SHOWN, 10.0, 1)[0])[1] == "token_limit_exceeded"
+    gate.leave(admitted(arrive(gate, SHOWN, 10.1, 1)[0]), 10.1)
+
+    assert refused(arrive(gate, SHOWN, 10.1, 1)[0])[1] == "token_limit_exceeded"
+
+
+def test_what_no_engine_was_sent_costs_no_tokens() -> None:
+    """Whether its client left while it waited, or it waited in vain, or found no place."""
+    key = ApiKey(name="a", key=SECRET, prompt_tokens_per_min=600)
+    gate = gate_of(key)
+    arrive(gate, SHOWN, 0.0, 0)
+    waiting, _ = arrive(gate, SHOWN, 0.0, 600)
+    assert isinstance(waiting, Visit)
+    gate.leave(waiting, 0.0)
+    late, told = arrive(gate, SHOWN, 0.0, 600)
+    assert isinstance(late, Visit)
+    gate.tick(5.0)
+    assert [refused(each)[1] for each in told.decisions] == ["queue_timeout"]
+    arrive(gate, SHOWN, 5.0, 0)
+    assert refused(arrive(gate, SHOWN, 5.0, 600)[0])[1] == "queue_full"
+
+    assert refused(arrive(gate, SHOWN, 5.0, 600)[0])[1] == "queue_full"
+
+
+def test_what_one_rate_refuses_is_not_taken_of_the_other() -> None:
+    """Of requests and of tokens alike."""
+    gate = gate_of_tokens(600, requests_per_s=1, burst=2)
+    admitted(arrive(gate, SHOWN, 0.0, 600)[0])
+    assert refused(arrive(gate, SHOWN, 0.0, 100)[0])[1] == "token_limit_exceeded"
+    admitted(arrive(gate, SHOWN, 0.0, 0)[0])
+    assert refused(arrive(gate, SHOWN, 0.5, 5)[0])[1] == "rate_limit_exceeded"
+
+    admitted(arrive(gate, SHOWN, 1.0, 10)[0])
 
 
 def test_a_key_beyond_what_it_may_have_at_once_is_refused() -> None:
