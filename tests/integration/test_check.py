@@ -1,4 +1,4 @@
-"""``kvkeep check determinism`` against fake engines in processes of their own."""
+"""``kvkeep check`` against fake engines in processes of their own."""
 
 import json
 import socket
@@ -13,6 +13,8 @@ from click.testing import CliRunner, Result
 
 from kvkeep.cli.check import check
 from kvkeep.validate import load, runner
+from kvkeep.validate.settings import ENVIRONMENT
+from kvkeep.validate.suite.registry import suites
 
 pytestmark = pytest.mark.kvbm
 
@@ -49,7 +51,7 @@ def start(start_all: Callable[..., list[str]]) -> Callable[..., str]:
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the person who runs the tests reaches them, and resets are not waited for."""
-    for name in ("KVBM_MODEL_ID", "KVBM_SERVER_PORT", "KVBM_MAX_TOKENS", "KVBM_MAX_ITERATIONS"):
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(runner, "SETTLE_PAUSE_S", 0.0)
     monkeypatch.setattr(load, "RESET_PAUSE_S", 0.0)
@@ -176,6 +178,121 @@ def test_a_stack_whose_engines_are_alone_is_not_exercised(
     assert report_of(path)["runs"][0]["outcome"] == "not-exercised"
 
 
+def run_check(*arguments: str) -> Result:
+    return CliRunner().invoke(check, arguments)
+
+
+def test_list_explains_every_suite() -> None:
+    """Each suite says what it proves and needs, and the groups what they are about."""
+    result = run_check("list")
+
+    assert result.exit_code == 0
+    for suite in suites():
+        assert suite.name in result.output
+        assert suite.proves in " ".join(result.output.split())
+    assert "stress: many requests" in result.output
+
+
+def test_a_suite_has_the_documents_name(start: Callable[..., str]) -> None:
+    """A suite runs under the name of the document's file, too."""
+    result = run_check("test_generation_flow.py", "--url", start(), "--quiet")
+
+    assert result.exit_code == 0, result.output
+
+
+def test_a_group_runs_what_applies(start: Callable[..., str], tmp_path: Path) -> None:
+    """A group's suites run in order; one that does not apply is said, and is no failure."""
+    path, url = tmp_path / "report.json", start()
+    few = ["--ifeval-prompts", "6", "--max-iterations", "2", "--max-tokens", "6"]
+
+    result = run_check(
+        "quick", "--url", url, "--daemon-metrics", url, "--json", str(path), *few, "--quiet"
+    )
+
+    assert result.exit_code == 0, result.output
+    outcomes = [(run["suite"], run["outcome"]) for run in report_of(path)["runs"]]
+    assert outcomes == [
+        ("generation", "passed"),
+        ("routing", "not-applicable"),
+        ("locality", "not-applicable"),
+        ("determinism", "passed"),
+        ("determinism-concurrent", "passed"),
+        ("determinism-concurrent", "passed"),
+        ("pd-accuracy", "not-applicable"),
+    ]
+    assert {run["scale"] for run in report_of(path)["runs"] if "scale" in run} == {"small"}
+
+
+def test_an_interrupted_group_goes_on(start: Callable[..., str], tmp_path: Path) -> None:
+    """Suites that the report file has are not run again."""
+    path, url = tmp_path / "report.json", start()
+    begun = {"suite": "determinism", "outcome": "passed", "passed": True, "run_id": "earlier"}
+    path.write_text(json.dumps({"runs": [begun]}))
+    few = ["--ifeval-prompts", "6", "--quiet", "--json", str(path), "--resume"]
+
+    result = run_check("quick", "--url", url, *few)
+
+    assert result.exit_code == 0, result.output
+    runs = report_of(path)["runs"]
+    assert [run["run_id"] for run in runs if run["suite"] == "determinism"] == ["earlier"]
+    assert len([run for run in runs if run["suite"] == "determinism-concurrent"]) == 2
+
+
+def test_what_does_not_apply_alone_is_no_pass(start: Callable[..., str]) -> None:
+    """A suite that was asked for by name and could not run ends with 1, and says why."""
+    result = run_check("routing", "--url", start())
+
+    assert result.exit_code == 1
+    assert "--router-admin" in result.output
+
+
+def test_the_environment_of_its_document_is_heard(
+    start: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suite of another document hears that one's names, and writes its result files."""
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path / "results"))
+    monkeypatch.setenv("NUM_DOCUMENTS", "2")
+    monkeypatch.setenv("DOCUMENT_LENGTH", "200")
+    monkeypatch.setenv("OUTPUT_LEN", "4")
+    path, url = tmp_path / "report.json", start()
+
+    run_check("run-long-doc-qa.sh", "--url", url, "--json", str(path), "--quiet")
+
+    (run,) = report_of(path)["runs"]
+    assert run["sampling"]["max_tokens"] == 4
+    assert run["sizes"]["document_length"] == {"asked": 200, "run": 200}
+    assert (tmp_path / "results/long_doc_qa/lmcache_result.json").is_file()
+
+
+def pytest_suites(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the shipped tests as a CI would, away from this project's own configuration."""
+    suites_package = "kvkeep.validate.pytest_suites"
+    command = [sys.executable, "-m", "pytest", "-p", f"{suites_package}.plugin"]
+    command += ["--pyargs", suites_package]
+    command += ["-p", "no:randomly", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "."]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def test_suites_run_under_pytest(
+    start: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A right stack passes, what does not apply is skipped, an engine alone fails."""
+    monkeypatch.setenv("KVBM_MAX_ITERATIONS", "2")
+    monkeypatch.setenv("KVBM_IFEVAL_PROMPTS", "5")
+    monkeypatch.setenv("KVBM_MAX_TOKENS", "6")
+    right, alone = start(), start("--alone")
+
+    passed = pytest_suites(tmp_path, "-m", "kvbm", "-rs", "--kvkeep-url", right)
+    failed = pytest_suites(tmp_path, "-k", "cache_reset", "-m", "kvbm", "--kvkeep-url", alone)
+
+    assert (passed.returncode, "2 passed, 1 skipped" in passed.stdout) == (0, True), passed.stdout
+    assert "--router-url" in passed.stdout
+    assert failed.returncode == 1
+    assert "not-exercised" in failed.stdout
+
+
 def closed_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -199,6 +316,8 @@ def closed_port() -> int:
         (("--url", "{url}", "--small-url", "{url}"), "at most 128 blocks"),
         (("--stack", "no-such-file.yaml"), "no-such-file.yaml"),
         (("--daemon-metrics", "{url}"), "goes with --url"),
+        (("--url", "{url}", "--resume"), "--json"),
+        (("--url", "{url}", "--scale", "huge"), "No scale 'huge'"),
     ],
 )
 def test_bad_input_is_one_sentence(

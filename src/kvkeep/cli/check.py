@@ -1,80 +1,83 @@
 """``kvkeep check``: prove on a stack that reused KV gives the answer recomputation would give."""
 
-import asyncio
 import importlib
 import os
-import secrets
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
+from kvkeep.cli.checking import EXIT_FAILED, Job, run_job, terminated_as_interrupt
 from kvkeep.model.errors import InputError, UnavailableError
-from kvkeep.validate.arms import ArmsReport, Before, compare_arms, standard_arms
-from kvkeep.validate.load import Sampling
-from kvkeep.validate.prompts import documents, fetch_words, load_words
-from kvkeep.validate.report.json_file import write_json
-from kvkeep.validate.report.terminal import show_arms, show_determinism
-from kvkeep.validate.settings import PROFILES, CheckSettings, is_set, resolve
+from kvkeep.stack.machine import has_gpu
+from kvkeep.validate.settings import PROFILES, CheckSettings, Document, is_set, resolve
 from kvkeep.validate.started import own_spec, spec_from_file, started
-from kvkeep.validate.subject import Addresses, Subject, open_subject
-from kvkeep.validate.suites.determinism import (
-    Determinism,
-    DeterminismReport,
-    fit_word_count,
-    make_plan,
-)
+from kvkeep.validate.subject import Addresses
+from kvkeep.validate.suite.base import GROUPS, Suite
+from kvkeep.validate.suite.registry import find, suites
+from kvkeep.validate.suite.results import results_folder
 
-SCHEMA = "kvkeep.check/1"
 ARM_PROMPTS = 20
+EXIT_INPUT = 2
 LATER: dict[str, str] = {
     "report": "kvkeep.cli.check_report:report",
 }
 """Commands in files of their own, as ``module:function``, imported when they are called."""
-EXIT_FAILED = 1
-EXIT_INPUT = 2
 
-_SETTINGS = (
-    ("--max-tokens", "Answer lengths, separated by commas; each is one run."),
-    ("--seed", "Seed of prompts and sampling."),
-    ("--max-iterations", "Iterations of a phase."),
-    ("--word-count", "Words of a window of the long text."),
-    ("--control-interval", "Ask the control prompts every n-th iteration."),
-    ("--shakespeare-interval", "Ask the next window every n-th iteration."),
-    ("--random-interval", "Ask the random prompts every n-th iteration."),
-    ("--http-timeout", "Longest wait for an answer's next piece, in seconds."),
-    ("--shakespeare-url", "Address of the long text instead of the shipped plays."),
-    ("--model-id", "Model: smollm2, a folder, or an id."),
-    ("--server-port", "Port of the engine."),
-    ("--server-start-timeout", "Longest wait for a stack that is started, in seconds."),
-    ("--cpu-blocks", "Blocks of the host pool of a stack that is started."),
+GENERAL = (
+    "scale",
+    "model_id",
+    "server_port",
+    "server_start_timeout_s",
+    "cpu_blocks",
+    "max_tokens",
+    "seed",
+    "http_timeout_s",
+    "shakespeare_url",
 )
-_IN_SECONDS = ("http_timeout", "server_start_timeout")
+"""Settings that every suite's command takes; the others are taken by those that hear of them."""
+ADDRESSES = {
+    "url": ("engine", "Address of an engine that runs already."),
+    "daemon_metrics": ("daemon", "Address of the daemon's metrics, for tier counters."),
+    "other_url": ("other", "Address of a second engine on the same cache."),
+    "small_url": ("small", "Address of an engine with few blocks: adds the eviction case."),
+    "baseline_url": ("baseline", "Address of an engine of the same model without a cache."),
+    "router_url": ("router", "Address of a router before the engines."),
+    "router_admin": ("router_admin", "Address of the router's workers and explanations."),
+    "prefill_url": ("prefill", "Address of an engine that only prefills; may be repeated."),
+    "decode_url": ("decode", "Address of an engine that only decodes; may be repeated."),
+    "sequences_url": ("sequences", "Listener for named sequences' K/V; may be repeated."),
+}
+"""Option and meaning of every part of a stack that runs already."""
 
 
 class CheckGroup(click.Group):
-    """The commands of this file, and those of `LATER`."""
+    """The commands of this file, those of `LATER`, and one for every suite and group."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Every name."""
-        return [*super().list_commands(ctx), *LATER]
+        """Every name but the aliases."""
+        names = [*GROUPS, *(suite.name for suite in suites())]
+        return list(dict.fromkeys([*super().list_commands(ctx), *LATER, *names]))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """One command, imported if need be; None for a name that is none."""
         target = LATER.get(cmd_name)
-        if target is None:
-            return super().get_command(ctx, cmd_name)
-        module, _, function = target.partition(":")
-        command = getattr(importlib.import_module(module), function)
-        assert isinstance(command, click.Command)
-        return command
+        if target is not None:
+            module, _, function = target.partition(":")
+            command = getattr(importlib.import_module(module), function)
+            assert isinstance(command, click.Command)
+            return command
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        try:
+            return _suite_command(cmd_name, find(cmd_name))
+        except InputError:
+            return None
 
 
 @click.group(cls=CheckGroup)
@@ -82,232 +85,194 @@ def check() -> None:
     """Prove that a stack's reused KV gives the answers that recomputation gives."""
 
 
-def _settings_options(command: Any) -> Any:
-    for name, text in reversed(_SETTINGS):
-        command = click.option(name, help=text)(command)
-    return command
+@check.command("list")
+def list_suites() -> None:
+    """Explain every suite: what it needs, and what it proves."""
+    console = Console()
+    for suite in suites():
+        needs = "; ".join(need.name for need in suite.needs) or "an engine"
+        names = f" (also {', '.join(suite.aliases)})" if suite.aliases else ""
+        console.print(f"[bold]{suite.name}[/]{names}", highlight=False)
+        console.print(f"  {suite.title}", highlight=False)
+        console.print(f"  proves: {suite.proves}", highlight=False)
+        console.print(f"  needs: {needs}", highlight=False)
+        console.print(f"  groups: {', '.join((*suite.groups, 'all'))}", highlight=False)
+    for name, about in GROUPS.items():
+        console.print(f"[bold]{name}[/]: {about}", highlight=False)
 
 
-@check.command()
-@click.option("--stack", type=click.Path(path_type=Path), help="Stack file to start and check.")
-@click.option("--url", help="Address of an engine that runs already.")
-@click.option("--daemon-metrics", help="Address of the daemon's metrics, for tier counters.")
-@click.option("--other-url", help="Address of a second engine on the same cache.")
-@click.option("--small-url", help="Address of an engine with few blocks: adds the eviction case.")
-@click.option("--exact/--no-exact", default=None, help="Any difference is corruption.")
-@click.option("--arms", help="Compare these arms instead, such as cold,cached,reset.")
-@click.option("--num-prompts", default=ARM_PROMPTS, show_default=True, help="Prompts per arm.")
-@click.option(
-    "--profile",
-    type=click.Choice(sorted(PROFILES)),
-    default="local",
-    show_default=True,
-    help="Where values that nobody named come from.",
-)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Report file.")
-@click.option("--quiet", is_flag=True, help="Show neither progress nor tables.")
-@_settings_options
-def determinism(
-    stack: Path | None,
-    url: str | None,
-    profile: str,
-    json_path: Path | None,
-    quiet: bool,
-    **given: Any,
-) -> None:
-    """Ask, reset the engine's cache, ask again: every answer must be the same or a near-tie.
+def _suite_command(name: str, chosen: Sequence[Suite]) -> click.Command:
+    """The command of a suite, or of several."""
+    names = _settings_of(chosen)
 
-    Exit code 0 only if it passed, 1 if it failed or proved nothing, 2 for bad input.
-    """
-    flags = {
-        name + ("_s" if name in _IN_SECONDS else ""): given.pop(name)
-        for name in [option.removeprefix("--").replace("-", "_") for option, _ in _SETTINGS]
-    }
-    console = Console(quiet=quiet)
+    def call(**given: Any) -> None:
+        sys.exit(_guarded(chosen, names, given))
+
+    about = chosen[0].title if len(chosen) == 1 else f"Run the suites about {GROUPS[name]}."
+    return click.Command(
+        name,
+        params=[*_own_options(name), *_settings_options(names)],
+        callback=call,
+        help=f"{about}\n\n{_PROMISE}",
+        short_help=about,
+    )
+
+
+def _own_options(name: str) -> list[click.Parameter]:
+    """What is checked, and what becomes of the report."""
+    options: list[click.Parameter] = [
+        click.Option(
+            ["--stack"],
+            type=click.Path(path_type=Path),
+            help="Stack file to start and check.",
+        )
+    ]
+    for option, (part, text) in ADDRESSES.items():
+        repeated = part in ("prefill", "decode", "sequences")
+        options.append(click.Option([_flag(option)], help=text, multiple=repeated))
+    options.append(
+        click.Option(["--exact/--no-exact"], default=None, help="Any difference is corruption.")
+    )
+    if name == "determinism":
+        options += _arm_options()
+    options += [
+        click.Option(
+            ["--profile"],
+            type=click.Choice(sorted(PROFILES)),
+            default="local",
+            show_default=True,
+            help="Where values that nobody named come from.",
+        ),
+        click.Option(["--json", "json_path"], type=click.Path(path_type=Path), help="Report file."),
+        click.Option(["--resume"], is_flag=True, help="Leave out what the report file has."),
+        click.Option(["--quiet"], is_flag=True, help="Show neither progress nor tables."),
+    ]
+    return options
+
+
+def _settings_options(names: Sequence[str]) -> list[click.Parameter]:
+    metadata = {f.name: f.metadata for f in fields(CheckSettings)}
+    options: list[click.Parameter] = []
+    for each in names:
+        is_switch = isinstance(getattr(CheckSettings(), each), bool)
+        text = metadata[each]["help"]
+        options.append(click.Option([_flag(each)], is_flag=is_switch, default=None, help=text))
+    return options
+
+
+_PROMISE = "Exit code 0 only if it passed, 1 if it failed or proved nothing, 2 for bad input."
+
+
+def _arm_options() -> list[click.Parameter]:
+    return [
+        click.Option(["--arms"], help="Compare these arms instead, such as cold,cached,reset."),
+        click.Option(
+            ["--num-prompts", "arm_prompts"],
+            type=int,
+            default=ARM_PROMPTS,
+            show_default=True,
+            help="Prompts per arm.",
+        ),
+    ]
+
+
+def _settings_of(chosen: Sequence[Suite]) -> list[str]:
+    """Settings that these suites' command takes, in the order of their class."""
+    documents = {suite.document for suite in chosen}
+    more = {name for suite in chosen for name in suite.settings}
+    return [
+        f.name
+        for f in fields(CheckSettings)
+        if f.name in GENERAL or f.name in more or documents & f.metadata["env"].keys()
+    ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.removesuffix("_s").replace("_", "-")
+
+
+def _guarded(chosen: Sequence[Suite], names: Sequence[str], given: dict[str, Any]) -> int:
+    """Check, and turn what goes wrong into a sentence and an exit code."""
+    # A switch that was not given says nothing.
+    flags = {name: given.pop(name.removesuffix("_s")) or None for name in names}
+    console = Console(quiet=given["quiet"])
     try:
-        code = _check(stack, url, profile, json_path, console, flags, given)
+        return _check(chosen, console, flags, given)
     except InputError as error:
         click.echo(f"kvkeep check: {error}", err=True)
-        sys.exit(EXIT_INPUT)
+        return EXIT_INPUT
     except UnavailableError as error:
         click.echo(f"kvkeep check: failed: {error}", err=True)
-        sys.exit(EXIT_FAILED)
-    sys.exit(code)
+        return EXIT_FAILED
 
 
 def _check(
-    stack: Path | None,
-    url: str | None,
-    profile: str,
-    json_path: Path | None,
+    chosen: Sequence[Suite],
     console: Console,
     flags: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> int:
     """Settle what to check, check it, and report; returns the exit code."""
+    stack, url, exact = given["stack"], given["url"], given["exact"]
     if stack is not None and url is not None:
         raise InputError("Give either --stack or --url, not both.")
-    exact = given["exact"]
-    spec = spec_from_file(stack, flags, exact=exact) if stack is not None else None
-    settings = resolve(flags, os.environ, spec.check if spec else None, profile)
-    job = Job(
-        settings=settings,
-        exact=bool(spec.exact if spec else exact),
-        arms=_names(given["arms"]),
-        num_prompts=given["num_prompts"],
-        words_fixed=profile != "local" or is_set("word_count", flags, os.environ),
+    named = tuple(dict.fromkeys(suite.document for suite in chosen))
+    spec = None
+    if stack is not None:
+        spec = spec_from_file(stack, flags, exact=exact, environ=os.environ, documents=named)
+    settings = resolve(
+        flags,
+        os.environ,
+        spec.check if spec else None,
+        given["profile"],
+        documents=named,
+        scale="full" if has_gpu() else "small",
     )
+    job = _make_job(chosen, settings, flags, given, exact=bool(spec.exact if spec else exact))
     if url is not None:
-        addresses = Addresses(
-            url, given["daemon_metrics"], given["other_url"], given["small_url"], settings.model_id
-        )
-        return run_job(job, addresses, console, json_path)
-    stray = [name for name in ("daemon_metrics", "other_url", "small_url") if given[name]]
+        return run_job(job, _addresses(given, settings), console)
+    stray = [name for name in ADDRESSES if given[name] and name != "url"]
     if stray:
-        raise InputError(f"--{stray[0].replace('_', '-')} goes with --url; a stack file says it.")
-    spec = spec or own_spec(settings, os.environ, exact=job.exact)
-    with _terminated_as_interrupt(), started(spec, quiet=console.quiet) as ready:
-        return run_job(job, ready.addresses, console, json_path, restart=ready.restart)
-
-
-@contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that what was started is stopped."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class Job:
-    """What one invocation does, whatever it runs against."""
-
-    def __init__(
-        self,
-        *,
-        settings: CheckSettings,
-        exact: bool,
-        arms: Sequence[str],
-        num_prompts: int,
-        words_fixed: bool,
-    ) -> None:
-        """Check what can be checked without a server.
-
-        Raises:
-            InputError: The text can't be read.
-        """
-        if num_prompts < 1:
-            raise InputError(f"Give --num-prompts of at least 1, not {num_prompts}.")
-        self.settings, self.exact, self.arms = settings, exact, arms
-        self.num_prompts, self.words_fixed = num_prompts, words_fixed
-        text_url = settings.shakespeare_url
-        self.words = load_words() if text_url is None else fetch_words(text_url)
-
-    async def run(
-        self, addresses: Addresses, bars: Bars, *, restart: Before | None = None
-    ) -> list[DeterminismReport | ArmsReport]:
-        """Run everything once per answer length."""
-        timeout_s = self.settings.http_timeout_s
-        reports: list[DeterminismReport | ArmsReport] = []
-        async with open_subject(addresses, timeout_s=timeout_s, exact=self.exact) as subject:
-            for max_tokens in self.settings.max_tokens:
-                sampling = Sampling(max_tokens, self.settings.seed)
-                if self.arms:
-                    reports.append(await self._run_arms(subject, sampling, bars, restart))
-                else:
-                    reports.append(await self._run_suite(subject, sampling, bars))
-        return reports
-
-    def _word_count(self, subject: Subject) -> int:
-        block_tokens = subject.capabilities.block_tokens
-        return fit_word_count(self.settings, block_tokens, fixed=self.words_fixed)
-
-    async def _run_suite(
-        self, subject: Subject, sampling: Sampling, bars: Bars
-    ) -> DeterminismReport:
-        plan = make_plan(self.settings, self.words, self._word_count(subject))
-        run = Determinism(
-            subject,
-            self.settings,
-            plan,
-            sampling,
-            exact=self.exact,
-            run_id=_new_run_id(),
-            progress=_Shown(bars),
-        )
-        return await run.run()
-
-    async def _run_arms(
-        self, subject: Subject, sampling: Sampling, bars: Bars, restart: Before | None
-    ) -> ArmsReport:
-        arms = standard_arms(
-            self.arms,
-            subject.engine,
-            run_id=_new_run_id(),
-            daemon=subject.daemon,
-            other=subject.other,
-            restart=restart,
-        )
-        made = documents(
-            self.num_prompts, self._word_count(subject), self.settings.seed, words=self.words
-        )
-        return await compare_arms(
-            arms,
-            [document.prompt() for document in made],
-            sampling,
-            block_tokens=subject.capabilities.block_tokens,
-            exact=self.exact,
-            progress=_Shown(bars),
+        raise InputError(f"{_flag(stray[0])} goes with --url; a stack file says it.")
+    spec = spec or own_spec(settings, os.environ, exact=job.exact, suites=chosen)
+    with_router = any(suite.needs_router for suite in chosen)
+    with (
+        terminated_as_interrupt(),
+        started(spec, quiet=console.quiet, with_router=with_router) as ready,
+    ):
+        return run_job(
+            job, ready.addresses, console, restart=ready.restart, last_lines=ready.last_lines
         )
 
 
-def run_job(
-    job: Job,
-    addresses: Addresses,
-    console: Console,
-    json_path: Path | None,
+def _make_job(
+    chosen: Sequence[Suite],
+    settings: CheckSettings,
+    flags: Mapping[str, Any],
+    given: Mapping[str, Any],
     *,
-    restart: Before | None = None,
-) -> int:
-    """Run a job, show and write its reports; returns the exit code."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Bars(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
-        reports = asyncio.run(job.run(addresses, bars, restart=restart))
-    for report in reports:
-        if isinstance(report, ArmsReport):
-            show_arms(report, console)
-        else:
-            show_determinism(report, console)
-    passed = all(report.passed for report in reports)
-    if json_path is not None:
-        runs = [report.to_dict() for report in reports]
-        write_json({"schema": SCHEMA, "passed": passed, "runs": runs}, json_path)
-    return 0 if passed else EXIT_FAILED
+    exact: bool,
+) -> Job:
+    num_prompts = given.get("arm_prompts", ARM_PROMPTS)
+    if num_prompts < 1:
+        raise InputError(f"Give --num-prompts of at least 1, not {num_prompts}.")
+    if given["resume"] and given["json_path"] is None:
+        raise InputError("--resume needs the report file to go on from: name it with --json.")
+    named = is_set("word_count", flags, os.environ, (Document.DETERMINISM,))
+    writes = any(suite.document is Document.MULTI_PROCESS for suite in chosen)
+    return Job(
+        suites=tuple(chosen),
+        settings=settings,
+        exact=exact,
+        words_fixed=given["profile"] != "local" or named,
+        arms=tuple(part.strip() for part in (given.get("arms") or "").split(",") if part.strip()),
+        num_prompts=num_prompts,
+        json_path=given["json_path"],
+        results=results_folder(settings) if writes else None,
+        resume=given["resume"],
+    )
 
 
-class _Shown:
-    """Progress as one bar per phase; without a terminal, as one line per phase."""
-
-    def __init__(self, bars: Bars) -> None:
-        self._bars = bars
-        self._tasks: dict[str, Any] = {}
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        if phase not in self._tasks:
-            self._tasks[phase] = self._bars.add_task(phase, total=total)
-        self._bars.update(self._tasks[phase], completed=done)
-        if done == total and not self._bars.console.is_terminal:
-            self._bars.console.print(f"{phase}: {total} answered")
-
-
-def _names(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _new_run_id() -> str:
-    return f"check-{secrets.token_hex(6)}"
+def _addresses(given: Mapping[str, Any], settings: CheckSettings) -> Addresses:
+    parts = {part: given[option] for option, (part, _) in ADDRESSES.items()}
+    return Addresses(**parts, model=settings.model_id)

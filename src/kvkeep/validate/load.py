@@ -99,6 +99,8 @@ class Endpoint:
         self.model = model
         self.timeout_s = timeout_s
         self.dialect = dialect or Dialect()
+        self.patience = 1.0
+        """Times ``timeout_s`` that an answer's pieces may take: more where many wait at once."""
         # Engines are near; a proxy of the environment would only stand between.
         self._client = httpx.AsyncClient(
             base_url=self.url,
@@ -147,16 +149,23 @@ class Endpoint:
         except ValueError as error:
             raise UnavailableError(f"GET {self.url}{path} did not answer JSON.") from error
 
-    async def post_json(self, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-        """POST and return the response whatever its status.
+    async def post_json(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        method: str = "POST",
+    ) -> httpx.Response:
+        """POST, or another method, and return the response whatever its status.
 
         Raises:
             UnavailableError: The server can't be reached or broke off.
         """
         try:
-            return await self._client.post(path, json=body)
+            return await self._client.request(method, path, json=body, headers=headers)
         except httpx.HTTPError as error:
-            raise UnavailableError(f"POST {self.url}{path} failed: {_named(error)}.") from error
+            raise UnavailableError(f"{method} {self.url}{path} failed: {_named(error)}.") from error
 
     async def chat(self, text: str, sampling: Sampling, *, salt: str | None = None) -> Answer:
         """Ask one question through ``/v1/chat/completions``, streamed.
@@ -173,9 +182,12 @@ class Endpoint:
         collector = _Collector()
         began_s = time.perf_counter()
         try:
-            async with asyncio.timeout(self.timeout_s * 4 + sampling.max_tokens):
+            timeout_s = self.timeout_s * self.patience
+            async with asyncio.timeout(timeout_s * 4 + sampling.max_tokens):
                 body = self._body(text, sampling, salt)
-                async with self._client.stream("POST", "/v1/chat/completions", json=body) as got:
+                async with self._client.stream(
+                    "POST", "/v1/chat/completions", json=body, timeout=timeout_s
+                ) as got:
                     if got.status_code != httpx.codes.OK:
                         await got.aread()
                         collector.error = f"HTTP {got.status_code}: {got.text[:ERROR_CHARS_MAX]}"

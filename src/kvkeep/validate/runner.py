@@ -1,13 +1,14 @@
-"""Runs phases: prompts in order, one at a time, with counters read around each of them.
+"""Runs phases: prompts in order, with counters read around each of them.
 
-One request at a time on purpose: the share a cache served can then be told from counters, and the
-engine's batches have the same shape in every phase.
+One request at a time unless a suite is about several: the share a cache served can then be told
+from counters, and the engine's batches have the same shape in every phase.
 """
 
 import asyncio
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ SETTLE_READINGS_MAX = 100
 SETTLE_PAUSE_S = 0.1
 """Counters trail the answers: vLLM counts after it answered, and stores run behind. Two equal
 readings this far apart end the wait; 10 s at most, far above the slowest store seen."""
+PATIENT_REQUESTS = 3
+"""So many at a time may wait as long as one; more of them wait for each other, and longer."""
 SERVED_SHARE_MIN = 0.8
 """Below this share a replay proves too little about the cache."""
 
@@ -116,7 +119,16 @@ class Watch:
 
     engine: Endpoint
     daemon: Endpoint | None = None
+    front: Endpoint | None = None
+    """Who is asked instead of the engine itself: a router before it."""
+    beside: Callable[[], AbstractAsyncContextManager[object]] = nullcontext
+    """What goes on while requests of a phase are under way, such as a flood of others."""
     readings: list[Counters] = field(default_factory=list)
+
+    @property
+    def asked(self) -> Endpoint:
+        """Where requests are sent."""
+        return self.front or self.engine
 
     async def read_settled(self) -> Counters:
         """Read until two readings in a row agree, or `SETTLE_READINGS_MAX` were taken."""
@@ -142,8 +154,18 @@ async def run_phase(
     *,
     salt_of: SaltOf,
     progress: Progress = no_progress,
+    in_flight: int = 1,
 ) -> Phase:
     """Ask every prompt once, in order.
+
+    Args:
+        name: Of the phase.
+        watch: Who is asked, and whose counters are read.
+        prompts: What is asked.
+        sampling: Length and seed of answers.
+        salt_of: Salt of each request.
+        progress: Told about every answer.
+        in_flight: Requests under way at a time; the next is sent when one has its answer.
 
     Raises:
         UnavailableError: The daemon's counters can't be read. What the engine does wrong is in the
@@ -151,13 +173,22 @@ async def run_phase(
     """
     before = await watch.read_settled()
     began_s = time.perf_counter()
-    answers: list[Answer] = []
-    for i, prompt in enumerate(prompts):
-        answers.append(await watch.engine.chat(prompt.text, sampling, salt=salt_of(i, prompt)))
-        progress(name, i + 1, len(prompts))
+    answers: dict[int, Answer] = {}
+    upcoming = iter(enumerate(prompts))
+
+    async def ask_on() -> None:
+        for i, prompt in upcoming:
+            answers[i] = await watch.asked.chat(prompt.text, sampling, salt=salt_of(i, prompt))
+            progress(name, len(answers), len(prompts))
+
+    async with watch.beside(), asyncio.TaskGroup() as group:
+        watch.asked.patience = max(1.0, in_flight / PATIENT_REQUESTS)
+        for _ in range(max(1, min(in_flight, len(prompts)))):
+            group.create_task(ask_on())
     wall_s = time.perf_counter() - began_s
     after = await watch.read_settled()
-    return Phase(name, tuple(prompts), tuple(answers), after.since(before), wall_s)
+    in_order = tuple(answers[i] for i in range(len(prompts)))
+    return Phase(name, tuple(prompts), in_order, after.since(before), wall_s)
 
 
 @dataclass(frozen=True, slots=True)

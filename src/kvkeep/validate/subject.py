@@ -1,9 +1,11 @@
 """Opens a stack under test by its addresses and finds out what it can do."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import httpx
 
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.transfer.int8_form import Int8Form
@@ -27,6 +29,18 @@ class Addresses:
     """An engine with tiny memory for the eviction case."""
     model: str | None = None
     """Model to ask for; None takes what is served."""
+    baseline: str | None = None
+    """An engine of the same model without a cache outside it."""
+    router: str | None = None
+    """A router before the engines."""
+    router_admin: str | None = None
+    """The router's workers and explanations."""
+    prefill: tuple[str, ...] = ()
+    """Engines that only prefill, behind the router."""
+    decode: tuple[str, ...] = ()
+    """Engines that only decode, behind the router."""
+    sequences: tuple[str, ...] = ()
+    """Listeners for named sequences' K/V."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,13 @@ class Subject:
     other: Endpoint | None = None
     small: Endpoint | None = None
     small_capabilities: Capabilities | None = None
+    baseline: Endpoint | None = None
+    front: Endpoint | None = None
+    """The router that requests are sent through, where a suite is about one."""
+    admin: Endpoint | None = None
+    prefill: tuple[Endpoint, ...] = ()
+    decode: tuple[Endpoint, ...] = ()
+    sequence_urls: tuple[str, ...] = ()
 
 
 @asynccontextmanager
@@ -61,26 +82,46 @@ async def open_subject(
         async def connect(url: str, name: str) -> tuple[Endpoint, Capabilities]:
             endpoint = Endpoint(url, name=name, model=addresses.model, timeout_s=timeout_s)
             await stack.enter_async_context(endpoint)
-            return endpoint, await probe(endpoint, read_settings=exact)
+            capabilities = await probe(endpoint, read_settings=exact)
+            if exact and name in ("engine", "other engine"):
+                _require_exact(endpoint, capabilities)
+            return endpoint, capabilities
+
+        async def connect_all(urls: Sequence[str], name: str) -> tuple[Endpoint, ...]:
+            return tuple([(await connect(url, name))[0] for url in urls])
+
+        async def maybe(url: str | None, name: str) -> Endpoint | None:
+            return None if url is None else (await connect(url, name))[0]
 
         engine, capabilities = await connect(addresses.engine, "engine")
-        if exact:
-            _require_exact(engine, capabilities)
-        daemon = None
+        daemon = admin = small = small_capabilities = None
+        sequences = addresses.sequences
         if addresses.daemon is not None:
             address = addresses.daemon.rstrip("/").removesuffix("/metrics").removesuffix("/status")
             daemon = Endpoint(address, name="daemon", timeout_s=timeout_s)
             await stack.enter_async_context(daemon)
-            await _require_daemon(daemon, exact=exact)
-        other = small = small_capabilities = None
-        if addresses.other is not None:
-            other, other_capabilities = await connect(addresses.other, "other engine")
-            if exact:
-                _require_exact(other, other_capabilities)
+            status = await _require_daemon(daemon, exact=exact)
+            sequences = sequences or _sequence_urls(daemon, status)
         if addresses.small is not None:
             small, small_capabilities = await connect(addresses.small, "small engine")
             _require_small(small, small_capabilities)
-        yield Subject(engine, capabilities, daemon, other, small, small_capabilities)
+        if addresses.router_admin is not None:
+            admin = Endpoint(addresses.router_admin, name="router admin", timeout_s=timeout_s)
+            await stack.enter_async_context(admin)
+        yield Subject(
+            engine,
+            capabilities,
+            daemon,
+            await maybe(addresses.other, "other engine"),
+            small,
+            small_capabilities,
+            await maybe(addresses.baseline, "baseline"),
+            await maybe(addresses.router, "router"),
+            admin,
+            await connect_all(addresses.prefill, "prefill engine"),
+            await connect_all(addresses.decode, "decode engine"),
+            sequences,
+        )
 
 
 def _require_exact(endpoint: Endpoint, capabilities: Capabilities) -> None:
@@ -104,7 +145,13 @@ def _require_small(endpoint: Endpoint, capabilities: Capabilities) -> None:
         )
 
 
-async def _require_daemon(daemon: Endpoint, *, exact: bool) -> None:
+def _sequence_urls(daemon: Endpoint, status: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the daemon itself keeps sequences; it listens beside its metrics."""
+    port = (status.get("sequences") or {}).get("port")
+    return (f"http://{httpx.URL(daemon.url).host}:{port}",) if port else ()
+
+
+async def _require_daemon(daemon: Endpoint, *, exact: bool) -> Mapping[str, Any]:
     try:
         status = await daemon.get_json("/status")
     except UnavailableError as error:
@@ -118,6 +165,7 @@ async def _require_daemon(daemon: Endpoint, *, exact: bool) -> None:
             f"The exact mode needs blocks that are stored to the bit, and {daemon.url} has them in "
             "the form int8: leave kv_form out of the engine's settings, or check without --exact."
         )
+    return status
 
 
 def _page_format(status: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """A fake engine behind every endpoint, and no waiting."""
 
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,12 @@ from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.testing.fake_transport import fake_transport
 from kvkeep.validate import load, runner
+from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint
+from kvkeep.validate.prompts import load_words
+from kvkeep.validate.settings import CheckSettings
+from kvkeep.validate.subject import Subject
+from kvkeep.validate.suite.base import Context
 
 Connect = Callable[..., Endpoint]
 
@@ -39,3 +46,32 @@ async def connect() -> AsyncIterator[Connect]:
 def store() -> FakeStore:
     """A cache outside the engines."""
     return FakeStore()
+
+
+MakeContext = Callable[..., Awaitable[Context]]
+
+
+@pytest.fixture
+def make_context(connect: Connect, tmp_path: Path) -> MakeContext:
+    """Gives a suite's context around fake engines; the first one is under test."""
+
+    async def make(
+        fake: FakeEngine, *, settings: CheckSettings | None = None, **parts: Any
+    ) -> Context:
+        engine = connect(fake)
+        ids = itertools.count(1)
+        subject = Subject(
+            engine,
+            await probe(engine),
+            connect(fake) if fake.store is not None else None,
+            **parts,
+        )
+        return Context(
+            subject,
+            settings or CheckSettings(),
+            load_words(),
+            new_run_id=lambda: f"run-{next(ids)}",
+            results=tmp_path / "results",
+        )
+
+    return make

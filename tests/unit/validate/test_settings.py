@@ -9,40 +9,109 @@ from kvkeep.validate.settings import (
     ENVIRONMENT,
     REFERENCE_TEXT_URL,
     CheckSettings,
+    Document,
     is_set,
     resolve,
+    variables_of,
 )
+from tests.unit.validate import reference_tables as tables
 
-DOCUMENTED = {
-    "KVBM_MODEL_ID": ("model_id", "some/model", "some/model"),
-    "KVBM_SERVER_PORT": ("server_port", "8001", 8001),
-    "KVBM_SERVER_START_TIMEOUT": ("server_start_timeout_s", "12.5", 12.5),
-    "KVBM_CPU_BLOCKS": ("cpu_blocks", "12000", 12000),
-    "KVBM_MAX_TOKENS": ("max_tokens", "48, 128,256", (48, 128, 256)),
-    "KVBM_SEED": ("seed", "0", 0),
-    "KVBM_MAX_ITERATIONS": ("max_iterations", "100", 100),
-    "KVBM_WORD_COUNT": ("word_count", "150", 150),
-    "KVBM_CONTROL_INTERVAL": ("control_interval", "5", 5),
-    "KVBM_SHAKESPEARE_INTERVAL": ("shakespeare_interval", "2", 2),
-    "KVBM_RANDOM_INTERVAL": ("random_interval", "3", 3),
-    "KVBM_HTTP_TIMEOUT": ("http_timeout_s", "60", 60.0),
-    "KVBM_SHAKESPEARE_URL": ("shakespeare_url", "file:///tmp/t.txt", "file:///tmp/t.txt"),
-    "KVBM_CONCURRENT_REQUESTS": ("concurrent_requests", "10,25,50", (10, 25, 50)),
-    "KVBM_IFEVAL_PROMPTS": ("ifeval_prompts", "50,120", (50, 120)),
+TABLES = {
+    Document.DETERMINISM: tables.DETERMINISM,
+    Document.MULTI_PROCESS: tables.MULTI_PROCESS,
+    Document.HAND_OFF: tables.HAND_OFF,
 }
+ROWS = [
+    pytest.param(document, variable, id=variable.name)
+    for document, variables in TABLES.items()
+    for variable in variables
+]
 
 
-@pytest.mark.parametrize("variable", sorted(DOCUMENTED))
-def test_every_documented_variable_works(variable: str) -> None:
-    """Each environment name of the suite sets its value."""
-    name, raw, expected = DOCUMENTED[variable]
+@pytest.mark.parametrize(("document", "variable"), ROWS)
+def test_every_documented_variable_changes_its_value(
+    document: Document, variable: tables.Variable
+) -> None:
+    """Each environment name of the documents sets what it should, and nothing else."""
+    before = resolve({}, {}, documents=(document,)).to_dict()
+    after = resolve({}, {variable.name: variable.raw}, documents=(document,)).to_dict()
 
-    assert getattr(resolve({}, {variable: raw}), name) == expected
+    changed = {name: value for name, value in after.items() if value != before[name]}
+    if variable.name == "KVBM_MAX_TOKENS":
+        assert changed.pop("concurrent_max_tokens") == variable.changed
+    assert changed in ({variable.field: variable.changed}, {})
+    assert after[variable.field] == variable.changed
+
+
+@pytest.mark.parametrize(("document", "variable"), ROWS)
+def test_the_reference_profile_has_the_documents_default(
+    document: Document, variable: tables.Variable
+) -> None:
+    """Where the document names a default, the reference profile takes it."""
+    value = getattr(resolve({}, {}, profile="reference", documents=(document,)), variable.field)
+    if variable.default in tables.UNSAID:
+        assert value in (None, False)
+    else:
+        (shown,) = value if isinstance(value, tuple) else (value,)
+        assert str(shown).removesuffix(".0") == variable.default
 
 
 def test_no_variable_is_undocumented() -> None:
-    """The table above is complete."""
-    assert set(ENVIRONMENT) == set(DOCUMENTED)
+    """The tables are complete, and each suite hears its own document only."""
+    for document, variables in TABLES.items():
+        assert set(variables_of(document)) == {variable.name for variable in variables}
+    assert set(ENVIRONMENT) == {row.name for rows in TABLES.values() for row in rows}
+
+
+def test_a_suite_hears_its_own_document_only() -> None:
+    """A name as common as MODEL says nothing to a suite whose document does not have it."""
+    environ = {"MODEL": "other/model", "LIMIT": "5", "KVBM_SEED": "7"}
+
+    settings = resolve({}, environ, documents=(Document.DETERMINISM,))
+
+    assert (settings.model_id, settings.limit, settings.seed) == (None, 60, 7)
+
+
+def test_two_names_of_one_value_must_agree() -> None:
+    """Where several documents are heard and name one value differently, none is guessed."""
+    with pytest.raises(InputError, match="MODEL"):
+        resolve({}, {"MODEL": "a/b", "KVBM_MODEL_ID": "c/d"})
+    assert resolve({}, {"MODEL": "a/b", "KVBM_MODEL_ID": "a/b"}).model_id == "a/b"
+
+
+def test_the_scale_decides_sizes_that_nobody_named() -> None:
+    """Small sizes on few cores, the documents' on a GPU host; a named size stays."""
+    small, full = resolve({}, {}), resolve({}, {}, scale="full")
+    named = resolve({"limit": "7"}, {}, scale="full")
+
+    assert (small.scale, small.limit, small.num_concurrent, small.num_documents) == (
+        "small", 60, 8, 8,
+    )  # fmt: skip
+    assert (full.scale, full.limit, full.num_concurrent, full.num_documents) == (
+        "full", 300, 50, 30,
+    )  # fmt: skip
+    assert (named.limit, named.num_prompts) == (7, 50)
+    assert resolve({"scale": "small"}, {}, scale="full").limit == 60
+    with pytest.raises(InputError, match="scale"):
+        resolve({"scale": "huge"}, {})
+
+
+def test_answer_lengths_hold_for_both_suites_where_named() -> None:
+    """Unset means 48 in sequence and 10 at once; set, it holds for both."""
+    unset, named = resolve({}, {}), resolve({}, {"KVBM_MAX_TOKENS": "5,6"})
+
+    assert (unset.max_tokens, unset.concurrent_max_tokens) == ((48,), (10,))
+    assert (named.max_tokens, named.concurrent_max_tokens) == ((5, 6), (5, 6))
+
+
+def test_limits_in_seconds_hold_for_their_model_only() -> None:
+    """Another model than the document's is held to relative limits, unless a person names one."""
+    documents = (Document.MULTI_PROCESS,)
+    other = {"MODEL": "some/model"}
+
+    assert resolve({}, {}, profile="reference", documents=documents).max_ttft_s == 0.22
+    assert resolve({}, other, profile="reference", documents=documents).max_ttft_s is None
+    assert resolve({"max_ttft_s": "3"}, other, documents=documents).max_ttft_s == 3.0
 
 
 def test_unset_means_the_local_default() -> None:

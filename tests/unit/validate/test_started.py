@@ -1,6 +1,7 @@
 """Stacks for a check: what file, flags and defaults make of them, and who plays which part."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,9 +9,11 @@ from kvkeep.model.errors import InputError
 from kvkeep.stack.precedence import make_spec
 from kvkeep.stack.process import this_process
 from kvkeep.stack.record import DaemonRecord, EngineRecord, StackRecord, write_record
+from kvkeep.stack.spec import StackSpec
 from kvkeep.validate import started as module
-from kvkeep.validate.settings import CheckSettings
+from kvkeep.validate.settings import CheckSettings, Document
 from kvkeep.validate.started import own_spec, spec_from_file, started
+from kvkeep.validate.suite.registry import find_all
 
 FILE = """
 model: smollm2
@@ -75,6 +78,81 @@ def test_a_check_told_of_no_stack_makes_its_own() -> None:
     assert (spec.engines[0].port, spec.daemon.pool_blocks) == (8001, 50)
     assert spec.engines[0].uses_kvkeep
     assert spec.exact
+
+
+def test_variables_of_other_documents_shape_the_stack(stack_file: Path) -> None:
+    """MODEL, VLLM_PORT and LMCACHE_PORT are heard by suites of their document only."""
+    environ = {"MODEL": "/models/y", "VLLM_PORT": "8124", "LMCACHE_PORT": "6555"}
+
+    def spec(document: Document) -> StackSpec:
+        return spec_from_file(stack_file, {}, exact=None, environ=environ, documents=(document,))
+
+    ours, others = spec(Document.MULTI_PROCESS), spec(Document.DETERMINISM)
+    assert (ours.model, ours.engines[0].port) == ("/models/y", 8124)
+    assert ours.daemon.metrics_port == 6555
+    assert (others.model, others.engines[0].port) == ("smollm2", 0)
+
+
+def own(*names: str, **settings: Any) -> StackSpec:
+    return own_spec(CheckSettings(**settings), {}, exact=False, suites=find_all(names))
+
+
+def test_its_own_stack_has_what_its_suites_need() -> None:
+    """A baseline for what compares, a router for what routes, listeners for sequences."""
+    spec = own("long-doc-qa", "routing", "locality", baseline_port=9001, router_port=9300)
+
+    engines = {engine.name: engine for engine in spec.engines}
+    assert list(engines) == ["a", "b", "baseline"]
+    assert (engines["baseline"].connector, engines["baseline"].port) == ("none", 9001)
+    assert spec.router is not None
+    assert (spec.router.policy, spec.router.port) == ("consistent_hash", 9300)
+    assert spec.daemon.settings == {"sequences": {}}
+    assert own("determinism").router is None
+
+
+def test_its_own_pair_is_what_the_variables_say() -> None:
+    """Numbers, ranks, blocks and ports of prefill and decode engines, prefill first."""
+    spec = own(
+        "pd-accuracy",
+        num_prefill_instances=2,
+        decode_tp_size=2,
+        prefill_block_tokens=64,
+        decode_block_tokens=32,
+        prefill_base_port=9100,
+        test_flashinfer=True,
+    )
+
+    assert [(e.name, e.role, e.port) for e in spec.engines] == [
+        ("prefill-0", "prefill", 9100),
+        ("prefill-1", "prefill", 9101),
+        ("decode-0", "decode", 0),
+    ]
+    assert [e.tensor_parallel for e in spec.engines] == [1, 1, 2]
+    assert [e.block_tokens for e in spec.engines] == [64, 64, 32]
+    assert {e.connector for e in spec.engines} == {"nixl"}
+    assert {e.connector for e in own("pd-accuracy").engines} == {"kvkeep"}
+    assert spec.engines[0].env == {"VLLM_ATTENTION_BACKEND": "FLASHINFER"}
+    assert spec.router is not None
+
+
+def test_parts_of_a_stack_are_found() -> None:
+    """A decode engine is tested, a prefill engine is beside it, and no baseline is tested."""
+    pair = {"router": {}, "engines": [{"name": "p", "role": "prefill"}]}
+    pair["engines"] += [{"name": "d", "role": "decode"}]  # type: ignore[operator]
+    urls = {name: f"http://{name}" for name in ("p", "d", "a", "b")}
+
+    found = module._addresses(
+        make_spec(pair, environment={}), urls, None, ("http://front", "http://admin")
+    )
+    beside = module._addresses(
+        make_spec({"engines": [{"name": "a", "connector": "none"}, {"name": "b"}]}, environment={}),
+        urls,
+        None,
+    )
+
+    assert (found.engine, found.prefill, found.decode) == ("http://d", ("http://p",), ("http://d",))
+    assert (found.router, found.router_admin) == ("http://front", "http://admin")
+    assert (beside.engine, beside.baseline, beside.other) == ("http://b", "http://a", None)
 
 
 def test_settled_values_are_not_overruled_by_the_environment() -> None:

@@ -1,4 +1,4 @@
-"""Writes a run's JSON report, whole or not at all."""
+"""Writes and reads a run's JSON report, whole or not at all."""
 
 import json
 import os
@@ -24,3 +24,20 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
         raise InputError(
             f"The report can't be written to {path} ({error.strerror}): name another place."
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a report.
+
+    Raises:
+        InputError: It can't be read, or is none.
+    """
+    try:
+        report = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} can't be read as a report: name another, or remove it."
+        ) from error
+    if not isinstance(report, dict) or not isinstance(report.get("runs"), list):
+        raise InputError(f"{path} is no report of kvkeep check: name another, or remove it.")
+    return report

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from kvkeep.validate.arms import ArmsReport
 from kvkeep.validate.runner import Check, Judged, Phase
-from kvkeep.validate.suites.determinism import DeterminismReport
+from kvkeep.validate.suite.base import NotApplicable, SuiteReport
 from kvkeep.validate.verdict import PASSING, Verdict
 
 EVIDENCE_MAX = 5
@@ -18,22 +18,42 @@ COLORS = {
     "passed": "bold green",
     "failed": "bold red",
     "not-exercised": "bold yellow",
+    "not-applicable": "bold cyan",
 }
 
 
-def show_determinism(report: DeterminismReport, console: Console) -> None:
-    """Print one determinism run."""
+def show_suite(report: SuiteReport, console: Console) -> None:
+    """Print one run of a suite."""
     mode = "exact" if report.exact else f"A/A noise {report.noise_nats:.4f} nat"
     title = (
-        f"determinism, cache reset · {report.subject.capabilities.model} · "
-        f"{report.sampling.max_tokens} tokens · {mode}"
+        f"{report.suite}, {report.mode.replace('-', ' ')} · {report.subject.capabilities.model} · "
+        f"{report.sampling.max_tokens} tokens · scale {report.settings.scale}"
+        + (f" · {mode}" if report.judges_answers else "")
     )
-    console.print(_phase_table(title, report.phases))
+    if report.phases:
+        console.print(_phase_table(title, report.phases))
+    else:
+        console.print(title)
     console.print(_check_table(report.checks))
-    _show_verdicts(report.judged, console)
+    for name, value in report.numbers.items():
+        console.print(f"  {escape(name)}: {_number(value)}", highlight=False)
+    if report.judges_answers:
+        _show_verdicts(report.judged, console)
     if not report.exact and report.cold_agreement:
         console.print(f"Against computed answers, for information: {_tally(report.cold_agreement)}")
+    for name, path in report.files.items():
+        console.print(f"Written: {escape(name)}: {escape(path)}", soft_wrap=True)
     console.print(f"[{COLORS[report.outcome]}]{report.outcome}[/]")
+
+
+def show_missing(report: NotApplicable, console: Console) -> None:
+    """Print why a suite did not run."""
+    console.print(f"{report.suite}: {escape(report.reason)}", soft_wrap=True)
+    console.print(f"[{COLORS[report.outcome]}]{report.outcome}[/]")
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
 def show_arms(report: ArmsReport, console: Console) -> None:

@@ -13,7 +13,7 @@ from kvkeep.validate.arms import compare_arms, standard_arms
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint, Sampling
 from kvkeep.validate.prompts import documents, load_words
-from kvkeep.validate.report.terminal import show_arms, show_determinism
+from kvkeep.validate.report.terminal import show_arms, show_suite
 from kvkeep.validate.settings import CheckSettings
 from kvkeep.validate.subject import Subject
 from kvkeep.validate.suites.determinism import Determinism, make_plan
@@ -35,7 +35,7 @@ async def shown(connect: Connect, fake: FakeEngine, **more: Any) -> str:
     plan = make_plan(settings, load_words(), 60)
     run = Determinism(subject, settings, plan, Sampling(8), exact=False, run_id="r", **more)
     screen, text = console()
-    show_determinism(await run.run(), screen)
+    show_suite(await run.run(), screen)
     return text.getvalue()
 
 

@@ -13,12 +13,8 @@ from kvkeep.validate.load import Endpoint, Sampling
 from kvkeep.validate.prompts import load_words
 from kvkeep.validate.settings import CheckSettings
 from kvkeep.validate.subject import Subject
-from kvkeep.validate.suites.determinism import (
-    Determinism,
-    DeterminismReport,
-    fit_word_count,
-    make_plan,
-)
+from kvkeep.validate.suite.base import SuiteReport
+from kvkeep.validate.suites.determinism import Determinism, fit_word_count, make_plan
 from kvkeep.validate.verdict import Verdict
 
 Connect = Callable[..., Endpoint]
@@ -34,7 +30,7 @@ def check(connect: Connect) -> Callable[..., Any]:
 
     async def run(
         fake: FakeEngine, *, exact: bool = False, small: FakeEngine | None = None
-    ) -> DeterminismReport:
+    ) -> SuiteReport:
         engine = connect(fake)
         subject = Subject(
             engine,
@@ -51,11 +47,11 @@ def check(connect: Connect) -> Callable[..., Any]:
     return run
 
 
-def failed_checks(report: DeterminismReport) -> set[str]:
+def failed_checks(report: SuiteReport) -> set[str]:
     return {check.name for check in report.checks if check.ok is False}
 
 
-def verdicts(report: DeterminismReport, phase: str) -> set[Verdict]:
+def verdicts(report: SuiteReport, phase: str) -> set[Verdict]:
     return {item.judgement.verdict for item in report.judged if item.phase == phase}
 
 

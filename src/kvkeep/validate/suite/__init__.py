@@ -1,0 +1,1 @@
+"""What all suites share: how one is declared, what it is given, and what it returns."""
