@@ -135,7 +135,7 @@ async def test_an_engine_is_heard_through_the_stream(server: NatsServer) -> None
     async with engine() as publisher:
         await publisher.publish(stored(FIRST, 11), is_lost=True)
         forwarder = Forwarder(address)
-        forwarding = asyncio.create_task(forwarder.run(publisher.address))
+        forwarding = asyncio.create_task(forwarder.run([publisher.address]))
         await asyncio.wait_for(forwarder.forwarding.wait(), 30)
         index = PrefixIndex(BLOCK_TOKENS)
         following = asyncio.create_task(NatsSource(NAME, address, index).run())
@@ -154,6 +154,29 @@ async def test_an_engine_is_heard_through_the_stream(server: NatsServer) -> None
         await asyncio.gather(forwarding, following, return_exceptions=True)
 
 
+async def test_the_ranks_of_one_engine_are_heard_as_one(server: NatsServer) -> None:
+    """What either tells comes through one subject, and what one clears the other still holds."""
+    address = NatsAddress(server.url, "kvkeep.events.ranks")
+    index = PrefixIndex(BLOCK_TOKENS)
+    async with engine() as first, engine() as second:
+        await first.publish(stored(FIRST, 11), is_lost=True)
+        await second.publish(stored(FIRST, 21), stored(SECOND, 22, parent=21), is_lost=True)
+        forwarder = Forwarder(address)
+        tasks = [
+            asyncio.create_task(forwarder.run([first.address, second.address])),
+            asyncio.create_task(NatsSource(NAME, address, index).run()),
+        ]
+        await until(lambda: held(index, FIRST, SECOND) == 2)
+        while held(index, FIRST, SECOND) == 2:
+            await second.publish({"type": "AllBlocksCleared"})
+            await asyncio.sleep(0.01)
+
+        assert held(index, FIRST) == 1
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_events_outlast_the_server(server: NatsServer) -> None:
     """A killed server costs time: what happened meanwhile arrives once it is back."""
     address = NatsAddress(server.url, "kvkeep.events.outlasting")
@@ -162,7 +185,7 @@ async def test_events_outlast_the_server(server: NatsServer) -> None:
         forwarder = Forwarder(address)
         source = NatsSource(NAME, address, index)
         tasks = [
-            asyncio.create_task(forwarder.run(publisher.address)),
+            asyncio.create_task(forwarder.run([publisher.address])),
             asyncio.create_task(source.run()),
         ]
         while not held(index, FIRST):
@@ -201,6 +224,7 @@ def test_the_command_says_when_it_forwards(server: NatsServer) -> None:
         (["a b", "--events", "tcp://h:1", "--nats", "nats://h:1"], "name"),
         (["a", "--events", "h:1", "--nats", "nats://h:1"], "publish"),
         (["a", "--events", "tcp://h:1", "--nats", "tcp://h:1"], "--nats"),
+        (["a", "--events", "tcp://h:x", "--nats", "nats://h:1", "--ranks", "2"], "tcp://h:x"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], said: str) -> None:

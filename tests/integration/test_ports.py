@@ -68,6 +68,20 @@ def test_a_held_port_is_its_servers_alone(held: HeldPorts) -> None:
         assert connection.getpeername() == (HERE, port)
 
 
+def test_ports_in_a_row_are_held_each(held: HeldPorts) -> None:
+    """Another stack that looks for a row gets none of them, and their servers can listen."""
+    other = HeldPorts()
+    first = held.take(3)
+    others = [other.take(2) for _ in range(20)]
+    other.let_all_go()
+
+    assert not {first, first + 1, first + 2} & {port + i for port in others for i in range(2)}
+    for port in range(first, first + 3):
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind((HERE, port))
+        socket.create_server((HERE, port)).close()
+
+
 def test_a_port_that_was_let_go_is_anybodys(held: HeldPorts) -> None:
     """Programs that set no SO_REUSEADDR can be started too."""
     port = held.take()

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -31,6 +31,7 @@ from tests.integration.source_contract import (
     stored,
     until,
 )
+from tests.servers.processes import free_port
 
 
 class Publisher:
@@ -311,16 +312,74 @@ async def test_a_fleet_is_heard_while_it_is_in() -> None:
     context.destroy(linger=0)
 
 
+def ports_in_a_row(count: int) -> int:
+    """The first of so many free ports."""
+    while True:
+        ports = [free_port() for _ in range(count)]
+        if ports == list(range(ports[0], ports[0] + count)):
+            return ports[0]
+
+
+async def test_each_rank_of_an_engine_is_followed_at_its_own_port() -> None:
+    """Lost events of one are replayed, or it alone is forgotten; the engine is heard with all."""
+    index, num_ranks = PrefixIndex(BLOCK_TOKENS), 3
+    events, replay = ports_in_a_row(num_ranks), ports_in_a_row(num_ranks)
+    said = EngineEvents(
+        publish=f"tcp://{{host}}:{events}", replay=f"tcp://{{host}}:{replay}", ranks=num_ranks
+    )
+    feeds = EventFeeds(said, index, SystemClock())
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(feeds.close)
+        places = [
+            [f"tcp://127.0.0.1:{first + rank}" for first in (events, replay)]
+            for rank in range(num_ranks)
+        ]
+        ranks = [await stack.enter_async_context(publishing(each)) for each in places[:-1]]
+        feeds.joined(Endpoint(NAME, "127.0.0.1", 1))
+        sources = [source for source, _ in feeds._engines._running[NAME]]
+        await until(lambda: sum(each.is_connected for each in sources) == len(ranks))
+        assert not feeds.is_heard(NAME)
+        ranks.append(await stack.enter_async_context(publishing(places[-1])))
+        for publisher, source in zip(ranks, sources, strict=True):
+            # A subscription takes a moment to reach the publisher, and nothing says when it has.
+            while not source.counters.num_batches:
+                await publisher.publish()
+                await asyncio.sleep(0.01)
+        assert (feeds.is_heard(NAME), feeds.num_heard) == (True, 1)
+        gaps = [source.counters.num_gaps for source in sources]
+
+        await ranks[0].publish(stored(FIRST, 11))
+        await ranks[1].publish(stored(FIRST, 21), stored(SECOND, 22, parent=21))
+        await ranks[2].publish(stored(FIRST, 31))
+        await until(lambda: held(index, FIRST, SECOND) == 2)
+        await ranks[1].publish(stored(THIRD, 23, parent=22), is_lost=True)
+        await ranks[1].publish()
+        await until(lambda: held(index, FIRST, SECOND, THIRD) == 3)
+        assert [source.counters.num_gaps for source in sources] == [gaps[0], gaps[1] + 1, gaps[2]]
+        ranks[1].number += 1
+        await ranks[1].publish()
+        await until(lambda: held(index, FIRST, SECOND) < 2)
+
+        assert held(index, FIRST) == 1
+        assert [source.counters.num_dropped for source in sources] == [0, 1, 0]
+        feeds.left(Endpoint(NAME, "127.0.0.1", 1))
+        assert (feeds.is_heard(NAME), feeds.num_heard) == (False, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-async def test_the_publisher_of_vllm_is_understood() -> None:
-    """The format is vLLM's own: its publisher's events, live and replayed, are followed."""
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_the_publisher_of_vllm_is_understood(rank: int) -> None:
+    """The format is vLLM's own: its publisher's events, live and replayed, are followed.
+
+    A data-parallel rank publishes as many ports above the ones it was told as its number.
+    """
     from vllm.distributed import kv_events
 
     index = PrefixIndex(BLOCK_TOKENS)
-    with zmq.Context() as scratch, scratch.socket(zmq.PUB) as first, scratch.socket(zmq.PUB) as two:
-        ports = [each.bind_to_random_port("tcp://127.0.0.1") for each in (first, two)]
-    publisher = kv_events.ZmqEventPublisher(0, f"tcp://*:{ports[0]}", f"tcp://127.0.0.1:{ports[1]}")
+    ports = [ports_in_a_row(2) for _ in range(2)]
+    told = [f"tcp://*:{ports[0]}", f"tcp://127.0.0.1:{ports[1]}"]
+    publisher = kv_events.ZmqEventPublisher(rank, *told)
 
     def publish(*events: Any) -> None:
         publisher.publish(kv_events.KVEventBatch(ts=1.0, events=list(events)))
@@ -340,7 +399,7 @@ async def test_the_publisher_of_vllm_is_understood() -> None:
 
     publish(block(FIRST, 2**64 - 1, None))
     address = ZmqAddress(f"tcp://127.0.0.1:{ports[0]}", f"tcp://127.0.0.1:{ports[1]}")
-    source = ZmqSource(NAME, address, index)
+    source = ZmqSource(NAME, address.at_rank(rank), index)
     task = asyncio.create_task(source.run())
     try:
         await until(lambda: held(index, FIRST) == 1)

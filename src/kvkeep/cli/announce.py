@@ -27,8 +27,11 @@ TTL_S_MIN, TTL_S_MAX = 2, 3600
 @click.option("--role", default="serve", show_default=True, help="serve, prefill or decode.")
 @click.option("--events", default="", help="Where it publishes block events: tcp://HOST:5557.")
 @click.option("--replay", default="", help="Where it repeats those that were lost.")
+@click.option("--ranks", default=1, help="Data-parallel ranks that publish, at ports in a row.")
 @click.option("--ttl-s", default=15, show_default=True, help="How long it outlives its engine.")
-def announce(url: str, etcd_urls: tuple[str, ...], prefix: str, ttl_s: int, **fields: str) -> None:
+def announce(
+    url: str, etcd_urls: tuple[str, ...], prefix: str, ttl_s: int, ranks: int, **fields: str
+) -> None:
     """Announce the engine at URL for as long as this command runs and the engine is well.
 
     For example: kvkeep announce http://127.0.0.1:8000 --etcd http://127.0.0.1:2379
@@ -36,7 +39,7 @@ def announce(url: str, etcd_urls: tuple[str, ...], prefix: str, ttl_s: int, **fi
     if not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
         raise InputError(f"--ttl-s {ttl_s} is no lease: choose {TTL_S_MIN} to {TTL_S_MAX}")
     told = {"publish": fields.pop("events"), "replay": fields.pop("replay")}
-    events = {"events": told} if any(told.values()) else {}
+    events = {"events": {**told, "ranks": ranks}} if any(told.values()) or ranks != 1 else {}
     member = checked(Member, {"url": url, **fields, **events})
     settings = checked(EtcdSettings, {"urls": list(etcd_urls), "prefix": prefix})
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")

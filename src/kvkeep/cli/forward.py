@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 
 import click
 import msgspec
@@ -22,9 +23,10 @@ from kvkeep.router.membership.member import NAME
 @click.argument("name")
 @click.option("--events", required=True, help="Where the engine publishes: tcp://HOST:5557.")
 @click.option("--replay", default="", help="Where it repeats events that were lost.")
+@click.option("--ranks", default=1, help="Data-parallel ranks of the engine, ports in a row.")
 @click.option("--nats", "url", required=True, help="Server with JetStream: nats://HOST:4222.")
 @click.option("--subject", default="", help="By default kvkeep.events.NAME.")
-def forward(name: str, events: str, replay: str, url: str, subject: str) -> None:
+def forward(name: str, events: str, replay: str, ranks: int, url: str, subject: str) -> None:
     """Forward the block events of the engine that routers call NAME, until SIGTERM.
 
     For example: kvkeep forward a --events tcp://127.0.0.1:5557 --nats nats://10.0.0.9:4222
@@ -32,7 +34,7 @@ def forward(name: str, events: str, replay: str, url: str, subject: str) -> None
     if not NAME.fullmatch(name):
         raise InputError(f"{name!r} is no engine's name: see the name in GET /workers")
     try:
-        told = msgspec.convert({"publish": events, "replay": replay}, EngineEvents)
+        told = msgspec.convert({"publish": events, "replay": replay, "ranks": ranks}, EngineEvents)
         msgspec.convert({"publish": url}, EngineEvents)
     except msgspec.ValidationError as error:
         raise InputError(str(error)) from error
@@ -40,13 +42,15 @@ def forward(name: str, events: str, replay: str, url: str, subject: str) -> None
         raise InputError(f"--nats {url} is no server: write one like nats://10.0.0.9:4222")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     address = NatsAddress(url, subject or f"{SUBJECTS}.{name}")
-    asyncio.run(
-        _forward(Forwarder(address), ZmqAddress(told.publish, told.replay or None), address)
-    )
+    first = ZmqAddress(told.publish, told.replay or None)
+    sources = [first.at_rank(rank) for rank in range(told.ranks)]
+    asyncio.run(_forward(Forwarder(address), sources, address))
 
 
-async def _forward(forwarder: Forwarder, source: ZmqAddress, address: NatsAddress) -> None:
-    running = asyncio.create_task(forwarder.run(source))
+async def _forward(
+    forwarder: Forwarder, sources: Sequence[ZmqAddress], address: NatsAddress
+) -> None:
+    running = asyncio.create_task(forwarder.run(sources))
     telling = asyncio.create_task(_tell(forwarder, address))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, running.cancel)

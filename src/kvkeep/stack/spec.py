@@ -37,6 +37,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 # What engines.py sets from fields: given a second time it would silently win or be refused late.
+_DATA_PARALLEL = ("--data-parallel-size", "-dp")
 _OWN_FLAGS = {
     "--model": "the stack's model",
     "--served-model-name": "the stack's served_model_name",
@@ -142,6 +143,15 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """Whether this stack gives the engine kvkeep's connector."""
         return self.url is None and self.connector == "kvkeep"
 
+    @property
+    def num_data_parallel(self) -> int:
+        """Ranks with caches of their own that ``args`` ask for; 1 if they ask for none."""
+        words = [word for arg in self.args for word in arg.split("=", 1)]
+        for flag, value in itertools.pairwise(words):
+            if flag.replace("_", "-") in _DATA_PARALLEL and value.isdecimal():
+                return max(1, int(value))
+        return 1
+
 
 class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One stack: daemon and engines, with every default applied."""
@@ -210,6 +220,11 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             return ""
         named = self.daemon.settings.get("events_socket")
         return str(named or self._own_socket("events.sock", f"{self.name}.events.sock"))
+
+    def pool_of(self, engine: EngineSpec) -> str:
+        """Where a router hears of what an engine's daemon keeps; empty: nowhere."""
+        path = self.events_socket_path if engine.uses_kvkeep else ""
+        return f"ipc://{path}" if path else ""
 
     def _own_socket(self, name: str, name_elsewhere: str) -> str:
         path = str(self.state_path / name)

@@ -267,10 +267,10 @@ class Stack:
     def _place_events(self, engine: EngineSpec) -> EngineEvents | None:
         if self.spec.router is None or not self.spec.router.events:
             return None
-        publish, replay = (f"tcp://{HOST}:{self._ports.take()}" for _ in range(2))
-        socket = self.spec.events_socket_path if engine.uses_kvkeep else ""
+        ranks = engine.num_data_parallel
+        publish, replay = (f"tcp://{HOST}:{self._ports.take(ranks)}" for _ in range(2))
         self._events[engine.name] = EngineEvents(
-            publish=publish, replay=replay, bind=True, pool=f"ipc://{socket}" if socket else ""
+            publish=publish, replay=replay, bind=True, pool=self.spec.pool_of(engine), ranks=ranks
         )
         return self._events[engine.name]
 

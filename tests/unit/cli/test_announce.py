@@ -18,6 +18,7 @@ ETCD = ["--etcd", "http://127.0.0.1:1"]
         ["http://127.0.0.1:8000", *ETCD, "--role", "king"],
         ["http://127.0.0.1:8000", *ETCD, "--name", "a b"],
         ["http://127.0.0.1:8000", *ETCD, "--ttl-s", "1"],
+        ["http://127.0.0.1:8000", *ETCD, "--ranks", "2"],
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str]) -> None:

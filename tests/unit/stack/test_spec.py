@@ -128,3 +128,20 @@ def test_two_servers_on_one_port_are_refused(daemon: DaemonSpec, port: int, said
     assert str(caught.value) == f"{said}; choose another, or 0 for a free one."
     free = [{**tier, "port": 0} for tier in daemon.tiers]
     check_spec(StackSpec(name="s", engines=engines, daemon=DaemonSpec(tiers=free)))
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], 1),
+        (["--data-parallel-size", "2"], 2),
+        (["--eager", "--data_parallel_size=4"], 4),
+        (["-dp", "3", "--seed", "1"], 3),
+        (["--seed", "2", "--data-parallel-size"], 1),
+    ],
+)
+def test_ranks_with_caches_of_their_own_stand_in_the_arguments(
+    args: list[str], expected: int
+) -> None:
+    """As vLLM reads them."""
+    assert EngineSpec(name="a", args=args).num_data_parallel == expected

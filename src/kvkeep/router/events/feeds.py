@@ -6,6 +6,8 @@ And one for each daemon that engines name. Told of engines as policies are (``jo
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from itertools import chain
 
 import zmq
 
@@ -13,6 +15,7 @@ from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InputError
 from kvkeep.router.events.following import Follower, TakesEvents
 from kvkeep.router.events.nats_source import SUBJECTS, NatsAddress, NatsSource
+from kvkeep.router.events.ranks import ranks_of
 from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.events.source_counters import SourceCounters
 from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
@@ -25,58 +28,65 @@ REPLAY_SUFFIX = ".replay"
 """Of a daemon's second socket."""
 
 
-def address_of(endpoint: Endpoint, said: EngineEvents) -> ZmqAddress | NatsAddress:
-    """Return where an engine publishes."""
+def addresses_of(endpoint: Endpoint, said: EngineEvents) -> Sequence[ZmqAddress | NatsAddress]:
+    """Return where each rank of an engine publishes."""
     if said.publish.startswith("nats://"):
-        return NatsAddress(said.publish, said.topic or f"{SUBJECTS}.{endpoint.name}")
+        return [NatsAddress(said.publish, said.topic or f"{SUBJECTS}.{endpoint.name}")]
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-    return ZmqAddress(
+    first = ZmqAddress(
         said.publish.replace("{host}", host),
         said.replay.replace("{host}", host) or None,
         said.topic,
         said.bind,
     )
+    return [first.at_rank(rank) for rank in range(said.ranks)]
 
 
 class _Sources:
-    """Tasks that feed one table, by the name of whom they listen to."""
+    """Tasks that feed one table, by the name of whom they listen to; one for each rank."""
 
-    def __init__(self, table: TakesEvents, clock: Clock) -> None:
-        self._table, self._clock = table, clock
-        self._running: dict[str, tuple[Follower, asyncio.Task[None]]] = {}
+    def __init__(self, table: TakesEvents, clock: Clock, blocks_max: int) -> None:
+        self._table, self._clock, self._blocks_max = table, clock, blocks_max
+        self._running: dict[str, list[tuple[Follower, asyncio.Task[None]]]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._past = SourceCounters()
 
-    def begin(self, name: str, address: ZmqAddress | NatsAddress) -> None:
+    def begin(self, name: str, addresses: Sequence[ZmqAddress | NatsAddress]) -> None:
         """Listen; a loop is running."""
         self.end(name)
+        tables = ranks_of(self._table, len(addresses), self._blocks_max)
+        self._running[name] = [
+            self._begin(name, address, table)
+            for address, table in zip(addresses, tables, strict=True)
+        ]
+
+    def _begin(
+        self, name: str, address: ZmqAddress | NatsAddress, table: TakesEvents
+    ) -> tuple[Follower, asyncio.Task[None]]:
         source: ZmqSource | NatsSource
         if isinstance(address, NatsAddress):
-            source = NatsSource(name, address, self._table, self._clock)
+            source = NatsSource(name, address, table, self._clock)
         else:
-            source = ZmqSource(name, address, self._table, self._clock)
+            source = ZmqSource(name, address, table, self._clock)
         task = asyncio.get_running_loop().create_task(source.run())
-        task.add_done_callback(lambda done: self._ended(name, done))
-        self._running[name] = source, task
+        task.add_done_callback(lambda done: self._ended(name, table, done))
+        return source, task
 
     def end(self, name: str) -> None:
         """Listen no more."""
-        found = self._running.pop(name, None)
-        if found is None:
-            return
-        source, task = found
-        self._past = self._past.plus(source.counters)
-        # Kept until it has closed its sockets.
-        self._ending.add(task)
-        task.cancel()
+        for source, task in self._running.pop(name, ()):
+            self._past = self._past.plus(source.counters)
+            # Kept until it has closed its sockets.
+            self._ending.add(task)
+            task.cancel()
 
-    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+    def _ended(self, name: str, table: TakesEvents, task: asyncio.Task[None]) -> None:
         self._ending.discard(task)
         if task.cancelled():
             return
         error = task.exception()
         # Whatever it was, the fleet is routed without these events.
-        self._table.drop(name)
+        table.drop(name)
         log.error("events of %s are not heard any more: %s", name, error)
         if error is not None and not isinstance(error, zmq.ZMQError | InputError):
             raise error
@@ -85,26 +95,29 @@ class _Sources:
         return name in self._running
 
     def is_heard(self, name: str) -> bool:
-        found = self._running.get(name)
-        return found is not None and found[0].is_connected
+        return _is_heard(self._running.get(name, ()))
 
     @property
     def num_heard(self) -> int:
-        return sum(source.is_connected for source, _ in self._running.values())
+        return sum(map(_is_heard, self._running.values()))
 
     @property
     def counters(self) -> SourceCounters:
         total = self._past
-        for source, _ in self._running.values():
+        for source, _ in chain(*self._running.values()):
             total = total.plus(source.counters)
         return total
 
     async def close(self) -> None:
-        tasks = [*(task for _, task in self._running.values()), *self._ending]
+        tasks = [*(task for _, task in chain(*self._running.values())), *self._ending]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._running.clear()
+
+
+def _is_heard(ranks: Sequence[tuple[Follower, asyncio.Task[None]]]) -> bool:
+    return bool(ranks) and all(source.is_connected for source, _ in ranks)
 
 
 class EventFeeds:
@@ -119,8 +132,8 @@ class EventFeeds:
             clock: Tells how long an engine was out of reach.
         """
         self._default, self._index = default, index
-        self._engines = _Sources(index, clock)
-        self._pools = _Sources(index.pools, clock)
+        self._engines = _Sources(index, clock, index.blocks_max)
+        self._pools = _Sources(index.pools, clock, index.blocks_max)
         self._pool_of: dict[str, str] = {}
 
     def joined(self, endpoint: Endpoint) -> None:
@@ -129,13 +142,13 @@ class EventFeeds:
         if not said.publish:
             return
         self.left(endpoint)
-        self._engines.begin(endpoint.name, address_of(endpoint, said))
+        self._engines.begin(endpoint.name, addresses_of(endpoint, said))
         if said.pool:
             self._pool_of[endpoint.name] = said.pool
             self._index.pools.joined(endpoint.name, said.pool)
             if not self._pools.is_running(said.pool):
                 address = ZmqAddress(said.pool, said.pool + REPLAY_SUFFIX)
-                self._pools.begin(said.pool, address)
+                self._pools.begin(said.pool, [address])
 
     def left(self, endpoint: Endpoint) -> None:
         """Listen no more."""
@@ -152,12 +165,12 @@ class EventFeeds:
         return self._engines.counters.plus(self._pools.counters)
 
     def is_heard(self, name: str) -> bool:
-        """Whether an engine's publisher is connected."""
+        """Whether an engine's publishers are connected, all of them."""
         return self._engines.is_heard(name)
 
     @property
     def num_heard(self) -> int:
-        """Engines whose publisher is connected."""
+        """Engines whose publishers are connected."""
         return self._engines.num_heard
 
     @property

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import secrets
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -30,7 +31,9 @@ from kvkeep.router.events.nats_source import (
     close,
     connect,
 )
+from kvkeep.router.events.ranks import ranks_of
 from kvkeep.router.events.zmq_source import ZmqAddress, ZmqSource
+from kvkeep.router.prefix_index import BLOCKS_MAX
 
 if TYPE_CHECKING:
     from nats.js.client import JetStreamContext
@@ -74,8 +77,11 @@ class Forwarder:
         self._waiting.clear()
         self.apply(endpoint, AllBlocksCleared())
 
-    async def run(self, source: ZmqAddress) -> None:
+    async def run(self, ranks: Sequence[ZmqAddress]) -> None:
         """Forward until cancelled.
+
+        Args:
+            ranks: Where each rank of the engine publishes.
 
         Raises:
             InputError: There can be no stream of that name on this server.
@@ -83,14 +89,19 @@ class Forwarder:
         client = await connect(self._address.url)
         # A forwarder before this one may have told other things.
         self.drop("engine")
-        following = asyncio.create_task(ZmqSource("engine", source, self, self._clock).run())
+        sources = [
+            ZmqSource("engine", address, table, self._clock)
+            for address, table in zip(ranks, ranks_of(self, len(ranks), BLOCKS_MAX), strict=True)
+        ]
+        following = [asyncio.create_task(source.run()) for source in sources]
         try:
             stream = client.jetstream(timeout=CALL_TIMEOUT_S)
             await _make_stream(stream, self._address.subject)
             await self._send_all(stream)
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
             await close(client)
 
     async def _send_all(self, stream: "JetStreamContext") -> None:

@@ -6,7 +6,7 @@ shows as a gap) and bytes of each.
 
 import sys
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zmq
 import zmq.asyncio
@@ -38,6 +38,13 @@ class ZmqAddress:
     """Beginning of the topics to listen to."""
     is_bound_here: bool = False
     """The engine connects and the router binds: vLLM does so if its ``endpoint`` names a host."""
+
+    def at_rank(self, rank: int) -> "ZmqAddress":
+        """Where a rank of the same engine publishes: ports follow each other (vllm 0.32)."""
+        if not rank:
+            return self
+        replay = None if self.replay is None else _at_rank(self.replay, rank)
+        return replace(self, events=_at_rank(self.events, rank), replay=replay)
 
 
 class ZmqSource(Follower):
@@ -120,6 +127,11 @@ class ZmqSource(Follower):
                     self.counters.num_refused += 1
                 else:
                     yield told
+
+
+def _at_rank(place: str, rank: int) -> str:
+    host, _, port = place.rpartition(":")
+    return f"{host}:{int(port) + rank}"
 
 
 def _limit(socket: zmq.asyncio.Socket) -> None:

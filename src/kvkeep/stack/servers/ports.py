@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from kvkeep.model.errors import UnavailableError
 from kvkeep.stack.machine import HOST
 
+PORT_MAX = 65_535
+TRIES_MAX = 100
+"""Rows of ports that are looked at."""
+
 
 class HeldPorts:
     """Free ports of 127.0.0.1, each held from its choice on.
@@ -26,24 +30,30 @@ class HeldPorts:
         self._others = frozenset(others)
         self._held: dict[int, socket.socket] = {}
 
-    def take(self) -> int:
-        """Choose a port and hold it.
+    def take(self, count: int = 1) -> int:
+        """Choose a port, or several in a row, and hold them.
+
+        Returns:
+            The first of them.
 
         Raises:
-            UnavailableError: No port is free.
+            UnavailableError: No port is free, or nowhere so many in a row.
         """
         passed_over: list[socket.socket] = []
         try:
-            while True:
-                held = _bound()
-                port: int = held.getsockname()[1]
-                if port not in self._others:
-                    self._held[port] = held
-                    return port
-                passed_over.append(held)  # else the kernel might choose it again
+            for _ in range(TRIES_MAX):
+                row = _bound_row(count)
+                ports: list[int] = [each.getsockname()[1] for each in row]
+                if len(row) == count and self._others.isdisjoint(ports):
+                    self._held |= zip(ports, row, strict=True)
+                    return ports[0]
+                passed_over += row  # else the kernel might choose it again
         finally:
             for each in passed_over:
                 each.close()
+        raise UnavailableError(
+            f"no {count} ports of {HOST} in a row were found free: end programs that have many."
+        )
 
     def let_go(self, port: int) -> None:
         """Hold a port no longer: for a program that sets no SO_REUSEADDR, right before it starts.
@@ -60,11 +70,26 @@ class HeldPorts:
             self.let_go(port)
 
 
-def _bound() -> socket.socket:
+def _bound_row(count: int) -> list[socket.socket]:
+    """So many ports in a row, or fewer where the next one is somebody's."""
+    row = [_bound()]
+    first: int = row[0].getsockname()[1]
+    for port in range(first + 1, min(first + count, PORT_MAX + 1)):
+        try:
+            row.append(_bound(port))
+        except UnavailableError:
+            break
+    return row
+
+
+def _bound(port: int = 0) -> socket.socket:
     held = socket.socket()
     try:
+        # Another stack may hold a port that is named, and share it as this one does: only a socket
+        # that does not share is told so. The kernel gives away none that is held.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, not port)
+        held.bind((HOST, port))
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((HOST, 0))
     except OSError as error:
         held.close()
         raise UnavailableError(
