@@ -1,4 +1,4 @@
-"""``kvkeep check report`` as a person runs it."""
+"""``kvkeep check report`` and ``self-test`` as a person runs them."""
 
 import json
 from pathlib import Path
@@ -63,6 +63,7 @@ def test_the_schema_is_printed() -> None:
         (["report"], "Name a report"),
         (["report", "r.json"], "Say what to write"),
         (["report", "none.json", "--html", "x.html"], "can't be read"),
+        (["self-test", "--simulated", "--stack", "s.yaml"], "without an engine"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], why: str) -> None:
@@ -72,3 +73,19 @@ def test_bad_input_is_one_sentence(arguments: list[str], why: str) -> None:
     assert result.exit_code == 2
     assert why in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_simulated_self_test_passes(tmp_path: Path) -> None:
+    """Every fault is refused below verification and every block-sized one is caught behind it."""
+    path = tmp_path / "self-test.json"
+
+    result = run("self-test", "--simulated", "--json", str(path))
+
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text())
+    (stand,) = found["stands"]
+    assert (stand["stand"], stand["pairs"], stand["false_alarms"]) == ("simulated", 400, 0)
+    assert all(each["caught"] == each["planted"] > 0 for each in stand["store"])
+    behind = {each["fault"]: each["caught"] / each["planted"] for each in stand["suites"]}
+    assert {rate for fault, rate in behind.items() if fault != "single bit"} == {1.0}
+    assert all(tier["wrong_values"] == 0 for tier in found["tiers"])

@@ -32,6 +32,10 @@ class TierFault(Enum):
     """A read gives another key's value."""
     WRONG_TENANT = "wrong tenant"
     """A read gives the value of a key of another namespace."""
+    ZEROED = "zeroed"
+    """A read value is all zeros."""
+    MOVED = "pages in another place"
+    """The parts of a read value stand one place further on, as of a wrong layer or head."""
     DISK_FULL = "ENOSPC"
     """A written value is declined."""
     IO_ERROR = "EIO"
@@ -46,7 +50,17 @@ class TierFault(Enum):
     """A call does not return until ``release``."""
 
 
-_WRONG_READS = (TierFault.BIT_FLIP, TierFault.TRUNCATION, TierFault.SWAP, TierFault.WRONG_TENANT)
+WRONG_READS = (
+    TierFault.BIT_FLIP,
+    TierFault.TRUNCATION,
+    TierFault.SWAP,
+    TierFault.WRONG_TENANT,
+    TierFault.ZEROED,
+    TierFault.MOVED,
+)
+"""What can be wrong with the bytes of a value that was read."""
+MOVED_SHARE = 8
+"""Of a moved value's length, one part in so many is how far it moves."""
 
 
 class FaultyTier(Wrapper):
@@ -159,13 +173,15 @@ class FaultyTier(Wrapper):
         """Make a value wrong that was read right; returns the length it has now."""
         if not length:
             return length
-        for fault in _WRONG_READS:
+        for fault in WRONG_READS:
             if not self._strikes(fault):
                 continue
             if fault is TierFault.BIT_FLIP:
                 self._flip(leading(room, length))
             elif fault is TierFault.TRUNCATION:
                 return self._below(length)
+            elif fault in (TierFault.ZEROED, TierFault.MOVED):
+                _rewrite(leading(room, length), fault)
             else:
                 return self._mistake(key, room, length, fault)
         return length
@@ -202,6 +218,17 @@ class FaultyTier(Wrapper):
                 kept = min(rest, part.nbytes)
                 part[kept:] = b"\xa5" * (part.nbytes - kept)
                 rest -= kept
+
+
+def _rewrite(parts: Parts, fault: TierFault) -> None:
+    """Zero a value, or turn it round by a part of its length."""
+    value = b"".join(parts)
+    step = max(1, len(value) // MOVED_SHARE)
+    made = bytes(len(value)) if fault is TierFault.ZEROED else value[-step:] + value[:-step]
+    start = 0
+    for part in parts:
+        part[:] = made[start : start + part.nbytes]
+        start += part.nbytes
 
 
 def _failure(name: str, fault: TierFault) -> UnavailableError:

@@ -8,7 +8,7 @@ import pytest
 
 from kvkeep.model.errors import UnavailableError
 from kvkeep.testing.tier_contract import block_key, in_parts, read, value_bytes, write
-from kvkeep.tiers.faulty import FaultyTier, TierFault
+from kvkeep.tiers.faulty import MOVED_SHARE, FaultyTier, TierFault
 from kvkeep.tiers.memory import MemoryTier
 from kvkeep.tiers.wrappers.verified import HEADER_BYTES, VerifiedTier
 
@@ -53,6 +53,19 @@ def test_a_truncation_is_a_leading_part() -> None:
         assert found is not None
         assert len(found) < LENGTH
         assert value.startswith(found)
+
+
+def test_a_zeroed_value_has_its_length() -> None:
+    """And nothing else."""
+    assert read(filled({TierFault.ZEROED: 1.0}), KEYS, LENGTH) == [bytes(LENGTH)] * len(KEYS)
+
+
+def test_a_moved_value_has_all_its_bytes_elsewhere() -> None:
+    """Every part stands one place further on, the last one first."""
+    step = LENGTH // MOVED_SHARE
+    found_all = read(filled({TierFault.MOVED: 1.0}), KEYS, LENGTH)
+
+    assert found_all == [value[-step:] + value[:-step] for value in VALUES]
 
 
 @pytest.mark.parametrize("fault", [TierFault.SWAP, TierFault.WRONG_TENANT])

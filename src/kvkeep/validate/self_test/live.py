@@ -1,0 +1,214 @@
+"""A stand that is a real stack: daemon, engine and model, started for the self-test alone."""
+
+import contextlib
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.model.hashing import BlockHasher
+from kvkeep.model.ids import BlockKey
+from kvkeep.stack.precedence import load_spec, make_spec
+from kvkeep.stack.progress import Progress
+from kvkeep.stack.spec import StackSpec
+from kvkeep.stack.supervisor import Stack
+from kvkeep.validate.answer import Answer, Prompt
+from kvkeep.validate.load import Sampling
+from kvkeep.validate.prompts import documents
+from kvkeep.validate.runner import Phase, Watch, run_phase, served_in
+from kvkeep.validate.self_test.planting import PlantedPool
+from kvkeep.validate.self_test.score import Replay
+from kvkeep.validate.subject import Addresses, Subject, open_subject
+from kvkeep.validate.verdict import defect_of, judge, noise_floor
+
+SAMPLING = Sampling(max_tokens=8)
+WORDS = 110
+"""About 200 tokens: some blocks, and a cold prompt in a second on two cores."""
+FOREIGN_PROMPTS = 1
+NOISE_PROMPTS = 8
+"""Asked twice, cold, for the noise floor; no other request is judged by its own noise."""
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveAddresses:
+    """Where the stack listens, and the file its blocks lie in."""
+
+    addresses: Addresses
+    pool: str
+
+
+def own_spec(model: str | None, *, exact: bool) -> StackSpec:
+    """One engine and a daemon."""
+    engine = {
+        "name": "a",
+        "kv_cache_bytes": 512 << 20,
+        "max_model_len": 2048,
+        # Every block that is there has to be loaded, however fast the machine computes.
+        "connector_settings": {"planner": "load"},
+    }
+    values: dict[str, Any] = {
+        "name": "self-test",
+        "exact": exact,
+        "daemon": {"pool_bytes": 1 << 30},
+        "engines": [engine],
+    }
+    return make_spec(values if model is None else {**values, "model": model}, environment={})
+
+
+def spec_of(path: Path, *, exact: bool) -> StackSpec:
+    """The first engine of a stack file and its daemon.
+
+    Raises:
+        InputError: Something in it is wrong, or it has no engine or daemon to plant faults in.
+    """
+    spec = load_spec(path, {"exact": exact})
+    engines = [engine for engine in spec.engines if engine.uses_kvkeep]
+    if not engines or not spec.daemon.enabled:
+        raise InputError(
+            f"{path} starts no engine with kvkeep and a daemon of its own, so there is no pool "
+            "to plant faults in: give a stack file that does."
+        )
+    settings = {**engines[0].connector_settings, "planner": "load"}
+    first = msgspec.structs.replace(engines[0], connector_settings=settings, on_demand=False)
+    return msgspec.structs.replace(spec, engines=[first], router=None)
+
+
+@contextlib.contextmanager
+def started_for_faults(spec: StackSpec, *, quiet: bool) -> Iterator[LiveAddresses]:
+    """Start a stack in a folder of its own, so that it is never one that somebody uses.
+
+    Raises:
+        InputError: It can't run here, or did not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvkeep-self-test-") as folder:
+        stack = Stack(spec, state_dir=Path(folder), progress=Progress(quiet=quiet))
+        try:
+            stack.start()
+        except UnavailableError as error:
+            raise InputError(str(error)) from error
+        try:
+            (engine,) = stack.engines.values()
+            addresses = Addresses(engine.url, stack.daemon.metrics_url)
+            yield LiveAddresses(addresses, stack.daemon.pool)
+        finally:
+            stack.stop()
+
+
+class LiveStand:
+    """See `Stand`. Prompts are asked one by one, so that counters can be told apart.
+
+    In the exact mode answers are judged against computed ones. Otherwise computed and reused KV
+    differ by the order of additions, and reused answers are the reference, as in the suites.
+    """
+
+    name = "stack"
+
+    def __init__(self, subject: Subject, pool: PlantedPool, run_id: str, *, exact: bool) -> None:
+        self._subject, self._pool, self._run_id = subject, pool, run_id
+        self.is_exact = exact
+        self.noise_nats = 0.0
+        self._watch = Watch(subject.engine, subject.daemon)
+        self._asked: list[Prompt] = []
+        self._references: list[Answer] = []
+        self.prompts: list[list[BlockKey]] = []
+        self.foreign: list[BlockKey] = []
+
+    @staticmethod
+    @contextlib.asynccontextmanager
+    async def opened(
+        where: LiveAddresses, num_prompts: int, seed: int, *, exact: bool
+    ) -> "AsyncIterator[LiveStand]":
+        """A stand on a stack that has just been started, filled.
+
+        Raises:
+            InputError: The engine can't be exact.
+            UnavailableError: It does not answer as it must.
+        """
+        async with open_subject(where.addresses, timeout_s=TIMEOUT_S, exact=exact) as subject:
+            pool = PlantedPool.open(where.pool)
+            stand = LiveStand(subject, pool, secrets.token_hex(6), exact=exact)
+            await stand._fill(num_prompts, seed)
+            yield stand
+
+    async def _fill(self, num_prompts: int, seed: int) -> None:
+        count = num_prompts + FOREIGN_PROMPTS + NOISE_PROMPTS
+        made = [each.prompt() for each in documents(count, WORDS, seed)]
+        self._asked, others = made[:num_prompts], made[num_prompts:]
+        # Another salt stands for another tenant: its blocks must never be found by these prompts.
+        foreign_salt = f"{self._run_id}-foreign"
+        foreign = await self._phase("fill foreign", others[:FOREIGN_PROMPTS], foreign_salt)
+        filled = await self._phase("fill", self._asked, self._run_id)
+        for answer in (*foreign.answers, *filled.answers):
+            if (defect := defect_of(answer)) is not None:
+                raise UnavailableError(f"A prompt of the self-test could not be computed: {defect}")
+        self.prompts = [self._keys(answer, self._run_id) for answer in filled.answers]
+        self.foreign = [
+            key for answer in foreign.answers for key in self._keys(answer, foreign_salt)
+        ]
+        self._references = list(filled.answers)
+        if not self.is_exact:
+            self._references = list((await self._phase("reuse", self._asked, self._run_id)).answers)
+            await self._measure_noise(others[FOREIGN_PROMPTS:])
+
+    async def _measure_noise(self, prompts: Sequence[Prompt]) -> None:
+        salts = [f"{self._run_id}-{number}" for number in range(2)]
+        first, second = [await self._phase("noise", prompts, salt) for salt in salts]
+        self.noise_nats = noise_floor(zip(first.answers, second.answers, strict=True))
+
+    async def _phase(self, name: str, prompts: Sequence[Prompt], salt: str) -> Phase:
+        return await run_phase(
+            name, self._watch, prompts, SAMPLING, salt_of=lambda _idx, _prompt: salt
+        )
+
+    def _keys(self, answer: Answer, salt: str) -> list[BlockKey]:
+        """Blocks that a replay loads: whole ones before the prompt's last token."""
+        token_ids = answer.prompt_token_ids
+        block_tokens = self._subject.capabilities.block_tokens
+        if token_ids is None or block_tokens is None:
+            raise UnavailableError("The engine does not say how it tokenized a prompt.")
+        stored = self._pool.slots()
+        num_blocks = (len(token_ids) - 1) // block_tokens
+        for namespace in {key.namespace for key in stored}:
+            hasher = BlockHasher(namespace, block_tokens, extras={"salt": salt})
+            hashes = hasher.extend(token_ids)[:num_blocks]
+            keys = [BlockKey(namespace, found) for found in hashes]
+            if keys and all(key in stored for key in keys):
+                return keys
+        raise UnavailableError("Blocks of a prompt that was asked are not in the pool.")
+
+    async def settle(self) -> PlantedPool:
+        """Empty the engine's own cache, once nothing is stored any more."""
+        await self._watch.read_settled()
+        reset = await self._subject.engine.reset_prefix_cache()
+        if not reset.ok:
+            raise UnavailableError(f"The engine's cache could not be reset: {reset.detail}")
+        return self._pool
+
+    async def ask_again(self) -> Replay:
+        """Ask every prompt; its KV comes from the pool."""
+        phase = await self._phase("replay", self._asked, self._run_id)
+        secrets_known = [secret for prompt in self._asked for secret in prompt.secrets]
+        judgements = tuple(
+            judge(
+                reference,
+                answer,
+                noise_nats=self.noise_nats,
+                exact=self.is_exact,
+                own_secrets=prompt.secrets,
+                known_secrets=secrets_known,
+            )
+            for prompt, reference, answer in zip(
+                self._asked, self._references, phase.answers, strict=True
+            )
+        )
+        served = served_in(phase, self._subject.capabilities.block_tokens)
+        refused = phase.delta.daemon.get("blocks_corrupt", 0)
+        # Where a block is refused, it and those behind it are computed.
+        is_whole = refused > 0 or served.external_tokens == served.servable_external_tokens
+        return Replay(judgements, refused, is_whole)
