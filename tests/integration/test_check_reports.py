@@ -1,4 +1,4 @@
-"""``kvkeep check report`` and ``self-test`` as a person runs them."""
+"""``kvkeep check report``, ``diff`` and ``self-test`` as a person runs them."""
 
 import json
 from pathlib import Path
@@ -63,6 +63,7 @@ def test_the_schema_is_printed() -> None:
         (["report"], "Name a report"),
         (["report", "r.json"], "Say what to write"),
         (["report", "none.json", "--html", "x.html"], "can't be read"),
+        (["diff", "none.json", "none.json"], "can't be read"),
         (["self-test", "--simulated", "--stack", "s.yaml"], "without an engine"),
     ],
 )
@@ -73,6 +74,39 @@ def test_bad_input_is_one_sentence(arguments: list[str], why: str) -> None:
     assert result.exit_code == 2
     assert why in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_equal_reports_are_not_worse(tmp_path: Path) -> None:
+    """Exit code 0."""
+    report = write(tmp_path / "a.json")
+
+    result = run("diff", report, report)
+
+    assert (result.exit_code, result.output.rstrip().splitlines()[-1]) == (0, "nothing is worse")
+
+
+def test_a_worse_report_is_told_with_its_requests(tmp_path: Path) -> None:
+    """Exit code 1, the requests by name, and everything as JSON where asked."""
+    before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json", "corruption")
+    path = tmp_path / "diff.json"
+
+    result = run("diff", before, after, "--json", str(path))
+
+    assert result.exit_code == 1
+    assert "request 1 (q0): identical -> corruption" in result.output
+    found = json.loads(path.read_text())
+    assert (found["worse"], found["runs"][0]["broken"]) == (True, 20)
+
+
+def test_slower_fails_only_where_asked(tmp_path: Path) -> None:
+    """Latency is told always, and judged where a limit was given."""
+    before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json", ttft_s=1.5)
+
+    assert run("diff", before, after).exit_code == 0
+    limited = run("diff", before, after, "--slower-max", "1.2")
+
+    assert limited.exit_code == 1
+    assert "1.50 times" in limited.output
 
 
 def test_the_simulated_self_test_passes(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ ARM_PROMPTS = 20
 EXIT_INPUT = 2
 LATER: dict[str, str] = {
     "report": "kvkeep.cli.check_report:report",
+    "diff": "kvkeep.cli.check_diff:diff",
     "self-test": "kvkeep.cli.check_self_test:self_test",
 }
 """Commands in files of their own, as ``module:function``, imported when they are called."""
