@@ -15,6 +15,7 @@ import pytest
 
 from kvkeep.model.clock import SystemClock
 from kvkeep.router.membership.etcd import EtcdSettings, EtcdSource
+from kvkeep.router.membership.etcd_access import load_access
 from kvkeep.router.membership.etcd_client import EtcdClient
 from kvkeep.router.membership.member import Member
 from kvkeep.router.membership.registration import Registration
@@ -187,7 +188,7 @@ async def test_a_watch_from_a_compacted_revision_ends(server: EtcdServer) -> Non
         told = await put(server, "a", f'{{"url": "http://a:{number + 1}"}}')
     await post(server, "kv/compaction", {"revision": told["header"]["revision"]})
     async with aiohttp.ClientSession() as session:
-        watch = EtcdClient(session, server.url, 5.0).watch(PREFIX, 2)
+        watch = EtcdClient(session, server.url, 5.0, load_access()).watch(PREFIX, 2)
         found = [entries async for entries in watch]
 
     assert found == []

@@ -1,4 +1,4 @@
-"""TLS in front of a server that speaks none, with certificates of its own."""
+"""Certificates, and TLS in front of a server that speaks none."""
 
 import contextlib
 import select
@@ -10,6 +10,26 @@ from pathlib import Path
 import trustme
 
 PIECE_BYTES = 1 << 16
+
+
+class Certificates:
+    """PEM files of a CA, of a server on loopback and of its clients."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = trustme.CA()
+        self.ca_file = str(folder / "ca.pem")
+        authority.cert_pem.write_to_path(self.ca_file)
+        self.server_file, self.server_key_file = _issue(authority, folder, "127.0.0.1")
+        self.client_file, self.client_key_file = _issue(authority, folder, "client")
+
+
+def _issue(authority: trustme.CA, folder: Path, name: str) -> tuple[str, str]:
+    issued = authority.issue_cert(name)
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    key.chmod(0o600)
+    return str(certificate), str(key)
 
 
 class TlsDoor:

@@ -27,6 +27,7 @@ from kvkeep.router.health.prober import Prober
 from kvkeep.router.limits.bucket import RetryBudget
 from kvkeep.router.limits.gate import Gate
 from kvkeep.router.limits.keys import KeyRing
+from kvkeep.router.membership.etcd import check_etcd
 from kvkeep.router.membership.roster import STATIC, Listener, Roster
 from kvkeep.router.membership.sources import Sources
 from kvkeep.router.metrics import RouterMetrics
@@ -265,6 +266,8 @@ async def _serve(
     pumps_max: int,
 ) -> None:
     """Serve until told to stop."""
+    if settings.etcd is not None:
+        await check_etcd(settings.etcd)
     parts = Parts(settings, SystemClock())
     loop = asyncio.get_running_loop()
     told = asyncio.Queue[int]()

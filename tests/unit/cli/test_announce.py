@@ -19,6 +19,11 @@ ETCD = ["--etcd", "http://127.0.0.1:1"]
         ["http://127.0.0.1:8000", *ETCD, "--name", "a b"],
         ["http://127.0.0.1:8000", *ETCD, "--ttl-s", "1"],
         ["http://127.0.0.1:8000", *ETCD, "--ranks", "2"],
+        ["http://127.0.0.1:8000", *ETCD, "--etcd-user", "engines"],
+        ["http://127.0.0.1:8000", *ETCD, "--etcd-cert-file", "/nowhere"],
+        ["http://127.0.0.1:8000", *ETCD, "--etcd-ca-file", "/nowhere"],
+        ["http://127.0.0.1:8000", *ETCD, "--etcd-user", "e", "--etcd-password-file", "/nowhere"],
+        ["http://127.0.0.1:8000", *ETCD, "--etcd-cert-file", "/no", "--etcd-key-file", "/no"],
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str]) -> None:

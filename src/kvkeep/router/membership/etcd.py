@@ -15,7 +15,8 @@ import aiohttp
 import msgspec
 
 from kvkeep.model.clock import Clock
-from kvkeep.model.errors import UnavailableError
+from kvkeep.model.errors import InputError, RefusedError, UnavailableError
+from kvkeep.router.membership.etcd_access import EtcdAccess, load_access
 from kvkeep.router.membership.etcd_client import LINE_BYTES_MAX, Entry, EtcdClient
 from kvkeep.router.membership.member import Member
 
@@ -35,6 +36,17 @@ class EtcdSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         msgspec.Meta(min_length=1, max_length=ADDRESSES_MAX),
     ]
     """Addresses of etcd's client ports, such as ``http://127.0.0.1:2379``; tried in turn."""
+    ca_file: str = ""
+    """PEM file with the certificates to trust where addresses begin with https; empty: the
+    system's."""
+    cert_file: str = ""
+    """PEM file with a certificate to show, where etcd wants one."""
+    key_file: str = ""
+    """PEM file (mode 0600) with its key."""
+    user: str = ""
+    """Where etcd has users: the one to be. It reads everything under ``prefix``."""
+    password_file: str = ""
+    """File (mode 0600) with that user's password on one line."""
     prefix: Annotated[str, msgspec.Meta(pattern=r"^/[!-~]{0,200}/$")] = "/kvkeep/engines/"
     """In front of each engine's name; begins and ends with a slash."""
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 2.0
@@ -44,6 +56,53 @@ class EtcdSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     keep_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 30.0
     """Entries that are missing after etcd was away stay for so long: leases may have ended just
     because nobody could renew them, and their engines announce themselves anew."""
+
+    def __post_init__(self) -> None:
+        files = (self.ca_file, self.cert_file, self.key_file, self.password_file)
+        if any("\0" in name for name in files):
+            raise ValueError("files must be names without a zero byte")
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file belong together: write both or none")
+        if bool(self.user) != bool(self.password_file):
+            raise ValueError("user and password_file belong together: write both or none")
+
+    def load_access(self) -> EtcdAccess:
+        """Read the files that are named.
+
+        Raises:
+            InputError: One can't be used.
+        """
+        return load_access(
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
+            user=self.user,
+            password_file=self.password_file,
+        )
+
+
+async def check_etcd(settings: EtcdSettings, *, may_only_write: bool = False) -> None:
+    """See at a start whether etcd lets this client in; one that is away is no reason to wait.
+
+    Args:
+        settings: Where.
+        may_only_write: Whether the entries need not be readable.
+
+    Raises:
+        InputError: A server answered, and refuses; or a file that is named can't be used.
+    """
+    access = settings.load_access()
+    async with aiohttp.ClientSession(trust_env=False) as session:
+        for url in settings.urls:
+            client = EtcdClient(session, url, settings.timeout_s, access)
+            try:
+                await client.look_below(settings.prefix)
+            except UnavailableError:
+                continue
+            except RefusedError as error:
+                if not (may_only_write and "permission denied" in str(error)):
+                    raise InputError(str(error)) from error
+            return
 
 
 class EtcdView:
@@ -106,8 +165,13 @@ class EtcdSource:
     def __init__(
         self, settings: EtcdSettings, clock: Clock, found: Callable[[Sequence[Member]], None]
     ) -> None:
-        """Have nothing open; ``found`` gets all members whenever they may have changed."""
+        """Have nothing open; ``found`` gets all members whenever they may have changed.
+
+        Raises:
+            InputError: A file that the settings name can't be used.
+        """
         self._settings, self._clock, self._found = settings, clock, found
+        self._access = settings.load_access()
         self.view = EtcdView(settings.prefix)
         self.is_connected = False
         self.away = asyncio.Event()
@@ -125,8 +189,9 @@ class EtcdSource:
             while True:
                 url = self._settings.urls[num_failures % len(self._settings.urls)]
                 try:
-                    await self._follow(EtcdClient(session, url, self._settings.timeout_s))
-                except UnavailableError as error:
+                    client = EtcdClient(session, url, self._settings.timeout_s, self._access)
+                    await self._follow(client)
+                except (UnavailableError, RefusedError) as error:
                     self._lost(error)
                     await asyncio.sleep(PAUSES_S[min(num_failures, len(PAUSES_S) - 1)])
                     num_failures += 1
@@ -159,7 +224,7 @@ class EtcdSource:
             self.away.clear()
             log.info("etcd answers. members=%d", len(self.view.members))
 
-    def _lost(self, error: UnavailableError) -> None:
+    def _lost(self, error: UnavailableError | RefusedError) -> None:
         self._has_been_away = True
         if self.is_connected or not self.num_outages:
             self.num_outages += 1

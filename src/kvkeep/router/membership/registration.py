@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import aiohttp
 import msgspec
 
-from kvkeep.model.errors import UnavailableError
+from kvkeep.model.errors import InputError, RefusedError, UnavailableError
 from kvkeep.router.membership.etcd import EtcdSettings
 from kvkeep.router.membership.etcd_client import EtcdClient
 from kvkeep.router.membership.member import Member
@@ -37,9 +37,12 @@ class Registration:
             member: The engine; its name is the entry's.
             ttl_s: How long the entry outlives its process, or its engine's health.
             is_well: Asked before each renewal; answers within a third of ``ttl_s``.
+
+        Raises:
+            InputError: A file that the settings name can't be used.
         """
         self._settings, self._member, self._ttl_s = settings, member, ttl_s
-        self._is_well = is_well
+        self._is_well, self._access = is_well, settings.load_access()
         self.announced = asyncio.Event()
         """Set once the entry is there."""
 
@@ -49,15 +52,21 @@ class Registration:
         return self._settings.prefix + self._member.title
 
     async def run(self) -> None:
-        """Announce and renew until cancelled; then the entry is taken back."""
+        """Announce and renew until cancelled; then the entry is taken back.
+
+        Raises:
+            InputError: etcd refuses, and never did otherwise.
+        """
         num_failures = 0
         async with aiohttp.ClientSession(trust_env=False) as session:
             while True:
                 url = self._settings.urls[num_failures % len(self._settings.urls)]
-                client = EtcdClient(session, url, self._settings.timeout_s)
+                client = EtcdClient(session, url, self._settings.timeout_s, self._access)
                 try:
                     await self._hold(client)
-                except UnavailableError as error:
+                except (UnavailableError, RefusedError) as error:
+                    if isinstance(error, RefusedError) and not self.announced.is_set():
+                        raise InputError(str(error)) from error
                     num_failures += 1
                     log.warning("the engine is not announced. reason=%s", error)
                 await asyncio.sleep(self._pause_s)
@@ -81,7 +90,7 @@ class Registration:
                 # Not renewed, the lease of an engine that died runs out.
                 is_held = not await self._is_well() or await client.keep_alive(lease_id)
         except asyncio.CancelledError:
-            with contextlib.suppress(UnavailableError):
+            with contextlib.suppress(UnavailableError, RefusedError):
                 await client.revoke(lease_id)
             raise
         log.info("the engine's lease is over. key=%s", self.key)

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from kvkeep.stack.spec import EngineSpec, StackSpec
 
 SETTINGS = "router.settings"
-_FILES = (("admin_key_file",), ("engines_file",), ("limits", "keys_file"))
+_FILES = (
+    ("admin_key_file",),
+    ("engines_file",),
+    ("limits", "keys_file"),
+    ("etcd", "ca_file"),
+    ("etcd", "cert_file"),
+    ("etcd", "key_file"),
+    ("etcd", "password_file"),
+)
 """Settings that name a file of the user's."""
 
 _ELSEWHERE = {"engines": "engines", "on_demand": "engines", "handoff": "router.handoff"}
@@ -239,12 +247,15 @@ def _check_engine(spec: "StackSpec", engine: "EngineSpec", field: str) -> None:
 
 def whole_router_paths(router: RouterSpec) -> RouterSpec:
     """The router runs in the state folder, and must mean the user's paths."""
-    sections: dict[str, Values] = {"limits": dict(router.limits), "": dict(router.settings)}
+    settings = dict(router.settings)
+    sections: dict[str, Values] = {"limits": dict(router.limits), "": settings, "etcd": {}}
+    if isinstance(settings.get("etcd"), dict):
+        sections["etcd"] = settings["etcd"] = dict(settings["etcd"])
     for path in _FILES:
         section = sections["".join(path[:-1])]
         if file := section.get(path[-1]):
             section[path[-1]] = os.path.abspath(os.path.expanduser(str(file)))
-    return msgspec.structs.replace(router, limits=sections["limits"], settings=sections[""])
+    return msgspec.structs.replace(router, limits=sections["limits"], settings=settings)
 
 
 def environment_fields(environment: Mapping[str, str], prefix: str) -> Values:

@@ -101,13 +101,18 @@ def test_each_engine_may_have_a_model_of_its_own() -> None:
 def test_paths_are_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The router runs elsewhere, and finds the same files."""
     monkeypatch.chdir(tmp_path)
-    section = spec(limits={"keys_file": "keys.yaml"}, settings={"admin_key_file": "k"}).router
+    etcd = {"urls": ["https://h:1"], "ca_file": "ca.pem"}
+    settings = {"admin_key_file": "k", "etcd": etcd}
+    section = spec(limits={"keys_file": "keys.yaml"}, settings=settings).router
     assert section is not None
 
     whole = whole_router_paths(section)
 
     assert whole.limits == {"keys_file": str(tmp_path / "keys.yaml")}
-    assert whole.settings == {"admin_key_file": str(tmp_path / "k")}
+    assert whole.settings == {
+        "admin_key_file": str(tmp_path / "k"),
+        "etcd": {"urls": ["https://h:1"], "ca_file": str(tmp_path / "ca.pem")},
+    }
 
 
 ON_DEMAND = {"name": "b", "on_demand": True}
