@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
@@ -76,6 +77,17 @@ def test_a_right_stack_passes(start: Callable[..., str], tmp_path: Path) -> None
     run = report_of(path)["runs"][0]
     assert (run["outcome"], run["served"]["share"]) == ("passed", 1.0)
     assert {c["name"]: c["ok"] for c in run["checks"]}["first pass stores"] is True
+
+
+def test_every_form_that_is_asked_for_is_written(start: Callable[..., str], tmp_path: Path) -> None:
+    """The same run as JSON, as a page and as a CI reads it."""
+    url, page, junit = start(), tmp_path / "r.html", tmp_path / "r.xml"
+
+    result = determinism("--url", url, "--html", str(page), "--junit", str(junit), *SHORT)
+
+    assert result.exit_code == 0, result.output
+    assert "kvkeep check: passed" in page.read_text()
+    assert ElementTree.parse(junit).getroot().get("failures") == "0"
 
 
 def test_an_engine_alone_is_not_exercised(start: Callable[..., str], tmp_path: Path) -> None:

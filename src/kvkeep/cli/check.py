@@ -30,6 +30,13 @@ LATER: dict[str, str] = {
 }
 """Commands in files of their own, as ``module:function``, imported when they are called."""
 
+REPORTS = {
+    "json": "Report file.",
+    "html": "The report as one page.",
+    "junit": "The report as a CI reads it.",
+}
+"""Forms of a report, each with an option for its file."""
+
 GENERAL = (
     "scale",
     "model_id",
@@ -145,7 +152,10 @@ def _own_options(name: str) -> list[click.Parameter]:
             show_default=True,
             help="Where values that nobody named come from.",
         ),
-        click.Option(["--json", "json_path"], type=click.Path(path_type=Path), help="Report file."),
+        *(
+            click.Option([f"--{form}", f"{form}_path"], type=click.Path(path_type=Path), help=text)
+            for form, text in REPORTS.items()
+        ),
         click.Option(["--resume"], is_flag=True, help="Leave out what the report file has."),
         click.Option(["--quiet"], is_flag=True, help="Show neither progress nor tables."),
     ]
@@ -269,7 +279,7 @@ def _make_job(
         words_fixed=given["profile"] != "local" or named,
         arms=tuple(part.strip() for part in (given.get("arms") or "").split(",") if part.strip()),
         num_prompts=num_prompts,
-        json_path=given["json_path"],
+        **{f"{form}_path": given[f"{form}_path"] for form in REPORTS},
         results=results_folder(settings) if writes else None,
         resume=given["resume"],
     )

@@ -17,7 +17,9 @@ from rich.progress import Progress as Bars
 from kvkeep.validate.arms import ArmsReport, Before, compare_arms, standard_arms
 from kvkeep.validate.load import Sampling
 from kvkeep.validate.prompts import documents, fetch_words, load_words
-from kvkeep.validate.report.json_file import read_json, write_json
+from kvkeep.validate.report.form import FORM
+from kvkeep.validate.report.json_file import read_json
+from kvkeep.validate.report.outputs import write_reports
 from kvkeep.validate.report.terminal import show_arms, show_missing, show_suite
 from kvkeep.validate.settings import CheckSettings
 from kvkeep.validate.subject import Addresses, open_subject
@@ -25,7 +27,6 @@ from kvkeep.validate.suite.base import Context, NotApplicable, Outcome, Report, 
 from kvkeep.validate.suite.registry import run_suite
 from kvkeep.validate.suites.determinism import fit_word_count
 
-SCHEMA = "kvkeep.check/1"
 EXIT_FAILED = 1
 
 
@@ -43,6 +44,8 @@ class Job:
     num_prompts: int = 20
     """Per arm."""
     json_path: Path | None = None
+    html_path: Path | None = None
+    junit_path: Path | None = None
     results: Path | None = None
     resume: bool = False
     """Leave out suites that the report file has already."""
@@ -118,14 +121,15 @@ def run_job(
             _show(report, console)
             verdicts.append((report.outcome, report.passed))
             runs.append({**report.to_dict(), "took_s": round(took_s, 3)})
-        if job.json_path is not None:
-            report_file = {
-                "schema": SCHEMA,
-                "passed": _passed(verdicts),
-                "runs": runs,
-                "logs": {name: list(lines) for name, lines in last_lines().items()},
-            }
-            write_json(report_file, job.json_path)
+        values = {
+            "schema": FORM,
+            "passed": _passed(verdicts),
+            "runs": runs,
+            "logs": {name: list(lines) for name, lines in last_lines().items()},
+        }
+        write_reports(
+            values, json_path=job.json_path, html_path=job.html_path, junit_path=job.junit_path
+        )
 
     with Bars(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
         done = {str(run.get("suite")) for run in runs}

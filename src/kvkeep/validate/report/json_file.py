@@ -1,12 +1,12 @@
 """Writes and reads a run's JSON report, whole or not at all."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvkeep.model.errors import InputError
+from kvkeep.validate.report.whole_file import write_whole
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
@@ -15,15 +15,7 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         InputError: The place can't be written. What was there stays.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(
-            f"The report can't be written to {path} ({error.strerror}): name another place."
-        ) from error
+    write_whole(json.dumps(report, indent=1, ensure_ascii=False) + "\n", path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
