@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from kvkeep.model.errors import InputError
 from kvkeep.router.membership.etcd import EtcdSettings, check_etcd
+from kvkeep.router.membership.etcd_client import EtcdClient
 from kvkeep.router.membership.member import Member
 from kvkeep.router.membership.registration import Registration
 from tests.integration.test_etcd_membership import Fleet, running
@@ -69,7 +71,7 @@ def mortal(tmp_path: Path) -> Iterator[Guarded]:
 
 
 async def test_who_shows_what_is_wanted_is_let_in(mortal: Guarded) -> None:
-    """An engine's entry reaches a router; a restart of etcd, which forgets its tokens, too."""
+    """An engine's entry reaches a router, before a restart of etcd and after it."""
     fleet = Fleet(EtcdSettings(**mortal.values("router", resync_s=0.5)))
     told = EtcdSettings(**mortal.values("engine"))
     await check_etcd(fleet.source._settings)
@@ -86,6 +88,20 @@ async def test_who_shows_what_is_wanted_is_let_in(mortal: Guarded) -> None:
                 await fleet.until_names("a", "b")
             await fleet.until_names("a")
         await fleet.until_names()
+
+
+async def test_a_token_that_has_ended_is_had_anew(guarded: Guarded) -> None:
+    """The password is shown once more, and the call is answered."""
+    settings = EtcdSettings(**guarded.values("router"))
+    access, url = settings.load_access(), guarded.server.url
+    async with aiohttp.ClientSession() as session:
+        client = EtcdClient(session, url, settings.timeout_s, access)
+        await client.look_below(PREFIX)
+        access.tokens[url] = ended = "ended.1"
+        found = await client.find_below(PREFIX)
+
+    assert found.entries == ()
+    assert access.tokens[url] != ended
 
 
 @pytest.mark.parametrize(
