@@ -1,11 +1,11 @@
 """Tensors on their way to and from a daemon: anything with a buffer, numpy, torch, DLPack.
 
-Bytes are never changed. numpy has no bfloat16 and no 8-bit floats of its own: such tensors come
-back as ``ml_dtypes`` arrays where that package is installed, else as the integers of the same bits.
-No torch is needed; a torch tensor is taken as it is.
+Bytes are never changed. numpy has no bfloat16 and no 8-bit floats of its own: of such tensors there
+are arrays where the package ``ml_dtypes`` is installed, and everywhere the integers of the same
+bits. Integers are given to nobody who did not ask for bits: as numbers they would be wrong ones. No
+torch is needed; a torch tensor is taken as it is.
 """
 
-import contextlib
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -38,16 +38,25 @@ class Tensor:
         return flat.reshape(self.shape)
 
     def numpy(self) -> npt.NDArray[Any]:
-        """An array over the same memory; ``bits()`` where numpy does not know the dtype."""
+        """An array over the same memory.
+
+        Raises:
+            InputError: numpy does not know the dtype, and there is no ``ml_dtypes``.
+        """
         bits = self.bits()
         if self.dtype in _PLAIN:
             return bits.view(self.dtype)
-        with contextlib.suppress(ImportError):
-            return bits.view(getattr(importlib.import_module("ml_dtypes"), self.dtype))
-        return bits
+        try:
+            known = importlib.import_module("ml_dtypes")
+        except ImportError as error:
+            raise InputError(
+                f"numpy has no {self.dtype}: install ml_dtypes, or take bits(), which are "
+                f"{bits.dtype} of the same bits"
+            ) from error
+        return bits.view(getattr(known, self.dtype))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        """What numpy makes of it."""
+        """What numpy makes of it; an InputError where ``numpy()`` has one."""
         array = self.numpy()
         return array.astype(dtype) if dtype is not None or copy else array
 
@@ -77,7 +86,11 @@ def as_tensor(value: object, dtype: str = "") -> Tensor:
     array, named = _as_bits(value)
     dtype = dtype or named
     if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype} is not taken: choose from {', '.join(DTYPES)}")
+        hint = "; of bits say what they are, as in as_tensor(bits, 'bfloat16')"
+        raise InputError(
+            f"dtype {dtype} is not taken: choose from {', '.join(DTYPES)}"
+            + (hint if dtype == "uint16" else "")
+        )
     if array.ndim != 3 or array.itemsize != DTYPES[dtype][1]:
         raise InputError(
             f"an array of shape {list(array.shape)} and {array.itemsize} bytes an element is not "

@@ -45,7 +45,7 @@ def test_bits_of_a_dtype_that_numpy_lacks(dtype: str, width: str) -> None:
 
     assert tensor.dtype == dtype
     assert np.array_equal(tensor.bits(), array)
-    assert tensor.numpy().tobytes() == array.tobytes()
+    assert bytes(tensor.data) == array.tobytes()
 
 
 def test_what_does_not_lie_in_order_is_put_in_order() -> None:
@@ -145,11 +145,20 @@ def test_a_tensor_elsewhere_than_on_the_cpu_is_refused() -> None:
 def test_dtypes_of_ml_dtypes_are_used_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In both directions; without it the bits come back."""
+    """Without it there are bits for who asks for them, and no numbers that are wrong ones."""
     tensor = as_tensor(bits("uint16"), "bfloat16")
     kind = np.dtype([("bfloat16", "<u2")])
     monkeypatch.setitem(sys.modules, "ml_dtypes", types.SimpleNamespace(bfloat16=kind))
 
     assert tensor.numpy().dtype == kind
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    assert tensor.numpy().dtype == np.uint16
+    for ask in (tensor.numpy, lambda: np.asarray(tensor, np.float32)):
+        with pytest.raises(InputError, match="numpy has no bfloat16: install ml_dtypes, or take"):
+            ask()
+    assert tensor.bits().dtype == np.uint16
+
+
+def test_bits_have_to_be_named() -> None:
+    """What 16 bits stand for nobody can guess."""
+    with pytest.raises(InputError, match=r"as_tensor\(bits, 'bfloat16'\)"):
+        as_tensor(bits("uint16"))
