@@ -342,7 +342,10 @@ def test_a_tier_that_can_t_be_looked_at_is_named(tmp_path: Path) -> None:
     assert named.exit_code == 0
 
 
-def test_a_tier_whose_server_died_keeps_no_other_from_being_verified(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["verify", "clear"])
+def test_a_tier_whose_server_died_keeps_no_other_from_being_seen_to(
+    what: str, tmp_path: Path
+) -> None:
     """It is named with what it did; who names it alone gets the sentence and code 2."""
     disk = {"kind": "disk", "folder": str(tmp_path / "disk"), "capacity_bytes": "64MiB"}
     config = tmp_path / "daemon.yaml"
@@ -354,9 +357,15 @@ def test_a_tier_whose_server_died_keeps_no_other_from_being_verified(tmp_path: P
             worker.store(hashes_of(0, 4))
             wait_until(lambda: daemon.counter("blocks_cascaded") >= 8, "blocks in both")
             server.kill()
-            every, one = run(daemon, "verify", "--json"), run(daemon, "verify", "--tier", "valkey")
+            asked = {"verify": [], "clear": ["--yes"]}[what]
+            every = run(daemon, what, *asked, "--json")
+            one = run(daemon, what, "--tier", "valkey")
+            found = rows(daemon)
 
     assert (every.exit_code, one.exit_code) == (1, 2)
-    assert [each["tier"] for each in json.loads(every.stdout)["tiers"]] == ["pool", "disk"]
+    seen_to = [each["tier"] for each in json.loads(every.stdout)["tiers"]]
+    assert sorted(seen_to) == ["disk", "pool"]
     assert list(json.loads(every.stdout)["left_out"]) == ["valkey"]
-    assert "valkey: not verified" in every.stderr
+    assert f"valkey: not {'verified' if what == 'verify' else 'cleared'}" in every.stderr
+    assert one.stderr.count("\n") == 1
+    assert [found[tier]["num_blocks"] for tier in seen_to] == [4 if what == "verify" else 0] * 2

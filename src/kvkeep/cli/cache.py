@@ -288,16 +288,22 @@ def clear(tiers: Sequence[str], yes: bool, socket: str | None, as_json: bool) ->
                 f"this clears {', '.join(known)}: repeat it with --yes, or choose with --tier"
             )
         names = list(tiers or known)
+        failed: dict[str, str] = {}
         for found in told(connection, m.ClearTiers(connection.next_request_id(), names)):
+            if "left_out" in found:
+                failed[found["tier"]] = found["left_out"]
+                continue
             results.append(found)
             if not as_json:
                 click.echo(sentence_of(found))
     left = [name for name in (*known, *left_out) if name != POOL and name not in names]
-    left_out = {} if tiers else left_out
+    left_out = failed if tiers else left_out | failed
     if as_json:
         click.echo(json.dumps({"tiers": results, "left_out": left_out}))
     elif tiers and POOL in names and left:
         click.echo(f"{', '.join(left)}: not cleared; what is there comes back when it is asked for")
+    if tiers and failed:
+        raise UnavailableError("; ".join(f"{name}: {why}" for name, why in failed.items()))
     _say_left_out(left_out, "cleared")
 
 

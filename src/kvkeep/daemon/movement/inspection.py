@@ -199,7 +199,7 @@ class Inspection:
     # ---- clearing
 
     async def clear(self, names: Sequence[str]) -> AsyncIterator[Part]:
-        """Forget every block in these tiers; yields what was done to each.
+        """Forget every block in these tiers; yields what was done to each, or why it could not be.
 
         Lower tiers go first and nothing gets into them or out of them meanwhile, so no copy that
         was on its way brings a block back. The pool goes last: a promotion that began before is
@@ -207,8 +207,7 @@ class Inspection:
 
         Raises:
             InputError: There is no such tier, or somebody else clears; nothing was done.
-            UnavailableError: A copy to a tier hangs, or the tier can't be reached: it keeps what it
-                has, and so do those not yet named.
+            UnavailableError: A copy to a tier hangs; nothing was done.
         """
         tiers = [tier for name in dict.fromkeys(names) for tier in self._named(name)]
         if self._is_clearing:
@@ -217,7 +216,12 @@ class Inspection:
         try:
             await self._movement.hold(tiers)
             for tier in tiers:
-                yield await self._clear_tier(tier)
+                try:
+                    part = await self._clear_tier(tier)
+                except UnavailableError as error:
+                    # What it still has comes back when it is asked for; the others have nothing.
+                    part = {"tier": tier.name, "left_out": str(error)}
+                yield part
             if POOL in names:
                 yield self._clear_pool()
         finally:

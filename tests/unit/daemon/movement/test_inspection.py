@@ -11,6 +11,7 @@ import xxhash
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
 from kvkeep.core.admission import AdmissionPolicy, AdmissionSettings
+from kvkeep.daemon.movement import inspection
 from kvkeep.daemon.movement.cascade import Cascade
 from kvkeep.daemon.movement.inspection import Inspection
 from kvkeep.daemon.movement.lower_tier import LowerTier
@@ -19,7 +20,7 @@ from kvkeep.daemon.movement.slots import value_bytes
 from kvkeep.daemon.settings import DaemonSettings
 from kvkeep.daemon.shell import Shell
 from kvkeep.model.clock import SystemClock
-from kvkeep.model.errors import InputError
+from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import BlockHash, BlockKey, Holder, Namespace
 from kvkeep.model.layout import KvLayout
 from kvkeep.tiers.base import Parts
@@ -124,6 +125,28 @@ async def test_a_copy_on_its_way_does_not_bring_a_block_back(stage: Stage) -> No
     assert parts[0]["num_cleared"] == 3
     assert list(stage.medium.keys()) == []
     assert stage.movement.status()["cascades_waiting"] == 0
+
+
+async def test_a_tier_that_does_not_answer_keeps_no_other_from_being_cleared(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left out with its reason, and keeps what it has."""
+    stage.medium.proceed.set()
+    (key,) = stage.store(1)
+    await stage.movement.hold([])
+    with monkeypatch.context() as patch:
+        patch.setattr(inspection, "TRY_AGAIN_S", 0.0)
+        patch.setattr(stage.medium, "delete", refuse)
+        parts = await cleared(stage, "memory", "pool")
+
+    assert (parts[0]["tier"], "left alone" in str(parts[0]["left_out"])) == ("memory", True)
+    assert (parts[1]["tier"], parts[1]["num_cleared"]) == ("pool", 1)
+    assert list(stage.medium.keys()) == [key]
+
+
+def refuse(keys: Sequence[BlockKey]) -> None:
+    """A server that is away."""
+    raise UnavailableError("nobody answers")
 
 
 async def test_a_cleared_tier_serves_again(stage: Stage) -> None:
