@@ -5,6 +5,7 @@ what storing costs. The baseline runs first.
 """
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,19 @@ from kvkeep.validate.suite.sizes import make_cutter
 NAME = "bench"
 THROUGHPUT_MIN = 0.99
 """Of the baseline's; the reference document asks for 0.95."""
-THROUGHPUT_STRICT = 0.95
+THROUGHPUT_DOCUMENT = 0.95
+ROUNDS_MAX = 3
+"""A ratio below the limit is measured again: the median of all rounds counts."""
 TIMEOUT_S = 3600.0
+PROGRAM = """
+import importlib.metadata, runpy, sys, vllm
+known = importlib.metadata.version
+importlib.metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+sys.argv[0] = "vllm"
+runpy.run_module("vllm.entrypoints.cli.main", run_name="__main__", alter_sys=False)
+"""
+"""vLLM's command line, which looks its version up under the name ``vllm`` (0.32,
+entrypoints/cli/main.py): builds for CPUs are installed under another one."""
 LENGTH_SLACK = 0.02
 """Random tokens made into text and back are seldom of exactly the length that was asked."""
 
@@ -37,13 +49,22 @@ async def run(context: Context) -> list[SuiteReport]:
     folder = made(context, "vllm_bench")
     assert folder is not None, "suites of this document always have a results folder"
     assert subject.baseline is not None
-    results: dict[str, dict[str, Any]] = {}
-    for name, endpoint in ((BASELINE_FILE, subject.baseline), (CACHED, subject.engine)):
-        result = await _bench(context, report, endpoint, (folder, name), length)
-        if result is None:
-            return [report]
-        results[name] = result
-    _judge(report, results[BASELINE_FILE], results[CACHED], length)
+    ratios: list[float] = []
+    for _ in range(ROUNDS_MAX):
+        results: dict[str, dict[str, Any]] = {}
+        for name, endpoint in ((BASELINE_FILE, subject.baseline), (CACHED, subject.engine)):
+            place = (folder, name, len(ratios))
+            result = await _bench(context, report, endpoint, place, length)
+            if result is None:
+                return [report]
+            results[name] = result
+            _check_whole(report, name, result, length)
+        theirs, ours = (_tokens_per_s(results[name]) for name in (BASELINE_FILE, CACHED))
+        ratios.append(ours / theirs if theirs else 0.0)
+        report.numbers |= {"baseline_tokens_per_s": theirs, "tokens_per_s": ours}
+        if statistics.median(ratios) >= THROUGHPUT_MIN:
+            break
+    _judge(report, ratios)
     return [report]
 
 
@@ -51,11 +72,15 @@ async def _bench(
     context: Context,
     report: SuiteReport,
     endpoint: Endpoint,
-    place: tuple[Path, str],
+    place: tuple[Path, str, int],
     length: int,
 ) -> dict[str, Any] | None:
-    """Run it against one engine; None, and a failed check, if it did not work."""
-    settings, (folder, name) = context.settings, place
+    """Run it against one engine; None, and a failed check, if it did not work.
+
+    ``place`` is the folder, the file's name and the number of the round, whose prompts are new:
+    those of an earlier one would come out of the cache.
+    """
+    settings, (folder, name, round_idx) = context.settings, place
     seed = settings.random_seed if settings.random_seed is not None else settings.seed
     path = folder / f"{name}.json"
     path.unlink(missing_ok=True)
@@ -68,11 +93,11 @@ async def _bench(
         "num-prompts": settings.num_prompts,
         "random-input-len": length,
         "random-output-len": settings.random_output_len,
-        "seed": seed,
+        "seed": seed + round_idx,
         "result-dir": folder,
         "result-filename": path.name,
     }
-    command = [python_of(settings), "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+    command = [python_of(settings), "-c", PROGRAM, "bench", "serve"]
     for option, value in arguments.items():
         command += [f"--{option}", str(value)]
     command += ["--save-result", "--ignore-eos", "--disable-tqdm"]
@@ -99,37 +124,33 @@ async def _tokenizer_of(endpoint: Endpoint) -> str:
     return str((rows[0].get("root") if rows else None) or endpoint.model)
 
 
-def _judge(
-    report: SuiteReport, baseline: dict[str, Any], cached: dict[str, Any], length: int
-) -> None:
-    settings = report.settings
-    for name, result in (("baseline", baseline), ("cache", cached)):
-        completed, tokens = result.get("completed"), result.get("total_input_tokens") or 0
-        wanted = settings.num_prompts * length
-        report.check(
-            f"all prompts complete, {name}",
-            completed == settings.num_prompts,
-            f"{completed} of {settings.num_prompts}",
-        )
-        report.check(
-            f"input tokens as asked, {name}",
-            abs(tokens - wanted) <= LENGTH_SLACK * wanted,
-            f"{tokens} of {wanted}",
-        )
-    theirs = float(baseline.get("total_token_throughput") or 0.0)
-    ours = float(cached.get("total_token_throughput") or 0.0)
-    ratio = ours / theirs if theirs else 0.0
-    report.numbers |= {
-        "baseline_tokens_per_s": theirs,
-        "tokens_per_s": ours,
-        "throughput_ratio": ratio,
-        "reference_limit": THROUGHPUT_STRICT,
-    }
+def _tokens_per_s(result: dict[str, Any]) -> float:
+    return float(result.get("total_token_throughput") or 0.0)
+
+
+def _check_whole(report: SuiteReport, name: str, result: dict[str, Any], length: int) -> None:
+    completed, tokens = result.get("completed"), result.get("total_input_tokens") or 0
+    wanted = report.settings.num_prompts * length
+    report.check(
+        f"all prompts complete, {name}",
+        completed == report.settings.num_prompts,
+        f"{completed} of {report.settings.num_prompts}",
+    )
+    report.check(
+        f"input tokens as asked, {name}",
+        abs(tokens - wanted) <= LENGTH_SLACK * wanted,
+        f"{tokens} of {wanted}",
+    )
+
+
+def _judge(report: SuiteReport, ratios: list[float]) -> None:
+    ratio = statistics.median(ratios)
+    report.numbers |= {"throughput_ratio": ratio, "rounds": len(ratios)}
     report.check(
         "throughput",
         ratio >= THROUGHPUT_MIN,
-        f"{ratio:.3f} of the baseline's; {THROUGHPUT_MIN} needed ({THROUGHPUT_STRICT} in the "
-        "reference document)",
+        f"{ratio:.3f} of the baseline's in {len(ratios)} round(s); {THROUGHPUT_MIN} needed "
+        f"({THROUGHPUT_DOCUMENT} in the reference document)",
     )
 
 

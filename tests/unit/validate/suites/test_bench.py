@@ -77,6 +77,7 @@ async def test_lost_throughput_fails(
 
     assert broken(report) == {"throughput"}
     assert report.numbers["throughput_ratio"] == pytest.approx(0.97)
+    assert report.numbers["rounds"] == 3
 
 
 async def test_a_run_that_broke_down_is_said(
