@@ -103,6 +103,7 @@ def _simulated(seed: int, told: Told) -> StandScore:
 def _live(
     stack: Path | None, model_id: str | None, counts: Mapping[str, int], bars: Progress
 ) -> StandScore:
+    from kvkeep.cli.checking import terminated_as_interrupt
     from kvkeep.validate.self_test.live import (
         LiveAddresses,
         LiveStand,
@@ -119,7 +120,10 @@ def _live(
 
     exact = bool(counts["exact"])
     spec = own_spec(model_id, exact=exact) if stack is None else spec_of(stack, exact=exact)
-    with started_for_faults(spec, quiet=bars.console.quiet) as where:
+    with (
+        terminated_as_interrupt(),
+        started_for_faults(spec, quiet=bars.console.quiet) as where,
+    ):
         return asyncio.run(run(where))
 
 

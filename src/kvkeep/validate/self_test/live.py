@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ FOREIGN_PROMPTS = 1
 NOISE_PROMPTS = 8
 """Asked twice, cold, for the noise floor; no other request is judged by its own noise."""
 TIMEOUT_S = 120.0
+NAME_CHARS_MAX = 50
+"""Of a stack's name, so that one with more behind it is still a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ def own_spec(model: str | None, *, exact: bool) -> StackSpec:
         "connector_settings": {"planner": "load"},
     }
     values: dict[str, Any] = {
-        "name": "self-test",
+        "name": "own",
         "exact": exact,
         "daemon": {"pool_bytes": 1 << 30},
         "engines": [engine],
@@ -83,14 +86,21 @@ def spec_of(path: Path, *, exact: bool) -> StackSpec:
 def started_for_faults(spec: StackSpec, *, quiet: bool) -> Iterator[LiveAddresses]:
     """Start a stack in a folder of its own, so that it is never one that somebody uses.
 
+    Nothing of it is left at the end, but for the logs of a stack that did not start.
+
     Raises:
-        InputError: It can't run here, or did not start.
+        InputError: It can't run here, or did not start; the sentence names the log.
     """
-    with tempfile.TemporaryDirectory(prefix="kvkeep-self-test-") as folder:
-        stack = Stack(spec, state_dir=Path(folder), progress=Progress(quiet=quiet))
+    # Under a name of its own too: by its name the user's stack is found.
+    own = msgspec.structs.replace(spec, name=f"{spec.name[:NAME_CHARS_MAX]}-self-test")
+    folder = Path(tempfile.mkdtemp(prefix="kvkeep-self-test-"))
+    is_told = False
+    try:
+        stack = Stack(own, state_dir=folder, progress=Progress(quiet=quiet))
         try:
             stack.start()
         except UnavailableError as error:
+            is_told = True
             raise InputError(str(error)) from error
         try:
             (engine,) = stack.engines.values()
@@ -98,6 +108,9 @@ def started_for_faults(spec: StackSpec, *, quiet: bool) -> Iterator[LiveAddresse
             yield LiveAddresses(addresses, stack.daemon.pool)
         finally:
             stack.stop()
+    finally:
+        if not is_told:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class LiveStand:

@@ -11,6 +11,7 @@ import pytest
 from kvkeep.model.errors import InputError
 from kvkeep.validate.report import form
 from kvkeep.validate.report.form import convert_report, field_tables, json_schema, read_report
+from kvkeep.validate.suite.base import NotApplicable
 
 Written = Callable[..., Awaitable[dict[str, Any]]]
 
@@ -49,6 +50,16 @@ async def test_every_field_that_is_written_is_documented(
     assert strangers(values, msgspec.to_builtins(report)) == []
     assert report.runs[0].all_requests
     assert report.runs[1].all_requests
+
+
+def test_a_suite_that_cannot_run_here_is_documented() -> None:
+    """It writes what is missing, and nothing that the form does not know."""
+    values = {"schema": form.FORM, "passed": False, "runs": [NotApplicable("x", "why").to_dict()]}
+
+    report = convert_report(values)
+
+    assert strangers(values, msgspec.to_builtins(report)) == []
+    assert report.runs[0].reason == "why"
 
 
 async def test_what_is_written_obeys_the_schema(written: Written) -> None:
