@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -324,6 +325,41 @@ class TestTheOfficialClient:
             client.with_options(
                 base_url=str(client.base_url).replace("/v1", "")
             ).completions.create(model="fake-model", prompt="x")
+
+
+KEYS = {
+    "busy": {"requests_per_s": 0.01, "burst": 1},
+    "wordy": {"prompt_tokens_per_min": 0.01, "prompt_tokens_burst": 1},
+}
+
+
+def test_limits_are_errors_of_the_official_client(tmp_path: Path) -> None:
+    """An unknown key is one for good; a rate is one that says when to come back."""
+    keys = tmp_path / "keys.json"
+    secrets = {name: f"sk-{name}-0123456789" for name in KEYS}
+    keys.write_text(
+        json.dumps([{"name": name, "key": secrets[name], **KEYS[name]} for name in KEYS])
+    )
+    keys.chmod(0o600)
+    config = tmp_path / "route.yaml"
+    config.write_text(json.dumps({"limits": {"keys_file": str(keys)}}))
+    with (
+        started("kvkeep.testing.fake_engine") as (_, ready),
+        routed(*ready["urls"], config=str(config)) as (_, url),
+        official_client(f"{url}/v1") as client,
+    ):
+
+        def ask(key: str) -> Any:
+            create: Any = client.with_options(api_key=key).completions.create
+            return create(model="fake-model", prompt="Once upon a time", max_tokens=1)
+
+        with pytest.raises(openai.AuthenticationError, match="No known API key"):
+            ask("sk-nobody")
+        for name, said in (("busy", "requests each second"), ("wordy", "prompt tokens each")):
+            assert ask(secrets[name]).usage.completion_tokens == 1
+            with pytest.raises(openai.RateLimitError, match=said) as caught:
+                ask(secrets[name])
+            assert int(caught.value.response.headers["Retry-After"]) >= 1
 
 
 def test_tools_and_broken_streams_reach_the_official_client(
