@@ -112,6 +112,27 @@ def test_every_plot_is_drawn(seen: Opened) -> None:
         assert seen.page.locator(f"svg .{kind}").count() > 1
 
 
+def test_a_plot_alone_is_no_larger_than_among_others(
+    page: Path, browser: Browser, tmp_path: Path
+) -> None:
+    """Its writing has the size of the page's."""
+    request = {"phase": "p", "prompt_id": "q", "verdict": "identical"}
+    run = {
+        "schema": "x/1",
+        "suite": "x",
+        "outcome": "passed",
+        "passed": True,
+        "requests": [request],
+    }
+    path = tmp_path / "one.html"
+    write_page(convert_report({"schema": FORM, "passed": True, "runs": [run]}), path)
+
+    with opened(browser, path, 1280) as found:
+        box = found.page.locator("svg.plot").bounding_box()
+        assert box is not None
+        assert box["width"] < 640
+
+
 def test_it_can_be_read_at_this_width(seen: Opened) -> None:
     """Nothing has to be scrolled sideways, and no writing is too small."""
     widths = seen.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")

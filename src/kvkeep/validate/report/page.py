@@ -282,8 +282,21 @@ def _count(value: int | None) -> str:
 
 def _named(title: str, head: str, values: Mapping[str, object]) -> Iterator[Element]:
     if values:
-        rows = [[name, str(value)] for name, value in values.items()]
+        rows = [[name, _value(value)] for name, value in _flat(values)]
         yield mark("details", mark("summary", title), _table((head, "value"), rows))
+
+
+def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Names and values, those of a mapping one by one behind its name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}, {inner}", each) for inner, each in _flat(value))
+        else:
+            yield name, value
+
+
+def _value(value: object) -> str:
+    return text_of(value) if isinstance(value, float) else str(value)
 
 
 def _logs(report: Report) -> Iterator[Element]:

@@ -117,6 +117,17 @@ def test_a_run_without_a_request_has_a_page() -> None:
     assert "nothing to plot" in page(report)
 
 
+def test_what_a_suite_measured_is_shown_number_by_number() -> None:
+    """Also what lies in a group of numbers."""
+    run = {"schema": "x/1", "suite": "x", "outcome": "passed", "passed": True,
+           "numbers": {"ratio": 0.81414, "pairs": {"both": 12}}}  # fmt: skip
+
+    texts = Seen(page(convert_report({"schema": FORM, "passed": True, "runs": [run]}))).texts
+
+    assert texts[texts.index("ratio") + 1] == "0.814"
+    assert texts[texts.index("pairs, both") + 1] == "12"
+
+
 def test_many_requests_leave_the_page_short() -> None:
     """The page names how many more there are; the JSON report has them."""
     report = hostile_report("x")
