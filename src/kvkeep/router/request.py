@@ -31,6 +31,20 @@ class RequestView(msgspec.Struct):
     num_counted: int | None = None
     """Tokens of the prompt as the engine counted them; 0 if it answered with an error."""
 
+    def answered(self, num_tokens: int | None, *, is_error: bool) -> None:
+        """An engine answered whole; of several the last one decides whether it was an error.
+
+        Args:
+            num_tokens: Of the prompt; None if it does not say.
+            is_error: Whether its status is one.
+        """
+        if is_error:
+            self.num_counted = 0
+        elif num_tokens is not None:
+            self.num_counted = num_tokens
+        elif self.num_counted == 0:
+            self.num_counted = None
+
 
 class BodyFields(msgspec.Struct):
     """The few fields of a body that say where it should go; everything else is skipped unread."""

@@ -4,6 +4,7 @@ import pytest
 
 from kvkeep.router.request import (
     KEY_BYTES_MAX,
+    RequestView,
     find_key,
     find_key_header,
     find_model,
@@ -82,3 +83,26 @@ def test_the_model_is_the_one_that_the_engine_will_read(body: bytes, model: str 
 def test_odd_values_are_passed_over() -> None:
     """A list is no name; a number is."""
     assert key_of(b"", b'{"session_id": [], "user": {"id": []}, "conversation": 7}') == b"7"
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([(None, False)], None),
+        ([(7, False)], 7),
+        ([(None, True)], 0),
+        ([(7, False), (None, False)], 7),
+        ([(None, True), (7, False)], 7),
+        ([(None, True), (None, False)], None),
+        ([(7, False), (None, True)], 0),
+    ],
+)
+def test_what_a_prompt_cost_is_what_was_said_last(
+    answers: list[tuple[int | None, bool]], expected: int | None
+) -> None:
+    """Of a hand-off's two engines, or of one after another that failed; an error costs nothing."""
+    view = RequestView("/v1/completions")
+    for num_tokens, is_error in answers:
+        view.answered(num_tokens, is_error=is_error)
+
+    assert view.num_counted == expected

@@ -352,8 +352,8 @@ class Exchange:
             connection.abort()
         self._move(ExchangeState.OVER)
         usage = find_usage(self._before, self._last) if status == OK else None
-        if usage is not None or status != OK:
-            self._view.num_counted = 0 if usage is None else usage.prompt_tokens
+        num_tokens = None if usage is None else usage.prompt_tokens
+        self._view.answered(num_tokens, is_error=status != OK)
         self._ended(Outcome.ERROR if status in ENGINE_FAULTS else Outcome.FINISHED, usage)
         self._client.exchange_ended(self._keeps)
 
