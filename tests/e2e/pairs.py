@@ -1,10 +1,12 @@
 """A prefill engine, a decode engine and a router before them; questions and their answers."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, Literal
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvkeep.model.clock import SystemClock
 from kvkeep.stack.parts import EnginePart
 from kvkeep.stack.precedence import load_spec
 from kvkeep.stack.supervisor import Stack
@@ -28,6 +31,9 @@ MIN_TOKENS = 40
 MODEL = "smollm2"
 LEASE_S = 12
 """How long stock vLLM keeps a prefill's blocks for a decode engine that says nothing."""
+
+SEEN_S = 0.5
+LOWEST_PRIORITY = 19
 
 # In bfloat16 the order of additions moves logprobs by 0.1 nat with the batch; in float32 by 0.0001.
 # Short steps, so that engines soon tell what they do.
@@ -109,6 +115,8 @@ class Pair:
         for engine in (self.prefill, self.decode):
             if engine.process is not None and not engine.process.is_running():
                 engine.restart()
+        if self.transport == "nixl":
+            _let_rest(self.prefill, self.decode)
         engines = [
             {"url": self.prefill.url, "name": "prefill", "role": "prefill"},
             {"url": self.decode.url, "name": "decode", "role": "decode"},
@@ -140,6 +148,40 @@ class Pair:
         finally:
             with contextlib.suppress(ProcessLookupError):  # it may have been killed meanwhile
                 os.killpg(engine.pid, signal.SIGCONT)
+
+
+def _let_rest(*engines: EnginePart) -> None:
+    """Have NIXL's threads take only what the engines leave of their cores.
+
+    One thread of each engine polls without a pause: vLLM's agent is made with a pause of 0 (nixl
+    1.5.1, nixl_agent.__init__), and no setting changes that. It is the one that works and never
+    sleeps while nothing is asked.
+    """
+    before = [_usage_by_thread(engine) for engine in engines]
+    threading.Event().wait(SEEN_S)
+    for engine, earlier in zip(engines, before, strict=True):
+        for thread, (num_sleeps, num_ticks) in _usage_by_thread(engine).items():
+            sleeps_before, ticks_before = earlier.get(thread, (-1, 0))
+            if num_sleeps == sleeps_before and num_ticks > ticks_before:
+                with contextlib.suppress(ProcessLookupError):
+                    os.setpriority(os.PRIO_PROCESS, thread, LOWEST_PRIORITY)
+
+
+def _usage_by_thread(engine: EnginePart) -> dict[int, tuple[int, int]]:
+    """How often each thread but processes' first ones has slept, and its time in clock ticks."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+        pid, thread = int(folder.parts[2]), int(folder.name)
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
+            if pid != thread and os.getpgid(pid) == engine.pid:
+                found[thread] = _usage(folder)
+    return found
+
+
+def _usage(thread: Path) -> tuple[int, int]:
+    status = dict(line.split(":", 1) for line in (thread / "status").read_text().splitlines())
+    fields = (thread / "stat").read_text().rpartition(")")[2].split()
+    return int(status["voluntary_ctxt_switches"]), int(fields[11]) + int(fields[12])
 
 
 @contextlib.contextmanager
@@ -190,8 +232,13 @@ class Question:
 async def ask(
     client: httpx.AsyncClient, question: Question, *, salt: str, is_streamed: bool
 ) -> Answer:
-    """Send a question and read its whole answer; what goes wrong is in ``error``."""
+    """Send a question and read its whole answer; what goes wrong is in ``error``.
+
+    Of a streamed answer its first token is timed.
+    """
     body = question.body(salt=salt, is_streamed=is_streamed)
+    begun_s = SystemClock().now_s()
+    first_s: float | None = None
     chunks: list[dict[str, Any]] = []
     error = None
     try:
@@ -200,13 +247,20 @@ async def ask(
                 await response.aread()
                 error = f"HTTP {response.status_code}: {response.text[:300]}"
             elif is_streamed:
-                chunks = [chunk async for chunk in _events(response)]
+                async for chunk in _events(response):
+                    first_s = first_s or (SystemClock().now_s() if _has_token(chunk) else None)
+                    chunks.append(chunk)
             else:
                 await response.aread()
                 chunks = [response.json()]
     except httpx.HTTPError as failure:
         error = f"{type(failure).__name__}: {failure}"
-    return _joined(chunks, error)
+    ttft_s = None if first_s is None else first_s - begun_s
+    return dataclasses.replace(_joined(chunks, error), ttft_s=ttft_s)
+
+
+def _has_token(chunk: Mapping[str, Any]) -> bool:
+    return any(choice.get("logprobs") for choice in chunk.get("choices") or ())
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

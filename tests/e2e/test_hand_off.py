@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import functools
 import json
+import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -15,56 +16,23 @@ import pytest
 from kvkeep.model.clock import SystemClock
 from kvkeep.stack.parts import EnginePart
 from kvkeep.stack.readiness import complete_one_token, make_client
-from kvkeep.validate.answer import Answer
 from kvkeep.validate.prompts import load_words
-from kvkeep.validate.verdict import PASSING, judge
 from tests.e2e.pairs import (
     BLOCK_TOKENS,
     LEASE_S,
-    MIN_TOKENS,
     MODEL,
     Pair,
     Question,
     Router,
     Transport,
-    ask,
     client_of,
     read_metrics,
     running_pair,
-    since,
 )
-
-NUM_WORDS = (1, 6, 18, 25, 36, 40, 60, 80, 90, 110, 130, 160, 260, 400, 2150)
-"""Of the prompts: from some five to three thousand tokens, with and without a rest of a block."""
-CHAT_WORDS_MAX = 900
-IN_FLIGHT = 3
+from tests.e2e.sixty import ask_sixty
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One request of the sixty."""
-
-    question: Question
-    is_streamed: bool
-
-
-def questions() -> list[Question]:
-    """Every prompt as a chat and as a completion, no two with a beginning in common."""
-    words = load_words()
-    made = []
-    start = 0
-    for words_max in NUM_WORDS:
-        for is_chat in (False, True):
-            num_words = min(words_max, CHAT_WORDS_MAX) if is_chat else words_max
-            text = " ".join(words[start : start + num_words])
-            kind = "chat" if is_chat else "completion"
-            made.append(Question(f"{kind} of {num_words} words", text, is_chat))
-            start += num_words
-    return made
-
-
-# NIXL's own thread never rests once two engines are connected, on the core that the engine computes
-# on: on two cores this takes too long for every run.
+# The pair with NIXL is one more to start, on cores that NIXL polls on: not in every run.
 @pytest.fixture(scope="module", params=["pool", pytest.param("nixl", marks=pytest.mark.nightly)])
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -75,47 +43,17 @@ def pair(
         yield found
 
 
-async def _ask_all(url: str, asked: Sequence[Asked]) -> list[Answer]:
-    """Some at a time, each under a salt of its own: none finds KV of another."""
-    slots = asyncio.Semaphore(IN_FLIGHT)
-    async with client_of(url) as client:
-
-        async def one(item: Asked) -> Answer:
-            async with slots:
-                salt = secrets.token_hex(8)
-                return await ask(client, item.question, salt=salt, is_streamed=item.is_streamed)
-
-        return list(await asyncio.gather(*(one(item) for item in asked)))
-
-
 @pytest.mark.timeout(600, func_only=True)
 def test_sixty_answers_are_those_of_a_single_engine(pair: Pair) -> None:
     """Chat and completions, streamed and not, short and long: identical or near-ties, all."""
-    plain = [Asked(question, is_streamed=False) for question in questions()]
-    sixty = [Asked(item.question, is_streamed) for item in plain for is_streamed in (True, False)]
-    single = asyncio.run(_ask_all(pair.decode.url, plain))
-    before = read_metrics(pair.decode.url)
+    sixty = ask_sixty(pair)
 
-    with pair.routed({}) as router:
-        answers = asyncio.run(_ask_all(router.url, sixty))
-
-    counted = since(before, read_metrics(pair.decode.url))
-    wanted = {item.question.name: answer for item, answer in zip(plain, single, strict=True)}
-    judged = [
-        (item, judge(wanted[item.question.name], answer))
-        for item, answer in zip(sixty, answers, strict=True)
-    ]
-    assert [(i, j.reason) for i, j in judged if j.verdict not in PASSING] == []
-    assert [a.prompt_tokens for a in answers] == [
-        wanted[item.question.name].prompt_tokens for item in sixty
-    ]
-    lengths = [answer.prompt_tokens or 0 for answer in answers]
-    assert (min(lengths) <= 5, max(lengths) >= 3000, len(judged)) == (True, True, 60)
-    handed = [length for length in lengths if length > 2 * MIN_TOKENS]
-    num_loaded = counted["vllm:external_prefix_cache_hits_total"]
-    _assert_moved(pair, num_loaded)
-    # The decode engine is left with a rest of less than a block, or with the last block.
-    assert num_loaded >= sum(handed) - BLOCK_TOKENS * len(handed)
+    assert sixty.differing == []
+    assert sixty.lengths == [answer.prompt_tokens for answer in sixty.single]
+    assert (min(sixty.lengths) <= 5, max(sixty.lengths) >= 3000) == (True, True)
+    assert len(sixty.answers) == 60
+    _assert_moved(pair, sixty.num_loaded)
+    assert sixty.is_less_than_a_block_each
 
 
 def _assert_moved(pair: Pair, num_tokens: float) -> None:
@@ -345,3 +283,38 @@ async def _assert_offer_ended(pair: Pair, offered: Client, wanted: str) -> None:
     else:
         await asyncio.wait_for(offered.task, HANG_S)
         assert offered.error or offered.text in ("", wanted)
+
+
+@pytest.mark.nightly  # its engine has to be started again for whoever comes next
+@pytest.mark.timeout(600, func_only=True)
+def test_a_decode_engine_killed_while_it_waits_leaves_nothing(pair: Pair) -> None:
+    """Its client is told, the prefill engine goes on, and the daemon lends nothing to the dead."""
+    if pair.transport != "pool":
+        pytest.skip("through NIXL it reads another engine's memory, and needs nobody for that")
+    with _faults_routed(pair) as router:
+        asyncio.run(_kill_decode_while_it_waits(pair, router))
+
+
+async def _kill_decode_while_it_waits(pair: Pair, router: Router) -> None:
+    stored = _told(pair, "kvkeep_blocks_stored_total")
+    with pair.frozen(pair.decode):
+        waiting = Client(router.url, _question(SHORT_WORDS))
+        await _until(lambda: _told(pair, "kvkeep_blocks_stored_total") > stored, "an offer")
+        os.kill(pair.stack.daemon.pid, signal.SIGSTOP)
+    try:
+        await _until(lambda: _waiting(pair.decode) > 0, "a request that waits for its blocks")
+        await asyncio.to_thread(pair.decode.kill)
+        assert await waiting.fails() == "upstream_error"
+        assert waiting.text == ""
+    finally:
+        os.kill(pair.stack.daemon.pid, signal.SIGCONT)
+    await _until_idle(pair.prefill)
+    await _until(lambda: not _told(pair, "kvkeep_read_leases"), "no block lent")
+
+
+def _told(pair: Pair, name: str) -> float:
+    return read_metrics(pair.stack.daemon.metrics_url)[name]
+
+
+def _waiting(engine: EnginePart) -> float:
+    return read_metrics(engine.url)["vllm:num_requests_waiting"]
