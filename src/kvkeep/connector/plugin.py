@@ -296,6 +296,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             attachment=attachment,
             clock=self._clock,
             lease_s=self._settings.lease_s,
+            patience_s=self._settings.patience_ms / 1e3,
         )
         self._worker = worker
         if found is None:

@@ -19,7 +19,7 @@ from kvkeep.connector.worker.attachment import Attachment, MappedPool
 from kvkeep.connector.worker.canary import run_canary
 from kvkeep.connector.worker.landing import Landing
 from kvkeep.connector.worker.movers import BlockMover, rank_digests
-from kvkeep.connector.worker.stores import StoreThread
+from kvkeep.connector.worker.stores import CALL_TIMEOUT_S, StoreThread
 from kvkeep.connector.worker.views import EngineMemory
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import CorruptDataError
@@ -65,13 +65,16 @@ class WorkerSide:
         attachment: Attachment,
         clock: Clock,
         lease_s: float,
+        patience_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._namespace = namespace
         self._memory = memory
         self._mover = mover
         self._attachment = attachment
         self._clock = clock
-        self._stores = StoreThread(attachment, mover, memory, clock, lease_s=lease_s)
+        self._stores = StoreThread(
+            attachment, mover, memory, clock, lease_s=lease_s, patience_s=patience_s
+        )
         self._bad_block_ids: set[int] = set()
         self._report = StepReport()
         self._done: StepMetadata | None = None

@@ -29,7 +29,8 @@ from kvkeep.protocol.codec import split_slots
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 1.0
-"""A daemon that needs longer counts as lost; blocks wait in the engine meanwhile."""
+"""A daemon that needs longer counts as lost, unless more patience is asked for; blocks wait in the
+engine meanwhile."""
 BATCH_BLOCKS = 64
 """Blocks per lease: some 50 MB, a few milliseconds of copying, so that a lease is short."""
 
@@ -52,12 +53,14 @@ class StoreThread:
         clock: Clock,
         *,
         lease_s: float,
+        patience_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._attachment = attachment
         self._mover = mover
         self._memory = memory
         self._clock = clock
         self._lease_s = lease_s
+        self._call_timeout_s = max(CALL_TIMEOUT_S, patience_s)
         self.num_declined = 0
         """Blocks that have no form in which they could be stored."""
         # Bounded by the scheduler side, which counts the jobs in flight (store_jobs_max).
@@ -90,7 +93,7 @@ class StoreThread:
     def close(self) -> None:
         """Stop after the job at hand; waits for it, because its copy writes to the pool."""
         self._queue.put(None)
-        self._thread.join(timeout=CALL_TIMEOUT_S * 4)
+        self._thread.join(timeout=self._call_timeout_s * 4)
 
     def _run(self) -> None:
         while (queued := self._queue.get()) is not None:
@@ -129,7 +132,7 @@ class StoreThread:
                 self._memory.first_head, self._memory.num_heads, lease_s,
             ),
             m.Reserved,
-            CALL_TIMEOUT_S,
+            self._call_timeout_s,
         )  # fmt: skip
         if not reserved.lease_id:
             return
@@ -157,7 +160,7 @@ class StoreThread:
                 connection.next_request_id(), reserved.lease_id, is_stored.tobytes(), store_us
             ),
             m.Committed,
-            CALL_TIMEOUT_S,
+            self._call_timeout_s,
         )
         if committed.is_fenced:
             log.warning("kvkeep: a store came too late and was refused. blocks=%d", len(granted))

@@ -24,9 +24,11 @@ class Daemon:
 
     def __init__(self) -> None:
         self.commits: list[bytes] = []
+        self.timeouts_s: list[float] = []
 
-    def call(self, message: Any, _: Any, __: float) -> Any:
+    def call(self, message: Any, _: Any, timeout_s: float) -> Any:
         """See Connection."""
+        self.timeouts_s.append(timeout_s)
         if isinstance(message, m.Reserve):
             return m.Reserved(1, 7, join_slots([3, 0xFFFFFFFF, 5, 6]))
         self.commits.append(message.is_stored)
@@ -41,9 +43,11 @@ class Mover:
         return np.array([slot != 5 for slot in slots])
 
 
-def stored(mover: Any, *, may_begin: bool = True) -> tuple[list[bytes], int, list[int]]:
+def stored(
+    mover: Any, *, may_begin: bool = True, daemon: Daemon | None = None, patience_s: float = 0.25
+) -> tuple[list[bytes], int, list[int]]:
     """Commits, blocks declined and jobs reported after one job of four blocks."""
-    daemon = Daemon()
+    daemon = daemon or Daemon()
 
     @contextmanager
     def copying(_: Any) -> Any:
@@ -54,7 +58,9 @@ def stored(mover: Any, *, may_begin: bool = True) -> tuple[list[bytes], int, lis
         link=SimpleNamespace(connection=daemon), pool=pool, copying=copying
     )
     memory: Any = SimpleNamespace(first_head=0, num_heads=1)
-    thread = StoreThread(attachment, mover, memory, SystemClock(), lease_s=30.0)
+    thread = StoreThread(
+        attachment, mover, memory, SystemClock(), lease_s=30.0, patience_s=patience_s
+    )
     thread.submit(StoreJob(1, bytes(32 * NUM_BLOCKS), tuple(range(NUM_BLOCKS))), bytes(32), None)
     thread.close()
     return daemon.commits, thread.num_declined, thread.poll()
@@ -70,3 +76,15 @@ def test_a_copy_that_may_not_begin_commits_nothing(caplog: pytest.LogCaptureFixt
     """What was not copied is not stored, and nobody declined it."""
     assert stored(Mover(), may_begin=False) == ([bytes([0, 0, 0])], 0, [1])
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("patience_s", "waited_s"), [(0.25, 1.0), (10.0, 10.0)])
+def test_a_slow_daemon_gets_the_patience_that_was_asked_for(
+    patience_s: float, waited_s: float
+) -> None:
+    """A second at least: nobody waits for a store, and what it gives up is computed elsewhere."""
+    daemon = Daemon()
+
+    stored(Mover(), daemon=daemon, patience_s=patience_s)
+
+    assert daemon.timeouts_s == [waited_s, waited_s]
