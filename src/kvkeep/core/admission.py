@@ -174,11 +174,6 @@ class AdmissionPolicy:
         self.num_by_reason = dict.fromkeys(AdmitReason, 0)
         self.bytes_by_reason = dict.fromkeys(AdmitReason, 0)
 
-    @property
-    def capacity_bytes(self) -> int:
-        """What the tier can hold, or is meant to hold."""
-        return self._settings.capacity_bytes
-
     def seen(self, fingerprint: int) -> None:
         """Count a use: an engine's store of the block became readable, or one read it.
 

@@ -23,14 +23,9 @@ LOOK_AGAIN_S = 0.5
 
 
 class KnownKeys:
-    """Pure; the event loop's thread calls.
+    """Pure; the event loop's thread calls."""
 
-    Args:
-        num_blocks: What the tier is meant to hold: it has no more keys than that to believe in.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self._known_max = max(1, min(KNOWN_MAX, num_blocks))
+    def __init__(self) -> None:
         self._known: OrderedDict[BlockKey, None] = OrderedDict()
         """Keys that were there when last looked; the latest last."""
         self._latest: BlockKey | None = None
@@ -61,7 +56,7 @@ class KnownKeys:
             if is_there:
                 self._known[key] = None
             self._latest = key
-        while len(self._known) > self._known_max:
+        while len(self._known) > KNOWN_MAX:
             self._known.popitem(last=False)
 
     def found(self, keys: Sequence[BlockKey], are_there: Sequence[bool], now_s: float) -> None:

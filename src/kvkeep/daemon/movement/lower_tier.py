@@ -88,7 +88,7 @@ class LowerTier:
         self._value_bytes = value_bytes
         self._probes_at_once = probes_at_once
         self._rejections = rejections
-        self.known = KnownKeys(admission.capacity_bytes // value_bytes)
+        self.known = KnownKeys()
         """What it is believed to have; for a tier that is not local."""
         self._pulse = Pulse(
             queue.limits.deadline_s, latches=not is_local and isinstance(queue.tier, Probes)
