@@ -1,5 +1,6 @@
 """What a Valkey tier's caller sees when the server or the way to it fails."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,3 +211,36 @@ def test_a_server_started_again_while_idle(tier: ValkeyTier, server: ValkeyServe
 
     assert read(tier, [block_key(number) for number in range(3)]) == [None] * 3
     assert_works(tier)
+
+
+def test_connections_that_nobody_needs_are_closed(
+    server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a moment of several threads opened does not stay open for good."""
+    tier = ValkeyTier(ValkeySettings(url=server.url, timeout_s=GENEROUS_S))
+    assert_works(tier)
+    num_before = _num_sockets()
+    server.freeze()
+    threads = [in_background(tier, "read")[0] for _ in range(3)]
+    while _num_sockets() < num_before + 2:  # one of the three takes the one that is there
+        time.sleep(0.01)
+    server.thaw()
+    for thread in threads:
+        thread.join(GENEROUS_S)
+    assert _num_clients(server) == 3
+
+    monkeypatch.setattr("kvkeep.tiers.valkey.IDLE_S", 0.0)
+    assert_works(tier)
+
+    assert _num_clients(server) == 1
+    tier.close()
+
+
+def _num_sockets() -> int:
+    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.readlink(link).startswith("socket:") for link in links if os.path.lexists(link))
+
+
+def _num_clients(server: ValkeyServer) -> int:
+    """Connections over TCP, as the server counts them."""
+    return server.command("CLIENT", "LIST").count(b"laddr=127.0.0.1:")

@@ -46,6 +46,8 @@ SERVER_VALUE_BYTES_MAX: Final = (512 << 20) - HEAD_BYTES
 """The longest string a server takes by default (``proto-max-bulk-len``)."""
 IDLE_MAX: Final = 16
 """Connections kept for later; as many as threads that use a tier at once."""
+IDLE_S: Final = 60.0
+"""A connection that was not needed for so long is closed: a server lets in only so many."""
 SCAN_COUNT: Final = 1000
 """Names looked at per question for all keys: a fraction of a millisecond of the server's time."""
 
@@ -108,7 +110,8 @@ class ValkeyTier:
         self._tls = _trusted(settings.ca_file) if self._address.is_tls else None
         self._clock = SystemClock()
         self._lock = threading.Lock()
-        self._idle: list[WireConnection] = []
+        self._idle: list[tuple[WireConnection, float]] = []
+        """With the time since when, in seconds; the latest last, and taken first."""
         self._is_closed = False
         self._damaged = DamagedHeads(name)
 
@@ -252,7 +255,7 @@ class ValkeyTier:
         with self._lock:
             self._is_closed = True
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection, _ in idle:
             connection.close()
 
     # --- Talking ---------------------------------------------------------------------------------
@@ -323,19 +326,22 @@ class ValkeyTier:
         with self._lock:
             if self._is_closed:
                 raise UnavailableError(f"{self.name} was closed: open it again")
-            return self._idle.pop() if self._idle else None
+            return self._idle.pop()[0] if self._idle else None
 
     def _give_back(self, connection: WireConnection) -> None:
+        now_s = self._clock.now_s()
+        unneeded = [connection]
         with self._lock:
             if not self._is_closed and len(self._idle) < IDLE_MAX:
-                self._idle.append(connection)
-                return
-        connection.close()
+                unneeded = [each for each, since_s in self._idle if now_s - since_s > IDLE_S]
+                self._idle = [*self._idle[len(unneeded) :], (connection, now_s)]
+        for each in unneeded:
+            each.close()
 
     def _drop_idle(self) -> None:
         with self._lock:
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection, _ in idle:
             connection.close()
 
     def _new_connection(self, end_s: float) -> WireConnection:
