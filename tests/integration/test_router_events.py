@@ -345,7 +345,7 @@ async def test_each_rank_of_an_engine_is_followed_at_its_own_port() -> None:
             while not source.counters.num_batches:
                 await publisher.publish()
                 await asyncio.sleep(0.01)
-        assert (feeds.is_heard(NAME), feeds.num_heard) == (True, 1)
+        await until(lambda: (feeds.is_heard(NAME), feeds.num_heard) == (True, 1))
         gaps = [source.counters.num_gaps for source in sources]
 
         await ranks[0].publish(stored(FIRST, 11))
