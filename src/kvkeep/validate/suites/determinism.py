@@ -164,23 +164,6 @@ class Determinism:
                 f"first token after {ours:.3f} s; computed {theirs:.3f} s, limit {limit_s:.3f} s",
             )
 
-    def _check_last_token(self, *phases: Phase) -> None:
-        """A full hit still computes at least one token."""
-        known = [
-            answer
-            for phase in phases
-            for answer in phase.answers
-            if answer.cached_tokens is not None and answer.prompt_tokens is not None
-        ]
-        if not known:
-            return
-        whole = [a for a in known if (a.cached_tokens or 0) >= (a.prompt_tokens or 0)]
-        self.report.check(
-            "a token stays to compute",
-            not whole,
-            f"{len(whole)} of {len(known)} answers reused the whole prompt",
-        )
-
     async def _run_eviction(self, warm_up: Phase) -> None:
         """P1, P2, P1 on an engine that holds only one of them: P1 has to load again."""
         subject = self.report.subject
