@@ -53,6 +53,10 @@ def _stage(item: pytest.Item) -> int:
     return 1 if _folder(item) in LOOPBACK_FOLDERS else 0
 
 
+def _is_last(item: pytest.Item) -> bool:
+    return item.get_closest_marker("last") is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by its folder, then order the stages; pytest-randomly has shuffled before."""
     for item in items:
@@ -67,7 +71,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("engine") and not item.get_closest_marker("timeout"):
             # An engine's start has a limit of its own, in the fixture that starts it.
             item.add_marker(pytest.mark.timeout(ENGINE_TIMEOUT_S, func_only=True))
-    items.sort(key=_stage)
+    # A file's tests stay together, for they share what its fixtures have started.
+    places = {path: idx for idx, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (_stage(item), places[item.path], _is_last(item)))
 
 
 # --- Tests that could not run ------------------------------------------------------------------

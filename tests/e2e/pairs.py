@@ -109,12 +109,15 @@ class Pair:
         """The engine that answers; asked by itself it is the single engine to compare with."""
         return self.stack.engines["decode"]
 
-    @contextlib.contextmanager
-    def routed(self, relay: Mapping[str, Any], **handoff: Any) -> Iterator["Router"]:
-        """Start again what an earlier fault has ended, and route between the two."""
+    def mend(self) -> None:
+        """Start again what an earlier fault has ended."""
         for engine in (self.prefill, self.decode):
             if engine.process is not None and not engine.process.is_running():
                 engine.restart()
+
+    @contextlib.contextmanager
+    def routed(self, relay: Mapping[str, Any], **handoff: Any) -> Iterator["Router"]:
+        """A router between the two."""
         if self.transport == "nixl":
             _let_rest(self.prefill, self.decode)
         engines = [

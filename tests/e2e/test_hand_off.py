@@ -34,13 +34,20 @@ from tests.e2e.sixty import ask_sixty
 
 # The pair with NIXL is one more to start, on cores that NIXL polls on: not in every run.
 @pytest.fixture(scope="module", params=["pool", pytest.param("nixl", marks=pytest.mark.nightly)])
-def pair(
+def started(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
-    """Two engines, a core each, and a router that hands over between them."""
+    """Two engines, a core each, for all tests of this file."""
     transport: Transport = request.param
     with running_pair(transport, tmp_path_factory.mktemp(f"pair-{transport}")) as found:
         yield found
+
+
+@pytest.fixture
+def pair(started: Pair) -> Pair:
+    """Both engines run, whatever an earlier test has killed."""
+    started.mend()
+    return started
 
 
 @pytest.mark.timeout(600, func_only=True)
@@ -249,6 +256,7 @@ async def _freeze_everywhere(pair: Pair, router: Router) -> None:
     assert await with_all_thawed.ends()
 
 
+@pytest.mark.last
 @pytest.mark.timeout(600, func_only=True)
 def test_killed_engines_cost_their_own_requests_only(pair: Pair) -> None:
     """A dead prefill engine ends no stream, a dead decode engine leaves nothing behind."""

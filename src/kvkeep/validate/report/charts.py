@@ -6,14 +6,14 @@ in a light and a dark form. Every mark that stands for one thing says what in a 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from kvkeep.validate.report.marks import Element, mark, text_of
 
 WIDTH, HEIGHT = 380, 250
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 8, 40
 SERIES_MAX = 8
 """Colors that can be told apart; further series begin again."""
 LOG_RATIO = 30.0
@@ -21,6 +21,8 @@ LOG_RATIO = 30.0
 POINTS_MAX = 2000
 """Of a series; beyond it every n-th is drawn: the shape is the same and the page stays small."""
 TICKS_MAX = 7
+TIME_UNITS = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "\u00b5s", 1e6))
+"""From so many seconds on: the unit that a time is written in, and how many are in a second."""
 NAME_CHARS_MAX = 50
 """Of a lane or bar; its tooltips have the rest."""
 CELL, CELLS_PER_ROW = 7, 54
@@ -74,6 +76,12 @@ class Axis:
             share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 1)
 
+    def time_of(self, seconds: float) -> str:
+        """A tick's text: in the unit of the whole axis, or in its own on a logarithmic one."""
+        decisive = self.high if self.step else seconds
+        unit, per_second = next(row[1:] for row in TIME_UNITS if decisive >= row[0] * (1 - 1e-9))
+        return text_of(seconds * per_second, f" {unit}")
+
     def ticks(self) -> list[float]:
         """Values that are written beside it."""
         if not self.step:
@@ -82,6 +90,10 @@ class Axis:
             every = -(-(last - first) // TICKS_MAX) or 1
             return [10.0**power for power in range(first, last + 1, every)]
         return [self.step * number for number in range(round(self.high / self.step) + 1)]
+
+
+Written = tuple[Axis, Callable[[float], str]]
+"""An axis, and what is written at a tick of it."""
 
 
 def _step(high: float) -> float:
@@ -98,7 +110,7 @@ def distribution(label: str, series: Mapping[str, Sequence[float]]) -> Element:
     everything = [value for values in series.values() for value in values]
     x = Axis.over(everything, LEFT, WIDTH - RIGHT, may_log=True)
     y = Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP, 0.25)
-    picture = _frame(label, x, y, "seconds", shares=True)
+    picture = _frame(label, (x, x.time_of), (y, "{:.0%}".format), "time")
     for number, (name, values) in enumerate(series.items()):
         ordered = sorted(values)
         steps = [
@@ -120,7 +132,7 @@ def scatter(label: str, series: Mapping[str, Points], across: str) -> Element:
     dots = [dot for points in series.values() for dot in points]
     x = Axis.over([dot[0] for dot in dots], LEFT, WIDTH - RIGHT, may_log=True)
     y = Axis.over([dot[1] for dot in dots], HEIGHT - BOTTOM, TOP, may_log=True)
-    picture = _frame(label, x, y, across, shares=False)
+    picture = _frame(label, (x, text_of), (y, y.time_of), across)
     for number, (name, points) in enumerate(series.items()):
         for length, seconds in points[:: len(points) // POINTS_MAX + 1]:
             dot = mark(
@@ -204,20 +216,20 @@ def _picture(label: str, height: float) -> Element:
     return mark("svg", viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label, class_="plot")
 
 
-def _frame(label: str, x: Axis, y: Axis, across: str, *, shares: bool) -> Element:
+def _frame(label: str, x: Written, y: Written, across: str) -> Element:
     """A picture with both axes and their grid."""
     picture = _picture(label, HEIGHT)
-    for value in y.ticks():
-        place = y.at(value)
-        text = f"{value:.0%}" if shares else text_of(value, " s")
+    axis, written = y
+    for value in axis.ticks():
+        place = axis.at(value)
         picture.append(mark("line", x1=LEFT, x2=WIDTH - RIGHT, y1=place, y2=place, class_="grid"))
-        picture.append(mark("text", text, x=LEFT - 5, y=place + 4, class_="tick end"))
-    for value in x.ticks():
-        place = x.at(value)
+        picture.append(mark("text", written(value), x=LEFT - 5, y=place + 4, class_="tick end"))
+    axis, written = x
+    below = HEIGHT - BOTTOM + 15
+    for value in axis.ticks():
+        place = axis.at(value)
         picture.append(mark("line", x1=place, x2=place, y1=TOP, y2=HEIGHT - BOTTOM, class_="grid"))
-        picture.append(
-            mark("text", text_of(value), x=place, y=HEIGHT - BOTTOM + 15, class_="tick middle")
-        )
+        picture.append(mark("text", written(value), x=place, y=below, class_="tick middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
     picture.append(mark("text", across, x=middle, y=HEIGHT - 6, class_="tick middle"))
     return picture

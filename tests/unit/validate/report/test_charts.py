@@ -108,3 +108,21 @@ def test_ticks_are_round_and_few(high: float) -> None:
     assert 3 <= len(axis.ticks()) <= 8
     assert axis.ticks()[-1] == pytest.approx(axis.high)
     assert axis.high >= high
+
+
+@pytest.mark.parametrize("most", [10.0**power for power in range(-6, 4)])
+@pytest.mark.parametrize("part", [0.13, 0.3, 0.76, 1.0])
+def test_times_are_written_short(most: float, part: float) -> None:
+    """Engines that answer in microseconds or in hours: what is written fits beside its axis."""
+    axis = Axis.over([most * part], 0, 100, may_log=True)
+
+    assert {len(axis.time_of(tick).split()[0]) for tick in axis.ticks()} <= {1, 2, 3, 4, 5}
+    assert len({axis.time_of(tick) for tick in axis.ticks()}) == len(axis.ticks())
+
+
+def test_a_logarithmic_axis_has_units_of_its_ticks() -> None:
+    """From microseconds to seconds on one axis."""
+    axis = Axis.over([0.0002, 5.0], 0, 100, may_log=True)
+
+    told = [axis.time_of(tick) for tick in axis.ticks()]
+    assert told == ["100 \u00b5s", "1 ms", "10 ms", "100 ms", "1 s", "10 s"]
