@@ -12,7 +12,7 @@ import pytest
 from kvkeep.stack.supervisor import Stack
 from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
 from kvkeep.tiers.shared_memory import PoolView
-from kvkeep.validate.arms import ArmsReport, compare_arms, standard_arms
+from kvkeep.validate.arms import ArmsReport, Means, compare_arms, standard_arms
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint, Sampling
 from kvkeep.validate.prompts import documents
@@ -39,9 +39,8 @@ async def _compare(stack: Stack, names: list[str]) -> ArmsReport:
         async def restart() -> None:
             await asyncio.to_thread(stack.engines["a"].restart)
 
-        arms = standard_arms(
-            names, a, run_id=secrets.token_hex(4), daemon=daemon, other=b, restart=restart
-        )
+        means = Means(a, daemon, b, restart=restart)
+        arms = standard_arms(names, means, run_id=secrets.token_hex(4))
         return await compare_arms(arms, prompts, SAMPLING, block_tokens=BLOCK_TOKENS, exact=True)
 
 

@@ -13,7 +13,7 @@ from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_kv import FakeStore, Faults
 from kvkeep.testing.fake_transport import fake_transport
 from kvkeep.validate import load, runner
-from kvkeep.validate.arms import compare_arms, standard_arms
+from kvkeep.validate.arms import Means, compare_arms, standard_arms
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint, Sampling
 from kvkeep.validate.prompts import documents, load_words
@@ -59,7 +59,8 @@ async def _written() -> dict[str, Any]:
         settings = CheckSettings(max_iterations=10)
         plan = make_plan(settings, load_words(), 60)
         suite = Determinism(subject, settings, plan, Sampling(8), exact=False, run_id="r")
-        arms = standard_arms(["cold", "cached", "reset"], endpoint, run_id="s", daemon=endpoint)
+        means = Means(endpoint, endpoint)
+        arms = standard_arms(["cold", "cached", "reset"], means, run_id="s")
         prompts = [document.prompt() for document in documents(6, 80)]
         compared = await compare_arms(arms, prompts, Sampling(4), block_tokens=16, exact=True)
         runs = [(await suite.run()).to_dict(), compared.to_dict()]

@@ -1,4 +1,4 @@
-"""What several commands share: a session with a daemon, and its answers piece by piece."""
+"""What several commands share: a session with a daemon, and what it says of itself."""
 
 import contextlib
 import json
@@ -8,15 +8,12 @@ from typing import Any
 
 from kvkeep.client.connection import Connection
 from kvkeep.daemon.settings import load_settings
-from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.protocol import messages as m
 from kvkeep.protocol.versions import VERSION
 
 GREETING_S = 5.0
 """A daemon greets within milliseconds or is frozen."""
-PATIENCE_S = 120.0
-"""For the next piece of an answer: a far store may take long to list its names."""
 
 
 @contextlib.contextmanager
@@ -59,28 +56,3 @@ def ask_status(connection: Connection) -> dict[str, Any]:
     request = m.GetStatus(connection.next_request_id())
     found: dict[str, Any] = json.loads(connection.call(request, m.Status, GREETING_S).text)
     return found
-
-
-def told(connection: Connection, request: m.Message) -> Iterator[dict[str, Any]]:
-    """Every piece of the answer to a question about tiers or misses, as it comes.
-
-    Raises:
-        UnavailableError: The daemon could not do it, in its words, or does not answer.
-    """
-    connection.send(request)
-    request_id = getattr(request, "request_id")  # noqa: B009 - requests have it, Message has not
-    clock = SystemClock()
-    deadline_s = clock.now_s() + PATIENCE_S
-    while (left_s := deadline_s - clock.now_s()) > 0:
-        for answer in connection.receive(left_s):
-            if not isinstance(answer, m.Told) or answer.request_id != request_id:
-                continue
-            deadline_s = clock.now_s() + PATIENCE_S
-            part = json.loads(answer.text)
-            if "error" in part:
-                raise UnavailableError(str(part["error"]))
-            if not part.get("is_done"):
-                yield part
-            if answer.is_last:
-                return
-    raise UnavailableError(f"no answer within {PATIENCE_S:.0f} s: see the daemon's log")

@@ -9,9 +9,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from kvkeep.cli.asking import ask_status, asked_daemon, checked_text, told
+from kvkeep.cli.asking import ask_status, asked_daemon, checked_text
 from kvkeep.cli.status import readable_bytes
 from kvkeep.client.connection import Connection
+from kvkeep.client.told import told
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.ids import HASH_BYTES
 from kvkeep.protocol import messages as m

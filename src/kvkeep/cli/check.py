@@ -156,6 +156,12 @@ def _own_options(name: str) -> list[click.Parameter]:
             click.Option([f"--{form}", f"{form}_path"], type=click.Path(path_type=Path), help=text)
             for form, text in REPORTS.items()
         ),
+        click.Option(
+            ["--bisect/--no-bisect"],
+            default=True,
+            show_default=True,
+            help="Ask what came out wrong again, to find the first wrong way to its KV.",
+        ),
         click.Option(["--resume"], is_flag=True, help="Leave out what the report file has."),
         click.Option(["--quiet"], is_flag=True, help="Show neither progress nor tables."),
     ]
@@ -282,6 +288,7 @@ def _make_job(
         **{f"{form}_path": given[f"{form}_path"] for form in REPORTS},
         results=results_folder(settings) if writes else None,
         resume=given["resume"],
+        bisects=given["bisect"],
     )
 
 

@@ -24,6 +24,7 @@ from kvkeep.validate.self_test.lower_tiers import TierScore, score_tiers
 from kvkeep.validate.self_test.outcome import SelfTest
 from kvkeep.validate.self_test.score import FaultScore, StandScore, Told, score
 from kvkeep.validate.self_test.simulated import SimulatedStand
+from kvkeep.validate.statistics import CONFIDENCE
 
 EXIT_FAILED = 1
 EXIT_INPUT = 2
@@ -47,7 +48,7 @@ ALARMS_SHOWN_MAX = 5
 )  # fmt: skip
 @click.option(
     "--pairs", type=click.IntRange(1, 100_000), default=500, show_default=True,
-    help="Requests on the stack that are asked twice without a fault.",
+    help="Prompts on the stack that are asked twice without a fault, held out from all others.",
 )  # fmt: skip
 @click.option("--seed", default=42, show_default=True, help="Seed of prompts and bits.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="File to write it to.")
@@ -148,11 +149,20 @@ def _show(found: SelfTest, console: Console) -> None:
         console.print(_table(stand))
         if not stand.exact:
             console.print("Not judged to the bit: what was caught is a rate, and none is demanded.")
-        console.print(f"{stand.pairs} pairs without a fault: {stand.false_alarms} false alarms")
+        console.print(sentence_of_alarms(stand), highlight=False, soft_wrap=True)
         for alarm in stand.alarms[:ALARMS_SHOWN_MAX]:
             console.print(f"  [red]{escape(alarm)}[/]")
     console.print(_tiers(found.tiers))
     console.print("[bold green]passed[/]" if found.passed else "[bold red]failed[/]")
+
+
+def sentence_of_alarms(stand: StandScore) -> str:
+    """How often it cried wolf, and how often it would at most."""
+    floor = f", {stand.floor_prompts} others set the noise floor" if stand.floor_prompts else ""
+    return (
+        f"{stand.pairs} pairs without a fault{floor}: {stand.false_alarms} false alarms; with "
+        f"{CONFIDENCE:.0%} confidence at most {stand.false_alarm_rate_max:.2%} of pairs"
+    )
 
 
 def _table(stand: StandScore) -> Table:

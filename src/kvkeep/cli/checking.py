@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from kvkeep.validate.arms import ArmsReport, Before, compare_arms, standard_arms
+from kvkeep.validate.arms.closer import look_closer, means_of
 from kvkeep.validate.load import Sampling
 from kvkeep.validate.prompts import documents, fetch_words, load_words
 from kvkeep.validate.report.form import FORM
@@ -49,6 +50,8 @@ class Job:
     results: Path | None = None
     resume: bool = False
     """Leave out suites that the report file has already."""
+    bisects: bool = True
+    """Ask what came out wrong again, in every arm."""
 
 
 @dataclass(slots=True)
@@ -77,16 +80,25 @@ class _Progress:
 
 @contextmanager
 def terminated_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that what was started is stopped."""
+    """Let the first signal unwind like Ctrl-C, so that what was started is stopped.
+
+    Later ones are not heard: they would break the stopping off half-way.
+    """
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What is not to be heard, as SIGHUP under nohup, stays so.
+    numbers = [number for number in heard if signal.getsignal(number) is not signal.SIG_IGN]
 
     def interrupt(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_job(
@@ -216,6 +228,8 @@ async def _run(
             progress.begin(suite.name if len(left) > 1 else "")
             began_s = time.perf_counter()
             reports = await run_suite(suite, context)
+            if job.bisects:
+                await look_closer(reports, context, restart)
             took_s = time.perf_counter() - began_s
             spent_s, planned_s = spent_s + took_s, planned_s + suite.small_s
             note(reports, took_s)
@@ -229,14 +243,7 @@ async def _run_arms(job: Job, context: Context, restart: Before | None) -> list[
     made = documents(job.num_prompts, word_count, settings.seed, words=context.words)
     reports = []
     for max_tokens in settings.max_tokens:
-        arms = standard_arms(
-            job.arms,
-            subject.engine,
-            run_id=context.new_run_id(),
-            daemon=subject.daemon,
-            other=subject.other,
-            restart=restart,
-        )
+        arms = standard_arms(job.arms, means_of(context, restart), run_id=context.new_run_id())
         reports.append(
             await compare_arms(
                 arms,

@@ -14,9 +14,10 @@ from typing import Any
 import click
 import httpx
 
-from kvkeep.cli.asking import asked_daemon, checked_text, told
+from kvkeep.cli.asking import asked_daemon, checked_text
 from kvkeep.cli.cache import parse_namespace
 from kvkeep.client.connection import Connection
+from kvkeep.client.told import told
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.model.hashing import BlockHasher
 from kvkeep.model.ids import Namespace

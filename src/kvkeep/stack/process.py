@@ -101,7 +101,7 @@ class StackProcess:
             undone.enter_context(mine)
             self._log_start = log.tell()
             self._reaper = subprocess.Popen(
-                _reaper_command(theirs.fileno(), self._stop_grace_s, command),
+                reaper_command(theirs.fileno(), self._stop_grace_s, command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -202,7 +202,15 @@ class StackProcess:
         return f"{telling_line(self.new_output().decode(errors='replace'))} (log: {self.log})"
 
 
-def _reaper_command(channel: int, grace_s: float, command: Sequence[str]) -> list[str]:
+def reaper_command(channel: int, grace_s: float, command: Sequence[str]) -> list[str]:
+    """A command under a reaper, which ends it with all it started when its owner ends.
+
+    Args:
+        channel: Descriptor of a socket; it is told there what was started, or why nothing was, and
+            takes its closing for the owner's end.
+        grace_s: Time that the command has after SIGTERM.
+        command: Program and arguments.
+    """
     # Isolated and without site: it needs the standard library only, and starts in half the time.
     program = str(Path(__file__).parent / "programs" / "reaper.py")
     return [sys.executable, "-I", "-S", program, str(channel), str(grace_s), *command]

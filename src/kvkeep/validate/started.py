@@ -6,7 +6,7 @@ Blocking; what was started is stopped when the ``with`` block ends, however it e
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kvkeep.stack.progress import Progress
 from kvkeep.stack.record import StackRecord, read_record
 from kvkeep.stack.spec import EngineSpec, StackSpec
 from kvkeep.stack.supervisor import Stack
+from kvkeep.validate.arms.lower_tiers import TierPlaces
 from kvkeep.validate.settings import (
     DOCUMENTS,
     ENVIRONMENT,
@@ -192,11 +193,12 @@ def started(
     kept = with_router or any(engine.role != "serve" for engine in spec.engines)
     spec = _all_running(spec) if kept else _without_router(spec)
     stack = Stack(spec, progress=Progress(quiet=quiet))
+    # Nothing may come between the start and what stops it again.
     try:
-        stack.start()
-    except UnavailableError as error:
-        raise InputError(str(error)) from error
-    try:
+        try:
+            stack.start()
+        except UnavailableError as error:
+            raise InputError(str(error)) from error
         yield _started(spec, stack)
     finally:
         stack.stop()
@@ -225,8 +227,18 @@ def _started(spec: StackSpec, stack: Stack) -> Started:
         return {log.stem: _last_lines(log) for log in sorted(stack.folder.glob("logs/*.log"))}
 
     router = (stack.router.url, stack.router.admin_url) if stack.has_router else None
-    addresses = _addresses(spec, urls, metrics_url, router)
+    addresses = replace(
+        _addresses(spec, urls, metrics_url, router),
+        tiers=_tier_places(stack.spec, stack.daemon.socket) if stack.has_daemon else None,
+    )
     return Started(addresses, restart if engine.process is not None else None, last_lines)
+
+
+def _tier_places(spec: StackSpec, socket: str) -> TierPlaces:
+    """The tiers of a stack's own daemon by where they keep their blocks."""
+    tiers = spec.daemon_settings().named_tiers
+    disks = tuple(tier.name for tier in tiers if tier.kind == "disk")
+    return TierPlaces(socket, disks, tuple(t.name for t in tiers if t.name not in disks))
 
 
 def _last_lines(log: Path) -> list[str]:

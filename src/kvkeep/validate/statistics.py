@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 SIGNIFICANCE = 0.05
+CONFIDENCE = 0.95
+HALVINGS = 60
+"""Of the interval that holds a bound: more than a float can tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,49 @@ def compare_pairs(reference: Sequence[bool], candidate: Sequence[bool]) -> Paire
         pairs.count((True, False)),
         pairs.count((False, True)),
         pairs.count((False, False)),
+    )
+
+
+def rate_max(num_seen: int, num_tried: int, confidence: float = CONFIDENCE) -> float:
+    """The largest rate with which so few would be seen (Clopper and Pearson 1934, one-sided).
+
+    Exact for independent tries; where none was seen it is about 3 / ``num_tried``, the rule of
+    three.
+
+    Args:
+        num_seen: How often it happened.
+        num_tried: How often it could have.
+        confidence: How sure the bound is, 0 to 1.
+
+    Returns:
+        A rate, 0 to 1; 1.0 where nothing was tried or everything was seen.
+    """
+    if num_seen >= num_tried:
+        return 1.0
+    low, high = num_seen / num_tried, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if _at_most(num_seen, num_tried, middle) > 1 - confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _at_most(num_seen: int, num_tried: int, rate: float) -> float:
+    """How likely no more than so many of all happen at this rate: the binomial's lower tail."""
+    if rate <= 0.0 or rate >= 1.0:
+        return 1.0 if rate <= 0.0 else 0.0
+    logs = math.lgamma(num_tried + 1), math.log(rate), math.log1p(-rate)
+    return math.fsum(
+        math.exp(
+            logs[0]
+            - math.lgamma(i + 1)
+            - math.lgamma(num_tried - i + 1)
+            + i * logs[1]
+            + (num_tried - i) * logs[2]
+        )
+        for i in range(num_seen + 1)
     )
 
 

@@ -9,6 +9,7 @@ import httpx
 
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.transfer.int8_form import Int8Form
+from kvkeep.validate.arms.lower_tiers import LowerTiers, TierPlaces
 from kvkeep.validate.capability import Capabilities, probe
 from kvkeep.validate.load import Endpoint
 
@@ -41,6 +42,8 @@ class Addresses:
     """Engines that only decode, behind the router."""
     sequences: tuple[str, ...] = ()
     """Listeners for named sequences' K/V."""
+    tiers: TierPlaces | None = None
+    """Tiers that the check may empty, because the stack is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Subject:
     prefill: tuple[Endpoint, ...] = ()
     decode: tuple[Endpoint, ...] = ()
     sequence_urls: tuple[str, ...] = ()
+    tiers: LowerTiers | None = None
 
 
 @asynccontextmanager
@@ -121,6 +125,7 @@ async def open_subject(
             await connect_all(addresses.prefill, "prefill engine"),
             await connect_all(addresses.decode, "decode engine"),
             sequences,
+            LowerTiers(addresses.tiers, daemon) if addresses.tiers and daemon else None,
         )
 
 

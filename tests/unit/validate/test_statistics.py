@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvkeep.validate.statistics import compare_pairs, quantile
+from kvkeep.validate.statistics import compare_pairs, quantile, rate_max
 
 
 def test_equal_averages_may_hide_a_difference() -> None:
@@ -48,3 +48,18 @@ def test_quantiles_lie_between_neighbors() -> None:
     assert quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
     assert quantile([1.0, 2.0], 1.0) == 2.0
     assert quantile([], 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("seen", "tried", "bound"),
+    [(0, 500, 0.00597), (0, 1, 0.95), (2, 10, 0.5069), (1, 500, 0.00945), (3, 3, 1.0)],
+)
+def test_a_rate_is_bounded_as_tables_have_it(seen: int, tried: int, bound: float) -> None:
+    """Clopper and Pearson's upper limits; with none seen of 500 it is the rule of three."""
+    assert rate_max(seen, tried) == pytest.approx(bound, rel=1e-3)
+
+
+def test_nothing_tried_bounds_nothing() -> None:
+    """Without a single pair any rate may be."""
+    assert rate_max(0, 0) == 1.0
+    assert rate_max(0, 500) == pytest.approx(3 / 500, rel=0.01)

@@ -158,6 +158,40 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True):
     """Judged ones; the first arm is what others are judged against."""
 
 
+class Tally(msgspec.Struct, frozen=True, kw_only=True):
+    """How a suspicious prompt fared in one arm."""
+
+    arm: str
+    """Such as `disk`."""
+    blocks: str = ""
+    """Which blocks it was about: `none`, `of the run`, `stored anew`."""
+    asked: int = 0
+    """Times that it was asked."""
+    differed: int = 0
+    """Times that the answer was wrong."""
+    unproven: int = 0
+    """Times that it failed, or that its KV did not come from where the arm says."""
+
+
+class Suspect(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt with a wrong answer, asked again in every arm."""
+
+    prompt_id: str
+    """As requests name it."""
+    phase: str = ""
+    """Where the wrong answer was found."""
+    verdict: str = ""
+    """On that answer."""
+    first: str | None = None
+    """The nearest arm that is wrong; null if none is."""
+    sentence: str = ""
+    """What was found, in one sentence."""
+    tallies: list[Tally] = []
+    """In the order of asking."""
+    broken_off: str | None = None
+    """Why arms are missing."""
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One suite, run once."""
 
@@ -211,6 +245,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Verdicts against computed answers; for information unless exact."""
     requests: list[Request] = []
     """One for each judged answer."""
+    suspects: list[Suspect] = []
+    """Wrong answers that were looked into."""
     arms: list[Arm] = []
     """In a run of arms: everything by arm."""
 

@@ -92,6 +92,7 @@ def _run_parts(run: Run) -> Iterator[Element]:
         yield _checks(run.all_checks)
     yield from _named("Measured", "number", run.numbers)
     yield from _failed(run)
+    yield from _suspects(run)
     yield from _all_requests(run)
     yield from _named("Settings", "setting", {**run.sampling, **run.settings, **run.sizes})
 
@@ -248,6 +249,24 @@ def _evidence(request: Request) -> Iterator[Element]:
     for name, answer in (("reference", request.reference), ("answer", request.candidate)):
         said = answer.text[:TEXT_CHARS_MAX] if answer.error is None else answer.error
         yield mark("pre", f"{name}: {said}")
+
+
+def _suspects(run: Run) -> Iterator[Element]:
+    """What was asked again in every arm, and where it is first wrong."""
+    if not run.suspects:
+        return
+    parts: list[Child] = [mark("summary", f"Asked again ({len(run.suspects)})")]
+    for suspect in run.suspects:
+        parts.append(mark("p", f"{suspect.prompt_id} ({suspect.phase}). {suspect.sentence}"))
+        rows = [
+            [each.arm, each.blocks, str(each.asked), str(each.differed), str(each.unproven)]
+            for each in suspect.tallies
+        ]
+        heads = ("arm", "blocks", "asked", "wrong", "not proven")
+        parts.append(_table(heads, rows, numbers_from=2))
+    details = mark("details", *parts)
+    details.set("open", "open")
+    yield details
 
 
 def _all_requests(run: Run) -> Iterator[Element]:

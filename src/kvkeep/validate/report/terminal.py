@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvkeep.validate.arms import ArmsReport
+from kvkeep.validate.arms import ArmsReport, Blocks, Suspect
 from kvkeep.validate.runner import Check, Judged, Phase
 from kvkeep.validate.suite.base import NotApplicable, SuiteReport
 from kvkeep.validate.verdict import PASSING, Verdict
@@ -39,6 +39,8 @@ def show_suite(report: SuiteReport, console: Console) -> None:
         console.print(f"  {escape(name)}: {_number(value)}", highlight=False)
     if report.judges_answers:
         _show_verdicts(report.judged, console)
+    for suspect in report.suspects:
+        _show_suspect(suspect, console)
     if not report.exact and report.cold_agreement:
         console.print(f"Against computed answers, for information: {_tally(report.cold_agreement)}")
     for name, path in report.files.items():
@@ -131,3 +133,14 @@ def _show_evidence(item: Judged, console: Console) -> None:
         )
     for name, answer in (("reference", item.reference), ("answer", item.candidate)):
         console.print(f"  {name}: {escape(repr(answer.text[:TEXT_CHARS_MAX]))}")
+
+
+def _show_suspect(suspect: Suspect, console: Console) -> None:
+    """Where a wrong answer first goes wrong, and how often it does where."""
+    console.print(f"[bold]{escape(suspect.prompt_id)}[/] asked again. {escape(suspect.sentence)}")
+    told = [
+        f"{tally.arm}{' (blocks of the run)' * (tally.blocks is Blocks.OF_THE_RUN)} "
+        f"{tally.differed} of {tally.asked - tally.unproven}"
+        for tally in suspect.tallies
+    ]
+    console.print(f"  wrong: {', '.join(told)}", highlight=False)

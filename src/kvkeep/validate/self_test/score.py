@@ -1,8 +1,9 @@
 """Plants every kind of fault, asks again, and counts what was refused and what was caught.
 
 Two scores. *Store*: faults below verification, which has to refuse each of them, so that every
-answer stays right. *Suites*: faults behind verification, which only the answers can show. Between
-them nothing is planted for as many requests as asked: a verdict that fails there is a false alarm.
+answer stays right. *Suites*: faults behind verification, which only the answers can show. At last
+nothing is planted: prompts that no fault struck and no noise floor was measured on are asked twice,
+and a verdict that fails there is a false alarm.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from kvkeep.validate.self_test.faults import (
     spoiled,
 )
 from kvkeep.validate.self_test.planting import PlantedPool
+from kvkeep.validate.statistics import CONFIDENCE, rate_max
 from kvkeep.validate.verdict import PASSING, Judgement
 
 REFILLS_MAX = 3
@@ -73,6 +75,19 @@ class Stand(Protocol):
         """Ask all prompts, which load what the pool has."""
         ...
 
+    @property
+    def num_floor_prompts(self) -> int:
+        """Prompts that the noise floor was measured on; 0 where there is none."""
+        ...
+
+    async def ask_held_out(self, num: int) -> Replay:
+        """Ask up to ``num`` prompts twice that are none of the others, and judge the second answer.
+
+        No prompt is asked in two calls, as long as there are others. It may push blocks of the
+        other prompts out of the pool.
+        """
+        ...
+
 
 @dataclass(slots=True)
 class FaultScore:
@@ -102,11 +117,20 @@ class StandScore:
     store: list[FaultScore] = field(default_factory=list)
     suites: list[FaultScore] = field(default_factory=list)
     pairs: int = 0
-    """Requests that were asked twice without a fault."""
+    """Prompts that were asked twice without a fault."""
+    pairs_not_loaded: int = 0
+    """Of those, in a replay that did not load everything, which proves nothing."""
+    floor_prompts: int = 0
+    """Other prompts, on which the noise floor was measured."""
     false_alarms: int = 0
     """Of those, and of prompts beside planted ones, verdicts that did not pass."""
     alarms: list[str] = field(default_factory=list)
     """What was said about each false alarm."""
+
+    @property
+    def false_alarm_rate_max(self) -> float:
+        """With 95 % confidence false alarms are no more frequent than this, of 1."""
+        return rate_max(self.false_alarms, self.pairs, CONFIDENCE)
 
     @property
     def passed(self) -> bool:
@@ -122,6 +146,7 @@ class StandScore:
         return (
             is_shown
             and not self.false_alarms
+            and not self.pairs_not_loaded
             and all(each.caught == each.planted for each in self.store)
             and any(each.planted for each in self.store)
             and any(each.planted for each in self.suites)
@@ -130,7 +155,8 @@ class StandScore:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, documented in docs/check-report.md."""
-        return {**asdict(self), "passed": self.passed}
+        bound = {"false_alarm_rate_max": self.false_alarm_rate_max}
+        return {**asdict(self), **bound, "passed": self.passed}
 
 
 async def score(
@@ -141,7 +167,7 @@ async def score(
     Args:
         stand: Filled: every prompt was asked once, and its blocks are stored.
         rounds: Replays for each kind of fault on each side.
-        pairs: Requests at least that are asked again without a fault.
+        pairs: Prompts that are asked twice without a fault, in the end.
         seed: Decides bits.
         told: How far it is.
 
@@ -149,11 +175,7 @@ async def score(
         UnavailableError: What was refused is not stored again, or the stand does not answer.
     """
     found, chance = StandScore(stand.name, stand.is_exact), Random(seed)
-    while found.pairs < pairs:
-        await stand.settle()
-        _count_alarms(found, await stand.ask_again(), "no fault", struck=frozenset())
-        found.pairs += len(stand.prompts)
-        told("no fault", min(found.pairs, pairs), pairs)
+    found.floor_prompts = stand.num_floor_prompts
     turn = 0
     for is_sealed, scores in ((False, found.store), (True, found.suites)):
         side = "behind verification" if is_sealed else "below verification"
@@ -163,6 +185,12 @@ async def score(
                 await _strike(stand, scores[-1], found, chance, (turn, is_sealed))
                 turn += 1
             told(side, number + 1, len(PlantedFault))
+    while found.pairs < pairs:
+        replay = await stand.ask_held_out(pairs - found.pairs)
+        _count_alarms(found, replay, f"pairs from {found.pairs + 1} on", struck=frozenset())
+        found.pairs += len(replay.judgements)
+        found.pairs_not_loaded += 0 if replay.is_whole else len(replay.judgements)
+        told("no fault", found.pairs, pairs)
     return found
 
 

@@ -28,6 +28,7 @@ from kvkeep.validate.verdict import judge
 
 POOL_BYTES = 4 << 20
 BLOCKS_PER_PROMPT = 5
+HELD_OUT_AT_ONCE = 40
 
 
 class SimulatedStand:
@@ -35,6 +36,7 @@ class SimulatedStand:
 
     name = "simulated"
     is_exact = True
+    num_floor_prompts = 0
 
     def __init__(self, file: PoolFile, num_prompts: int, seed: int) -> None:
         self._file = file
@@ -45,8 +47,9 @@ class SimulatedStand:
         self._model = SmallModel()
         chance = Random(seed)
         self._tokens = [_random_tokens(chance) for _ in range(num_prompts)]
+        self._held_out = Random(~seed)
         tenants = [derive_namespace(LAYOUT, {}, name) for name in ("a", "b")]
-        others = _random_tokens(chance)
+        self._tenant, others = tenants[0], _random_tokens(chance)
         self.prompts = [_keys(tenants[0], tokens) for tokens in self._tokens]
         self.foreign = _keys(tenants[1], others)
         self._slots: dict[BlockKey, int] = {}
@@ -56,16 +59,16 @@ class SimulatedStand:
     @staticmethod
     @contextlib.contextmanager
     def opened(num_prompts: int, seed: int) -> Iterator["SimulatedStand"]:
-        """A stand in a folder of its own, which is removed at the end."""
+        """A stand on a pool file that has no name: nothing of it is left, however this ends."""
         with tempfile.TemporaryDirectory(prefix="kvkeep-self-test-") as folder:
             file = PoolFile.open(Path(folder) / "pool", POOL_BYTES)
-            stand = SimulatedStand(file, num_prompts, seed)
-            try:
-                yield stand
-            finally:
-                # Windows keep the mapping open.
-                del stand._view, stand._pool
-                file.close()
+        stand = SimulatedStand(file, num_prompts, seed)
+        try:
+            yield stand
+        finally:
+            # Windows keep the mapping open.
+            del stand._view, stand._pool
+            file.close()
 
     async def settle(self) -> PlantedPool:
         """Nothing is moved between two calls, and the model keeps nothing."""
@@ -88,6 +91,22 @@ class SimulatedStand:
             answer = self._model.answer(tokens, blocks)
             judgements.append(judge(self._computed[idx], answer, exact=True))
         return Replay(tuple(judgements), num_refused, is_whole=True)
+
+    async def ask_held_out(self, num: int) -> Replay:
+        """Prompts that were made for this alone."""
+        judgements, is_whole = [], True
+        for _ in range(min(num, HELD_OUT_AT_ONCE)):
+            tokens = _random_tokens(self._held_out)
+            computed, keys = self._model.compute(tokens), _keys(self._tenant, tokens)
+            self._store(keys, computed)
+            loaded = [block for block in self._load(keys) if block is not None]
+            is_whole &= len(loaded) == len(computed)
+            answers = [self._model.answer(tokens, blocks) for blocks in (computed, loaded)]
+            judgements.append(judge(*answers, exact=True))
+            # Their slots, the last ones, are the next prompt's.
+            for key in keys:
+                del self._slots[key]
+        return Replay(tuple(judgements), 0, is_whole)
 
     def _compute(self, idx: int) -> Answer:
         blocks = self._model.compute(self._tokens[idx])

@@ -28,6 +28,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvkeep.validate.arms.bisection import Suspect
 from kvkeep.validate.load import ResetReport, Sampling
 from kvkeep.validate.runner import (
     Check,
@@ -97,6 +98,8 @@ class SuiteReport:
     """Where prompts came from."""
     files: dict[str, str] = field(default_factory=dict)
     """Result files that were written, by name."""
+    suspects: list[Suspect] = field(default_factory=list)
+    """Wrong answers that were looked into."""
     judges_answers: bool = True
     """False for suites that prove something without answers of a model."""
 
@@ -152,6 +155,7 @@ class SuiteReport:
             "counts": count_verdicts(self.judged),
             "cold_agreement": self.cold_agreement,
             "requests": [item.to_dict() for item in self.judged],
+            "suspects": [suspect.to_dict() for suspect in self.suspects],
         }
 
 

@@ -1,14 +1,20 @@
-"""Programs that suites run: in a child process that ends with the suite, its output kept."""
+"""Programs that suites run: in a child process that ends with the suite, its output kept.
+
+Between the two is a reaper, so that nothing of a program outlives a check that was killed.
+"""
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvkeep.stack.process import REAPER_SPARE_S, reaper_command
 from kvkeep.validate.settings import CheckSettings
 
 STOP_GRACE_S = 10.0
@@ -49,33 +55,43 @@ async def run_program(
     Returns:
         What it did; code 124 if its time was up, 127 if it can't be started.
     """
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,
-        )
-    except OSError as error:
-        return Ran(127, [f"{command[0]} can't be started: {error.strerror}"])
-    try:
-        async with asyncio.timeout(timeout_s):
-            said, _ = await process.communicate()
-    except TimeoutError:
-        return Ran(124, [f"{command[0]} was ended after {timeout_s:.0f} s"])
-    finally:
-        await _end(process)
-    return Ran(process.returncode or 0, said.decode("utf-8", "replace").splitlines())
+    mine, theirs = socket.socketpair()
+    with mine:
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *reaper_command(theirs.fileno(), STOP_GRACE_S, command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        try:
+            async with asyncio.timeout(timeout_s):
+                said, _ = await process.communicate()
+        except TimeoutError:
+            return Ran(124, [f"{command[0]} was ended after {timeout_s:.0f} s"])
+        finally:
+            await _end(process)
+        lines = [*said.decode("utf-8", "replace").splitlines(), *_why_not_started(mine)]
+    return Ran(process.returncode or 0, lines)
+
+
+def _why_not_started(channel: socket.socket) -> list[str]:
+    """What the reaper said instead of a pid, once it has ended; nothing if the program ran."""
+    with channel.makefile("rb") as told:
+        line = told.readline()
+    said = json.loads(line) if line else {"error": "its reaper ended at once"}
+    return [said["error"]] if "error" in said else []
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a program and all that it started."""
+    """End a program and all that it started: its reaper does it, and has the time for it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            process.send_signal(number)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+            await asyncio.wait_for(process.wait(), STOP_GRACE_S + REAPER_SPARE_S)

@@ -55,6 +55,10 @@ def hostile_report(text: str) -> dict[str, Any]:
         "schema": text, "suite": text, "outcome": text, "passed": False, "mode": text,
         "run_id": text, "sampling": {"max_tokens": text}, "settings": {text: text},
         "subject": {"url": text, "capabilities": {"model": text, "block_tokens": text}},
+        "suspects": [
+            {"prompt_id": text, "phase": text, "sentence": text,
+             "tallies": [{"arm": text, "blocks": text, "asked": 3, "differed": 2}]},
+        ],
         "phases": [
             {"name": text, "counters": {"engine": {"vllm:prefix_cache_queries": 5.0}}},
         ],
@@ -97,6 +101,7 @@ async def test_the_page_shows_every_part(written: Written) -> None:
     for heading in (
         "Time to the first token",
         "Time to the last byte",
+        "Asked again",
         "First token by prompt length",
         "Served share by tier",
         "Verdicts in the order of asking",

@@ -9,14 +9,16 @@ from rich.console import Console
 
 from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_kv import FakeStore, Faults
-from kvkeep.validate.arms import compare_arms, standard_arms
+from kvkeep.validate.arms import Blocks, Means, Suspect, Tally, compare_arms, standard_arms
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint, Sampling
 from kvkeep.validate.prompts import documents, load_words
 from kvkeep.validate.report.terminal import show_arms, show_suite
 from kvkeep.validate.settings import CheckSettings
 from kvkeep.validate.subject import Subject
+from kvkeep.validate.suite.base import SuiteReport
 from kvkeep.validate.suites.determinism import Determinism, make_plan
+from kvkeep.validate.verdict import Verdict
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -82,7 +84,7 @@ async def test_markup_in_an_answer_is_shown_as_it_is(connect: Connect, store: Fa
 
 async def test_arms_are_shown(connect: Connect, store: FakeStore) -> None:
     """A comparison shows its arms, where their KV came from, and the outcome."""
-    arms = standard_arms(["cold", "reset"], connect(FakeEngine(store=store)), run_id="r")
+    arms = standard_arms(["cold", "reset"], Means(connect(FakeEngine(store=store))), run_id="r")
     prompts = [document.prompt() for document in documents(2, 60)]
     report = await compare_arms(arms, prompts, Sampling(4), block_tokens=16, exact=True)
     screen, text = console()
@@ -91,3 +93,18 @@ async def test_arms_are_shown(connect: Connect, store: FakeStore) -> None:
 
     assert "arm reset" in text.getvalue()
     assert text.getvalue().rstrip().endswith("passed")
+
+
+async def test_what_was_looked_into_is_shown(connect: Connect, store: FakeStore) -> None:
+    """Where an answer is first wrong, and how often in which arm."""
+    engine = connect(FakeEngine(store=store))
+    subject = Subject(engine, await probe(engine), engine)
+    report = SuiteReport("s", "m", "r", True, Sampling(8), CheckSettings(), subject)
+    tallies = [Tally("reset", Blocks.OF_THE_RUN, 3, 0), Tally("disk", Blocks.ANEW, 3, 2, 1)]
+    report.suspects = [Suspect("document-7", "phase 2", Verdict.CORRUPTION, tallies)]
+    screen, text = console()
+
+    show_suite(report, screen)
+
+    assert "document-7 asked again. It is first wrong from a disk, 2 of 3 times" in text.getvalue()
+    assert "reset (blocks of the run) 0 of 3, disk 2 of 2" in text.getvalue()

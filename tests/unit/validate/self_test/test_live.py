@@ -1,6 +1,5 @@
 """A stack for faults is nobody else's, and nothing of it is left."""
 
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -8,8 +7,9 @@ from typing import Any, ClassVar
 import pytest
 
 from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.stack.record import FolderLock
 from kvkeep.validate.self_test import live
-from kvkeep.validate.self_test.live import own_spec, spec_of, started_for_faults
+from kvkeep.validate.self_test.live import PromptSets, own_spec, spec_of, started_for_faults
 
 STACK = """\
 name: mine
@@ -36,6 +36,7 @@ class FakeStack:
         FakeStack.made.append(self)
 
     def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log").write_text("why")
         if self.fails is not None:
             raise self.fails
@@ -50,8 +51,22 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeStack]:
     """No real stack is started, and folders are the test's."""
     monkeypatch.setattr(live, "Stack", FakeStack)
     monkeypatch.setattr(FakeStack, "made", [])
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     return FakeStack
+
+
+def files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+def test_no_prompt_serves_two_purposes() -> None:
+    """What is struck, what sets the noise floor and what is held out have no prompt in common."""
+    sets = PromptSets.made(20, seed=42)
+
+    parts = [sets.struck, sets.foreign, sets.floor, sets.held_out]
+    texts = [{prompt.text for prompt in part} for part in parts]
+    assert [len(part) for part in texts] == [20, 1, 8, 1000]
+    assert len(set.union(*texts)) == 1029
 
 
 def test_an_own_stack_is_exact_and_loads_whatever_is_there() -> None:
@@ -100,12 +115,12 @@ def test_the_stack_has_a_name_and_a_folder_of_its_own(tmp_path: Path) -> None:
     with started_for_faults(own_spec(None, exact=True), quiet=True) as where:
         (stack,) = FakeStack.made
         assert stack.spec.name == "own-self-test"
-        assert stack.folder.parent == tmp_path
+        assert stack.folder == tmp_path / "kvkeep" / "self-tests" / "own-self-test"
         assert stack.is_running
         assert where.addresses.engine == "http://127.0.0.1:1"
 
     assert not stack.is_running
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == []
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
@@ -117,7 +132,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     assert not FakeStack.made[0].is_running
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == []
 
 
 def test_logs_of_a_stack_that_did_not_start_stay(
@@ -133,3 +148,20 @@ def test_logs_of_a_stack_that_did_not_start_stay(
         pass
 
     assert [path.name for path in tmp_path.rglob("log")] == ["log"]
+
+
+def test_the_folder_of_one_that_runs_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second self-test of this name is refused, and takes nothing away from the first."""
+    folder = tmp_path / "kvkeep" / "self-tests" / "own-self-test"
+    monkeypatch.setattr(FakeStack, "fails", KeyboardInterrupt())
+
+    with (
+        FolderLock.taken(folder),
+        pytest.raises(KeyboardInterrupt),
+        started_for_faults(own_spec(None, exact=True), quiet=True),
+    ):
+        pass
+
+    assert "log" in files_in(tmp_path)

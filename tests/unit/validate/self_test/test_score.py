@@ -1,6 +1,8 @@
 """The self-test counts what happened: it passes where it should and nowhere else."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,7 @@ async def test_a_nervous_judge_gives_false_alarms(
 
     assert not found.passed
     assert found.false_alarms >= 6
+    assert found.false_alarm_rate_max == 1.0
     assert "felt like it" in found.alarms[0]
 
 
@@ -105,6 +108,49 @@ async def test_what_was_not_loaded_proves_nothing(
 
     assert not found.passed
     assert all(each.not_loaded == each.planted for each in found.suites)
+
+
+async def test_pairs_that_were_not_loaded_prove_nothing(
+    stand: SimulatedStand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two computed answers agree whatever the cache does."""
+    ask = stand.ask_held_out
+
+    async def partly(num: int) -> Replay:
+        replay = await ask(num)
+        return Replay(replay.judgements, replay.num_refused, is_whole=False)
+
+    monkeypatch.setattr(stand, "ask_held_out", partly)
+
+    found = await scored(stand)
+
+    assert (found.pairs, found.pairs_not_loaded, found.passed) == (6, 6, False)
+
+
+async def test_held_out_prompts_are_new_each_time(stand: SimulatedStand) -> None:
+    """As many as were asked for, none of them struck or asked before."""
+    asked: list[tuple[int, ...]] = []
+    compute = stand._model.compute
+
+    def noted(token_ids: Any) -> Any:
+        asked.append(tuple(token_ids))
+        return compute(token_ids)
+
+    stand._model.compute = noted  # type: ignore[method-assign]
+    replays = [await stand.ask_held_out(4) for _ in range(2)]
+
+    assert [len(replay.judgements) for replay in replays] == [4, 4]
+    assert len({*asked, *map(tuple, stand._tokens)}) == 8 + PROMPTS
+
+
+def test_nothing_of_a_stand_lies_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the process ends, there is no file to remove."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    with SimulatedStand.opened(PROMPTS, seed=1):
+        assert list(tmp_path.iterdir()) == []
 
 
 async def test_blocks_that_never_come_back_end_the_test(

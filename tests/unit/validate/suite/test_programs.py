@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import select
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,13 @@ import pytest
 from kvkeep.validate.settings import CheckSettings
 from kvkeep.validate.suite.programs import python_of, run_program
 
+PARENT = """
+import os, subprocess, sys, time
+note, sleeper = sys.argv[1:]
+subprocess.Popen([sys.executable, "-c", sleeper, note], start_new_session=True)
+while not (os.path.exists(note) and os.path.getsize(note)):
+    time.sleep(0.01)
+"""
 SLEEPER = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
 
 
@@ -44,6 +53,33 @@ async def test_a_suite_that_is_broken_off_ends_its_program(tmp_path: Path) -> No
 
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_what_a_program_left_behind_ends_with_it(tmp_path: Path) -> None:
+    """Its own child ends too, though it went into a session of its own."""
+    note = tmp_path / "pid"
+    command = [sys.executable, "-c", PARENT, str(note), SLEEPER]
+
+    ran = await run_program(command, timeout_s=60.0)
+
+    assert ran.code == 0, ran.lines
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+
+
+def test_a_killed_check_leaves_no_program(tmp_path: Path) -> None:
+    """Nobody can end it then but its reaper."""
+    note = tmp_path / "pid"
+    os.mkfifo(note)
+    program = [sys.executable, "-c", SLEEPER, str(note)]
+    run = f"run_program({program!r}, timeout_s=600.0)"
+    text = f"import asyncio\nfrom {run_program.__module__} import run_program\nasyncio.run({run})"
+    with subprocess.Popen([sys.executable, "-c", text]) as check:
+        sleeper = os.pidfd_open(int(note.read_text()))
+        check.kill()
+
+    select.select([sleeper], [], [])  # until it has ended; the test's time limit is the only one
+    os.close(sleeper)
 
 
 def test_the_environment_is_named() -> None:

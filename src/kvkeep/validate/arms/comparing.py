@@ -1,9 +1,9 @@
 """Asks the same prompts in several arms and compares every answer with the first arm's.
 
 An arm is one way to come by the KV of a prompt: computed cold, still on the engine, loaded after a
-reset, loaded by another engine, loaded after a restart. The first arm is the reference.
+reset, from a disk, by another engine, after a restart. The first arm is the reference.
 
-    reports = await compare_arms(standard_arms(names, engine, run_id=..., other=...), prompts, ...)
+    report = await compare_arms(standard_arms(names, means, run_id=...), prompts, ...)
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.validate.answer import Answer, Prompt
 from kvkeep.validate.load import Endpoint, Sampling
 from kvkeep.validate.runner import (
@@ -30,9 +29,9 @@ from kvkeep.validate.runner import (
 from kvkeep.validate.verdict import PASSING, Verdict, judge, without_exercise
 
 SCHEMA = "kvkeep.check.arms/1"
-ARM_NAMES = ("cold", "cached", "reset", "other-engine", "restart")
 
 Before = Callable[[], Awaitable[None]]
+NumRead = Callable[[], Awaitable[int]]
 
 
 class Source(StrEnum):
@@ -60,6 +59,25 @@ class Arm:
     before: Before | None = None
     """Done before the first request: reset, restart."""
     daemon: Endpoint | None = None
+    front: Endpoint | None = None
+    """Who is asked instead of the engine itself, whose counters count all the same."""
+    num_read: NumRead | None = None
+    """Blocks read so far from the tiers that its KV has to come from; None: wherever it lies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How arms are asked and judged; the same for all of them."""
+
+    sampling: Sampling
+    block_tokens: int | None
+    """Tokens per block, for the shares served."""
+    exact: bool
+    """Any difference is corruption."""
+    noise_nats: float = 0.0
+    """A/A noise floor; without meaning in the exact mode."""
+    progress: Progress = no_progress
+    """Told about every answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,59 +147,6 @@ class ArmsReport:
         }
 
 
-def standard_arms(
-    names: Sequence[str],
-    engine: Endpoint,
-    *,
-    run_id: str,
-    daemon: Endpoint | None = None,
-    other: Endpoint | None = None,
-    restart: Before | None = None,
-) -> list[Arm]:
-    """Build the arms called ``names``, in that order.
-
-    Where anything is to be reused, an arm ``fill`` that computes and stores everything is put
-    behind ``cold``; its answers are judged like the others.
-
-    Args:
-        names: Of `ARM_NAMES`; the first one is the reference.
-        engine: The engine that computes first.
-        run_id: Unique per run, so that no earlier run's KV is found.
-        daemon: Where kvkeep's counters are read; optional.
-        other: An engine that never saw the prompts, for ``other-engine``.
-        restart: Restarts ``engine`` and returns when it is ready, for ``restart``.
-
-    Raises:
-        InputError: A name is unknown, or what its arm needs is missing.
-    """
-    unknown = [name for name in names if name not in ARM_NAMES]
-    if unknown or not names:
-        raise InputError(f"Unknown arms {unknown}: take some of {', '.join(ARM_NAMES)}.")
-    if "other-engine" in names and other is None:
-        raise InputError("The arm other-engine needs a second engine in the stack file.")
-    if "restart" in names and restart is None:
-        raise InputError("The arm restart needs a stack that this check started (--stack).")
-
-    async def reset() -> None:
-        report = await engine.reset_prefix_cache()
-        if not report.ok:
-            raise UnavailableError(f"The engine's cache could not be reset: {report.detail}")
-
-    fill = Arm("fill", engine, Source.NOWHERE, run_id, daemon=daemon)
-    build = {
-        "cold": Arm("cold", engine, Source.NOWHERE, run_id + "-cold", True, daemon=daemon),
-        "cached": Arm("cached", engine, Source.ENGINE, run_id, daemon=daemon),
-        "reset": Arm("reset", engine, Source.OUTSIDE, run_id, before=reset, daemon=daemon),
-        "other-engine": Arm("other-engine", other or engine, Source.OUTSIDE, run_id, daemon=daemon),
-        "restart": Arm("restart", engine, Source.OUTSIDE, run_id, before=restart, daemon=daemon),
-    }
-    arms = [build[name] for name in names]
-    reused = [i for i, arm in enumerate(arms) if arm.source is not Source.NOWHERE]
-    if reused:
-        arms.insert(reused[0], fill)
-    return arms
-
-
 async def compare_arms(
     arms: Sequence[Arm],
     prompts: Sequence[Prompt],
@@ -208,47 +173,64 @@ async def compare_arms(
     Raises:
         UnavailableError: An engine could not be reset or restarted, or a daemon not be read.
     """
+    asking = Asking(sampling, block_tokens, exact, noise_nats, progress)
     results: list[ArmResult] = []
-    reference: tuple[Answer, ...] = ()
-    secrets = [secret for prompt in prompts for secret in prompt.secrets]
     for arm in arms:
-        phase = await _run_arm(arm, prompts, sampling, progress)
-        served = served_in(phase, block_tokens)
-        check = _check_source(arm, served)
-        reference = reference or phase.answers
-        judged = []
-        for i, prompt in enumerate(prompts):
-            verdict = judge(
-                reference[i],
-                phase.answers[i],
-                noise_nats=noise_nats,
-                exact=exact,
-                own_secrets=prompt.secrets,
-                known_secrets=secrets,
-            )
-            if check.ok is not True:
-                verdict = without_exercise(verdict, check.detail)
-            item = Judged(arm.name, prompt, i, verdict, reference[i], phase.answers[i])
-            judged.append(item)
-        # The reference agrees with itself; only what fails by itself is news.
-        kept = [item for item in judged if results or item.judgement.verdict not in PASSING]
-        results.append(ArmResult(arm.name, arm.source, phase, served, tuple(kept), check))
+        reference = results[0].phase.answers if results else None
+        results.append(await run_arm(arm, prompts, asking, reference))
     return ArmsReport(exact, tuple(results))
 
 
-async def _run_arm(
-    arm: Arm, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress
-) -> Phase:
-    watch = Watch(arm.endpoint, arm.daemon)
+async def run_arm(
+    arm: Arm, prompts: Sequence[Prompt], asking: Asking, reference: Sequence[Answer] | None = None
+) -> ArmResult:
+    """Ask every prompt once in one arm, and judge.
+
+    Args:
+        arm: The way.
+        prompts: Asked in order.
+        asking: How.
+        reference: Right answers to these prompts; None: this arm gives them, and only what fails
+            by itself is judged.
+
+    Raises:
+        UnavailableError: What comes before the arm did not work, or a daemon can't be read.
+    """
+    watch = Watch(arm.endpoint, arm.daemon, front=arm.front)
     # Stores of the arm before run behind its answers; a reset or restart must not overtake them.
     await watch.read_settled()
     if arm.before is not None:
         await arm.before()
+    read_before = 0 if arm.num_read is None else await arm.num_read()
 
     def salt_of(i: int, prompt: Prompt) -> str:
         return f"{arm.salt}-{i}" if arm.salt_per_request else arm.salt
 
-    return await run_phase(arm.name, watch, prompts, sampling, salt_of=salt_of, progress=progress)
+    phase = await run_phase(
+        arm.name, watch, prompts, asking.sampling, salt_of=salt_of, progress=asking.progress
+    )
+    served = served_in(phase, asking.block_tokens)
+    check = _check_source(arm, served)
+    if arm.num_read is not None and check.ok:
+        check = _check_tier(arm, served, await arm.num_read() - read_before, asking.block_tokens)
+    secrets = [secret for prompt in prompts for secret in prompt.secrets]
+    judged = []
+    for i, prompt in enumerate(prompts):
+        right = phase.answers[i] if reference is None else reference[i]
+        verdict = judge(
+            right,
+            phase.answers[i],
+            noise_nats=asking.noise_nats,
+            exact=asking.exact,
+            own_secrets=prompt.secrets,
+            known_secrets=secrets,
+        )
+        if check.ok is not True:
+            verdict = without_exercise(verdict, check.detail)
+        # The reference agrees with itself; only what fails by itself is news.
+        if reference is not None or verdict.verdict not in PASSING:
+            judged.append(Judged(arm.name, prompt, i, verdict, right, phase.answers[i]))
+    return ArmResult(arm.name, arm.source, phase, served, tuple(judged), check)
 
 
 def _check_source(arm: Arm, served: Served) -> Check:
@@ -270,3 +252,10 @@ def _check_source(arm: Arm, served: Served) -> Check:
     allowed = 0 if arm.salt_per_request else could_local
     detail = f"{external} tokens from outside and {local} from the engine; {allowed} may repeat."
     return Check(name, external == 0 and local <= allowed, detail, gate=True)
+
+
+def _check_tier(arm: Arm, served: Served, num_read: int, block_tokens: int | None) -> Check:
+    """Whether what came from outside was read from the tier that the arm is about."""
+    could = (served.servable_external_tokens or 0) // (block_tokens or 1)
+    detail = f"{num_read} blocks were read from the tier; {could} could have been."
+    return Check(f"arm {arm.name}", num_read >= SERVED_SHARE_MIN * could, detail, gate=True)

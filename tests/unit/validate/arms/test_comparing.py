@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from kvkeep.model.errors import InputError, UnavailableError
+from kvkeep.model.errors import UnavailableError
 from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_kv import FakeStore, Faults
-from kvkeep.validate.arms import ARM_NAMES, ArmsReport, compare_arms, standard_arms
+from kvkeep.validate.arms import ArmsReport, Means, compare_arms, standard_arms
 from kvkeep.validate.load import Endpoint, Sampling
 from kvkeep.validate.prompts import documents
 from kvkeep.validate.verdict import Verdict
@@ -18,25 +18,26 @@ Connect = Callable[..., Endpoint]
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
+NAMES = ("cold", "cached", "reset", "other-engine", "restart")
+
 
 @pytest.fixture
 def compare(connect: Connect) -> Callable[..., Any]:
     """Compares arms of fake engines that share a store."""
 
     async def run(
-        fake: FakeEngine, other: FakeEngine | None = None, names: tuple[str, ...] = ARM_NAMES
+        fake: FakeEngine, other: FakeEngine | None = None, names: tuple[str, ...] = NAMES
     ) -> ArmsReport:
         async def restart() -> None:
             fake.cache.clear()
 
-        arms = standard_arms(
-            names,
+        means = Means(
             connect(fake),
-            run_id="r",
-            daemon=connect(fake) if fake.store else None,
-            other=connect(other) if other else None,
+            connect(fake) if fake.store else None,
+            connect(other) if other else None,
             restart=restart,
         )
+        arms = standard_arms(names, means, run_id="r")
         prompts = [document.prompt() for document in documents(4, 60)]
         return await compare_arms(arms, prompts, Sampling(8), block_tokens=16, exact=True)
 
@@ -119,26 +120,6 @@ async def test_one_arm_alone_never_passes(compare: Any, store: FakeStore) -> Non
     assert not report.passed
 
 
-async def test_arms_need_what_they_use(connect: Connect) -> None:
-    """An unknown arm, or one without its second engine or its restart, is refused."""
-    engine = connect(FakeEngine())
-
-    for names, said in ((["warm"], "warm"), ([], "some of"), (["cold", "other-engine"], "second")):
-        with pytest.raises(InputError, match=said):
-            standard_arms(names, engine, run_id="r")
-    with pytest.raises(InputError, match="restart"):
-        standard_arms(["cold", "restart"], engine, run_id="r")
-
-
-async def test_filling_comes_before_the_first_reuse(connect: Connect) -> None:
-    """Where nothing is reused nothing is filled; else it is filled once, before."""
-    engine = connect(FakeEngine())
-
-    assert [a.name for a in standard_arms(["cold"], engine, run_id="r")] == ["cold"]
-    names = [a.name for a in standard_arms(["cold", "cached", "reset"], engine, run_id="r")]
-    assert names == ["cold", "fill", "cached", "reset"]
-
-
 async def test_the_report_is_plain_data(compare: Any, store: FakeStore) -> None:
     """The JSON form names arms, sources, shares, checks and requests."""
     report = (await compare(FakeEngine(store=store), names=("cold", "reset"))).to_dict()
@@ -152,7 +133,7 @@ async def test_the_report_is_plain_data(compare: Any, store: FakeStore) -> None:
 
 async def test_an_unknown_block_size_is_not_a_pass(connect: Connect, store: FakeStore) -> None:
     """Where the share can't be known the arms are not exercised."""
-    arms = standard_arms(["cold", "reset"], connect(FakeEngine(store=store)), run_id="r")
+    arms = standard_arms(["cold", "reset"], Means(connect(FakeEngine(store=store))), run_id="r")
     prompts = [replace(document.prompt()) for document in documents(1, 60)]
 
     report = await compare_arms(arms, prompts, Sampling(4), block_tokens=None, exact=True)
