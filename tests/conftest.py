@@ -13,6 +13,7 @@ import multiprocessing.resource_tracker
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,12 @@ LEAK_GRACE_S = 3.0
 # KVKEEP_...: those names are settings, and the daemon refuses the ones it does not know.
 RUN_VARIABLE = "TEST_RUN_OF_KVKEEP"
 RUN_ID = f"{os.getpid()}-{time.perf_counter_ns()}"
+
+# A real engine is three processes, one after the other, each of which reads some ten thousand
+# modules: from their sources that takes twice as long as from bytecode, at every start. So bytecode
+# is kept, also on machines whose environment asks for none.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 NOT_RUN = "NOT RUN: "
 _needs_root: list[str] = []

@@ -191,3 +191,11 @@ def test_what_a_command_deselects_is_listed(project: Project) -> None:
     output = project.run("-m", "not engine").stdout
 
     assert "tests/e2e/test_one.py: 1 deselected by this command" in output
+
+
+def test_processes_keep_their_bytecode(tmp_path: Path) -> None:
+    """What a test starts reads its modules from sources once, whatever the environment asks for."""
+    (tmp_path / "kept.py").touch()
+    subprocess.run([sys.executable, "-c", "import kept"], cwd=tmp_path, check=True)
+
+    assert [path.name.split(".")[0] for path in tmp_path.rglob("*.pyc")] == ["kept"]
