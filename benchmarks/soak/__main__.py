@@ -35,6 +35,8 @@ WATCHED = (
     *("read_leases", "write_leases"),
     *("slots_free", "slots_ready", "slots_writing", "slots_doomed", "slots_fenced"),
 )
+CONNECTIONS_MAX = 16
+"""Held by the daemon to one server (``kvkeep.tiers.valkey.IDLE_MAX``)."""
 CANARIES = NUM_ENGINES
 """An engine that left has one slot for its canary, fenced off until it greets again or its process
 ends; all engines are threads of this process."""
@@ -74,10 +76,13 @@ def run(duration_s: float, seed: int, log: Path) -> list[Figure]:
             running_daemon(config=config, pool_bytes=POOL_BYTES, planner="load")
         )
         lines = ends.enter_context(log.open("w"))
-        with Sampler(daemon, min(SAMPLE_EVERY_S_MAX, duration_s / 100), lines) as sampler:
+        every_s = min(SAMPLE_EVERY_S_MAX, duration_s / 100)
+        with Sampler(daemon, valkey.port, every_s, lines) as sampler:
             load(daemon, ledger, seed, duration_s)
         figures = [growth(name, trend_of(sampler.series[name])) for name in WATCHED]
-        return figures + final_figures(daemon, ledger, duration_s)
+        figures.append(peak("server_connections", sampler.series, CONNECTIONS_MAX))
+        left = take_left(daemon, valkey.port)
+        return figures + final_figures(daemon, ledger, left, duration_s)
 
 
 def tiers(folder: Path, valkey: ValkeyServer) -> list[dict[str, object]]:
@@ -117,10 +122,29 @@ def growth(name: str, trend: Trend) -> Figure:
     )
 
 
-def final_figures(daemon: Daemon, ledger: Ledger, duration_s: float) -> list[Figure]:
-    """What is left when all have gone, what was wrong, and what is lost."""
+def peak(name: str, series: dict[str, list[tuple[float, float]]], most: float) -> Figure:
+    """What goes up and down by chance, but not above what it is bounded by."""
+    values = [value for _, value in series[name]]
+    return Figure(
+        figure=f"soak.{name}.peak",
+        value=max(values),
+        unit="",
+        target=Target("value", "<=", most),
+        spread=(min(values), max(values)),
+        samples=len(values),
+    )
+
+
+def take_left(daemon: Daemon, server_port: int) -> dict[str, float]:
+    """What is held when all have gone and what they forgot has run out."""
     wait_until(lambda: daemon.gauge("read_leases") == 0, "leases run out", LAST_LEASES_S)
-    left = take_sample(daemon)
+    return take_sample(daemon, server_port)
+
+
+def final_figures(
+    daemon: Daemon, ledger: Ledger, left: dict[str, float], duration_s: float
+) -> list[Figure]:
+    """What is left when all have gone, what was wrong, and what is lost."""
     wrong_before = ledger.counts["wrong"]
     num_served = count_served(daemon, ledger)
     status = daemon.status()
