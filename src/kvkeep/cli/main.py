@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = {
     "top": "kvkeep.cli.top:top",
     "doctor": "kvkeep.cli.doctor:doctor",
     "cache": "kvkeep.cli.cache:cache",
+    "cartridge": "kvkeep.cli.cartridge:cartridge",
     "why-miss": "kvkeep.cli.why_miss:why_miss",
 }
 """``module:function`` by command, in the order in which a newcomer needs them."""
