@@ -25,7 +25,7 @@ from tests.servers.processes import free_port
 
 Transport = Literal["pool", "nixl"]
 BLOCK_TOKENS = 32
-REQUEST_TIMEOUT_S = 240.0
+REQUEST_TIMEOUT_S = 600.0
 MIN_TOKENS = 40
 """Shorter prompts are not handed off."""
 MODEL = "smollm2"
@@ -129,8 +129,14 @@ class Pair:
             "port": 0,
             # Frozen engines are for hand-offs to notice: probes would take them out first.
             "health": {"interval_s": 1.0, "timeout_s": 20.0},
-            "relay": {"connections_max": 64, **relay},
-            "handoff": {"transport": self.transport, "min_tokens": MIN_TOKENS, **handoff},
+            # NIXL polls on both cores: where there are no others, a prompt takes minutes.
+            "relay": {"connections_max": 64, "upstream_silence_s": REQUEST_TIMEOUT_S, **relay},
+            "handoff": {
+                "transport": self.transport,
+                "min_tokens": MIN_TOKENS,
+                "prefill_timeout_s": REQUEST_TIMEOUT_S,
+                **handoff,
+            },
         }
         with tempfile.TemporaryDirectory(prefix="kvkeep-test-") as folder:
             config = Path(folder) / "router.yaml"

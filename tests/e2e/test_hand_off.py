@@ -50,7 +50,7 @@ def pair(started: Pair) -> Pair:
     return started
 
 
-@pytest.mark.timeout(600, func_only=True)
+@pytest.mark.timeout(1500, func_only=True)
 def test_sixty_answers_are_those_of_a_single_engine(pair: Pair) -> None:
     """Chat and completions, streamed and not, short and long: identical or near-ties, all."""
     sixty = ask_sixty(pair)
