@@ -15,6 +15,7 @@ from kvkeep.model.ids import BlockHash
 from kvkeep.router.handoff.transports.nixl import NixlTransport
 from kvkeep.router.handoff.transports.pool import PoolTransport
 from kvkeep.stack.precedence import load_spec
+from kvkeep.stack.programs.reaper import is_rank_file
 from kvkeep.stack.supervisor import Stack
 from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
 from kvkeep.tiers.shared_memory import PoolView
@@ -271,6 +272,11 @@ def _stock(*_: object) -> dict[str, Any]:
     return {"connector": connector, "env": {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}}
 
 
+def _rank_files() -> set[str]:
+    """What ranks keep in shared memory while they run."""
+    return {name for name in os.listdir("/dev/shm") if is_rank_file(name)}
+
+
 def _socket(folder: Path) -> str:
     return str(folder / "kvkeep.sock")
 
@@ -307,8 +313,10 @@ def running_fleet(
     file = folder / "stack.yaml"
     file.write_text(json.dumps(values))  # JSON is YAML
     prompts = make_prompts(block_tokens, seed=block_tokens)
+    before = _rank_files()
     with Stack(load_spec(file), state_dir=folder / "state") as stack:
         yield Fleet(stack, folder, block_tokens, sizes, prompts, transport)
+    assert _rank_files() <= before
 
 
 # ---- what a pair must show

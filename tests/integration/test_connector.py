@@ -116,6 +116,28 @@ def test_engines_with_other_numbers_of_ranks_share(
         assert ask(engine, "a", PROMPT) == PROMPT_LOADED
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_several_ranks_rest_while_only_stores_go_on(
+    daemon: Daemon, model: Path, monkeypatch: pytest.MonkeyPatch, tp_size: int
+) -> None:
+    """In no step that computes; one rank alone leaves a core to the daemon."""
+    may_rest: list[tuple[bool, bool]] = []
+    with simulated_engine(make_config(model, daemon.socket, tp_size=tp_size)) as engine:
+        step = engine.step
+
+        def watched() -> Any:
+            output = step()
+            is_computing = bool(output.num_scheduled_tokens)
+            may_rest.append((is_computing, output.kv_connector_metadata.may_rest))
+            return output
+
+        monkeypatch.setattr(engine, "step", watched)
+        ask(engine, "a", PROMPT, 1)
+
+    assert (True, True) not in may_rest
+    assert ((False, True) in may_rest) is (tp_size > 1)
+
+
 def test_hooks_are_called_in_this_order(daemon: Daemon, model: Path) -> None:
     """The order of calls in a step, on which the connector rests (vllm 0.32)."""
     called: list[str] = []

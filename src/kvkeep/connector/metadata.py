@@ -50,6 +50,9 @@ class StepMetadata(KVConnectorMetadata):
     """Counts up; reports name it."""
     is_awaited: bool = False
     """Whether blocks computed in this step wait for its report before they are stored."""
+    may_rest: bool = False
+    """Nothing is computed in this step, and blocks are waited for, here or elsewhere: ranks leave
+    their cores to others, for a moment."""
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreJob] = field(default_factory=list)
     """Blocks of earlier steps."""

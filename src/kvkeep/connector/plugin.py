@@ -120,6 +120,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         if self._settings.announce_blocks and compat.has_events(self._config):
             side.names = BlockNames(self._layout.block_tokens)
         is_cpu = self._config.device_config.device_type == "cpu"
+        side.shares_cores = is_cpu and self._config.parallel_config.tensor_parallel_size > 1
         side.costs = StepCosts(
             self._layout.block_tokens,
             assumed_tokens_s=CPU_TOKENS_S if is_cpu else 0.0,

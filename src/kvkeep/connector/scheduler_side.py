@@ -89,6 +89,8 @@ class SchedulerSide:
         )
         self.costs = StepCosts(block_tokens)
         """Of this engine; another may be set before the first request."""
+        self.shares_cores = False
+        """Whether ranks that poll take cores from the daemon; set before the first request."""
         self.chain_key = b""
         """Keys the hashes of the tenant's blocks; set before the first request."""
         self.names: BlockNames | None = None
@@ -307,6 +309,9 @@ class SchedulerSide:
             if job is not None:
                 self._computing.append((metadata.step, job))
                 metadata.is_awaited = True
+        if self.shares_cores and not scheduler_output.num_scheduled_tokens:
+            is_awaiting = any(state.awaited is not None for state in self._requests.values())
+            metadata.may_rest = is_awaiting or self.has_stores_in_flight
         num_tokens = scheduler_output.total_num_scheduled_tokens
         loads = [len(job.slots) for job in metadata.loads]
         self.costs.begun(metadata.step, num_tokens, loads, self._clock.now_s())

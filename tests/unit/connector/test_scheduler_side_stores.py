@@ -262,6 +262,24 @@ def test_the_engine_steps_on_until_the_last_store_is_over() -> None:
     assert engine.is_idle()
 
 
+@pytest.mark.parametrize("shares_cores", [False, True])
+def test_ranks_rest_while_the_engine_waits_for_stores_alone(shares_cores: bool) -> None:
+    """Not in a step that computes, and no longer than until all is stored."""
+    engine = Engine()
+    engine.side.shares_cores = shares_cores
+    request = engine.arrive(make_request(num_tokens=32))
+    engine.admit(request)
+    computing = engine.step((request, 32))
+    engine.end(computing)
+    storing = engine.step()
+    waiting = engine.step()
+    engine.end(storing)
+    engine.finish(request)
+
+    found = [step.may_rest for step in (computing, storing, waiting, engine.step())]
+    assert found == [False, shares_cores, shares_cores, False]
+
+
 # ---- failed loads
 
 

@@ -269,6 +269,8 @@ class WorkerSide:
 
     def take_report(self) -> StepReport | None:
         """What happened since the last report, if anything did or is waited for."""
+        if self._done is not None and self._done.may_rest:
+            self._stores.rest()
         report, self._report = self._report, StepReport(self._report.step)
         for job_id in self._stores.poll():
             report.finished_stores[job_id] = 1

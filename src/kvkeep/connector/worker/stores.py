@@ -33,6 +33,8 @@ CALL_TIMEOUT_S = 1.0
 engine meanwhile."""
 BATCH_BLOCKS = 64
 """Blocks per lease: some 50 MB, a few milliseconds of copying, so that a lease is short."""
+REST_S = 0.001
+"""What a request that arrives meanwhile may lose; vLLM's core sleeps as long after such a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class StoreThread:
         # Bounded by the scheduler side, which counts the jobs in flight (store_jobs_max).
         self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
         self._finished: deque[int] = deque()
+        self._has_news = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvkeep-store", daemon=True)
         self._thread.start()
 
@@ -75,10 +78,24 @@ class StoreThread:
 
     def skip(self, job: StoreJob) -> None:
         """Report a job without storing anything."""
-        self._finished.append(job.job_id)
+        self._end(job.job_id)
+
+    def _end(self, job_id: int) -> None:
+        self._finished.append(job_id)
+        self._has_news.set()
+
+    def rest(self) -> None:
+        """Sleep until a job has ended that ``poll`` has not named, ``REST_S`` at most.
+
+        A step without anything to compute comes at once after the one before: ranks that only poll
+        their message queues (``sched_yield`` without a pause; vllm 0.32, shm_broadcast.py) can take
+        every core from the daemon that answers their stores (docs/decisions/0036).
+        """
+        self._has_news.wait(REST_S)
 
     def poll(self) -> list[int]:
         """Jobs that ended since the last call, stored or not."""
+        self._has_news.clear()
         if not self._thread.is_alive():
             # Something unforeseen ended it; what was still to come is over too.
             while not self._queue.empty():
@@ -100,7 +117,7 @@ class StoreThread:
             try:
                 self._store(queued)
             finally:
-                self._finished.append(queued.job.job_id)
+                self._end(queued.job.job_id)
 
     def _store(self, queued: _Queued) -> None:
         for start in range(0, len(queued.job.block_ids), BATCH_BLOCKS):

@@ -8,6 +8,8 @@ session of its own, and is the parent of whatever COMMAND's descendants leave be
 * its owner's end of the channel closes (the owner died, by whatever signal), or
 * COMMAND itself ended.
 
+What ranks of an engine leave in shared memory when they are killed it removes after them.
+
 The channel is a socket: the reaper writes ``{"pid", "start_ticks"}``, later ``{"code"}``. PDEATHSIG
 alone would not do: it fires when the *thread* that started a child ends, and does not reach
 grandchildren. Single-threaded; standard library only, so that it starts fast and stays small.
@@ -36,6 +38,10 @@ TRACKER_GRACE_S = 2.0
 SWEEP_S = 0.05
 CHECK_OWNER_S = 1.0
 """The channel tells at once; the owner's pid is asked as well, for a fork may hold the channel."""
+SHARED_MEMORY = "/dev/shm"
+RANK_FILE_MARK = "-cpushm_"
+LOOKS_MAX = 3
+"""A file that no descendant was seen to use so often is another engine's."""
 
 
 def _prctl(option: int, value: int) -> None:
@@ -91,6 +97,75 @@ def is_tracker(pid: int) -> bool:
         return False
 
 
+def is_rank_file(name: str) -> bool:
+    """Whether a file in shared memory is named as those through which vLLM's ranks on CPUs add up.
+
+    Such as ``vllm_dist_<32 digits>-tp:0-[0-1]-cpushm_0``, megabytes for each thread. A rank unlinks
+    them as it exits; where it is killed, nobody does.
+    Source: vllm 0.32, cpu_communicator.py, ``make_group_name``, and csrc/cpu/shm.cpp.
+    """
+    return RANK_FILE_MARK in name and name.rpartition("_")[2].isdecimal()
+
+
+class RankFiles:
+    """Finds the files of ranks below this process, and removes them once those are gone.
+
+    Their names are drawn at random by the engine, so a file counts as its own only when a
+    descendant was seen to have it mapped, and goes only if it is that very file still.
+    """
+
+    def __init__(self) -> None:
+        self._inodes: dict[str, int] = {}
+        """Of our own, by name."""
+        self._num_looks: dict[str, int] = {}
+
+    def look(self) -> None:
+        """Find what came since; a listing where nothing did. While descendants run."""
+        names = [name for name in _names_in(SHARED_MEMORY) if is_rank_file(name)]
+        self._num_looks = {name: self._num_looks.get(name, 0) + 1 for name in names}
+        if not any(self._is_open(name) for name in names):
+            return
+        mapped: dict[str, int] = {}
+        for pid in descendants(os.getpid()):
+            mapped |= _mapped_from(pid, SHARED_MEMORY)
+        self._inodes |= {name: mapped[name] for name in names if name in mapped}
+
+    def _is_open(self, name: str) -> bool:
+        return name not in self._inodes and self._num_looks[name] <= LOOKS_MAX
+
+    def remove(self) -> None:
+        """Remove what was found. Once no descendant is left."""
+        for name, inode in self._inodes.items():
+            path = f"{SHARED_MEMORY}/{name}"
+            with contextlib.suppress(OSError):
+                if os.lstat(path).st_ino == inode:
+                    os.unlink(path)
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _mapped_from(pid: int, folder: str) -> dict[str, int]:
+    """Inode by name of the files in a folder that a process has mapped.
+
+    Source: proc(5), /proc/pid/maps: range, access, offset, device, inode, path.
+    """
+    found = {}
+    try:
+        with open(f"/proc/{pid}/maps", errors="replace") as file:
+            for line in file:
+                fields = line.rstrip("\n").split(None, 5)
+                if len(fields) == 6 and os.path.dirname(fields[5]) == folder:
+                    found[os.path.basename(fields[5])] = int(fields[4])
+    except OSError:
+        pass  # it ended meanwhile
+    return found
+
+
 class Reaper:
     """Runs one command and ends everything that came of it."""
 
@@ -104,6 +179,7 @@ class Reaper:
         self._owner = os.getppid()
         self._code: int | None = None
         self._stop_asked = False
+        self._rank_files = RankFiles()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -133,6 +209,7 @@ class Reaper:
             if self._is_owner_gone(self._wait(CHECK_OWNER_S)):
                 grace_s = min(grace_s, ORPHAN_GRACE_S)
                 break
+            self._rank_files.look()
             self._reap()
         if self._code is None:
             self._stop(grace_s)
@@ -171,6 +248,7 @@ class Reaper:
 
     def _stop(self, grace_s: float) -> None:
         """Ask the command to end, and wait for it."""
+        self._rank_files.look()
         for number in (signal.SIGTERM, signal.SIGCONT):  # a frozen process hears no SIGTERM
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, number)
@@ -186,9 +264,11 @@ class Reaper:
 
     def _end_rest(self) -> None:
         """End whatever is left: politely, then by force, and those that tidy up last."""
+        self._rank_files.look()
         self._signal_until(signal.SIGTERM, SETTLE_S, trackers=False)
         self._signal_until(signal.SIGKILL, TRACKER_GRACE_S, trackers=False)
         self._signal_until(signal.SIGKILL, None, trackers=True)
+        self._rank_files.remove()
 
     def _signal_until(self, number: int, limit_s: float | None, *, trackers: bool) -> None:
         """Send a signal again and again, for they may fork, until none is left or time is up."""

@@ -182,6 +182,21 @@ def test_blocks_on_their_way_are_waited_for() -> None:
     assert engine.fake.handoffs[0][2] == pytest.approx(1e6 * handoff.PAUSE_MAX_S, abs=1)
 
 
+def test_ranks_rest_while_blocks_are_on_their_way() -> None:
+    """Who brings them may need the cores; once they are there nothing is lost by resting."""
+    engine = Engine(store=False)
+    engine.side.shares_cores = True
+    request = engine.arrive(decode())
+    assert engine.admit(request) is None
+    assert engine.step().may_rest
+    engine.fake.hold(hashes_of(5))
+    engine.clock.s += handoff.PAUSE_MAX_S
+    assert engine.admit(request)
+
+    assert not engine.step((request, BLOCK_TOKENS)).may_rest
+    assert not engine.step().may_rest
+
+
 def test_the_wait_is_bounded_and_then_takes_what_is_there() -> None:
     """A block that never comes costs the setting's time, and is computed."""
     engine = Engine(handoff_wait_s=0.5)

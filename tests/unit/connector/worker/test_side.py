@@ -1,7 +1,9 @@
-"""The worker side hands stores to their thread: what another engine waits for first."""
+"""The worker side hands stores to their thread, what another engine waits for first, and rests."""
 
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from kvkeep.connector.metadata import StepMetadata, StoreJob
 from kvkeep.connector.worker.side import WorkerSide
@@ -28,6 +30,20 @@ def side_of(*, is_writer: bool = True) -> WorkerSide:
         clock=SystemClock(),
         lease_s=30.0,
     )
+
+
+class CountedRests:
+    """A store thread that nobody has given a job."""
+
+    num_rests = 0
+
+    def rest(self) -> None:
+        """See StoreThread."""
+        self.num_rests += 1
+
+    def poll(self) -> list[int]:
+        """See StoreThread."""
+        return []
 
 
 def metadata_of(base_namespace: bytes = NAMESPACE) -> StepMetadata:
@@ -71,3 +87,19 @@ def test_a_rank_that_may_not_store_leaves_urgent_ones_to_be_skipped() -> None:
         side.store_urgent(metadata)
         assert metadata.stores == [ORDINARY, URGENT]
         side.close()
+
+
+@pytest.mark.parametrize("may_rest", [False, True])
+def test_a_rank_rests_only_in_a_step_that_computes_nothing(
+    monkeypatch: pytest.MonkeyPatch, may_rest: bool
+) -> None:
+    """Once a step, when everything else of it is done."""
+    side, stores = side_of(), CountedRests()
+    side.close()
+    monkeypatch.setattr(side, "_stores", stores)
+    side.load(StepMetadata(NAMESPACE, NAMESPACE, 1, may_rest=may_rest))
+    assert stores.num_rests == 0
+
+    side.take_report()
+
+    assert stores.num_rests == may_rest

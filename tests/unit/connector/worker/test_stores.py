@@ -1,5 +1,6 @@
-"""The store thread commits what its mover stored, and counts what it declined."""
+"""The store thread commits what its mover stored, counts what it declined, and lets ranks rest."""
 
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 
 from kvkeep.connector.metadata import StoreJob
+from kvkeep.connector.worker import stores
 from kvkeep.connector.worker.stores import StoreThread
 from kvkeep.model.clock import SystemClock
 from kvkeep.protocol import messages as m
 from kvkeep.protocol.codec import join_slots
 
 NUM_BLOCKS = 4
+JOB = StoreJob(1, bytes(32 * NUM_BLOCKS), tuple(range(NUM_BLOCKS)))
 
 
 class Daemon:
@@ -43,11 +46,10 @@ class Mover:
         return np.array([slot != 5 for slot in slots])
 
 
-def stored(
-    mover: Any, *, may_begin: bool = True, daemon: Daemon | None = None, patience_s: float = 0.25
-) -> tuple[list[bytes], int, list[int]]:
-    """Commits, blocks declined and jobs reported after one job of four blocks."""
-    daemon = daemon or Daemon()
+def thread_of(
+    mover: Any, daemon: Daemon, *, may_begin: bool = True, patience_s: float = 0.25
+) -> StoreThread:
+    """A rank's thread, whose daemon answers at once."""
 
     @contextmanager
     def copying(_: Any) -> Any:
@@ -58,10 +60,18 @@ def stored(
         link=SimpleNamespace(connection=daemon), pool=pool, copying=copying
     )
     memory: Any = SimpleNamespace(first_head=0, num_heads=1)
-    thread = StoreThread(
+    return StoreThread(
         attachment, mover, memory, SystemClock(), lease_s=30.0, patience_s=patience_s
     )
-    thread.submit(StoreJob(1, bytes(32 * NUM_BLOCKS), tuple(range(NUM_BLOCKS))), bytes(32), None)
+
+
+def stored(
+    mover: Any, *, may_begin: bool = True, daemon: Daemon | None = None, patience_s: float = 0.25
+) -> tuple[list[bytes], int, list[int]]:
+    """Commits, blocks declined and jobs reported after one job of four blocks."""
+    daemon = daemon or Daemon()
+    thread = thread_of(mover, daemon, may_begin=may_begin, patience_s=patience_s)
+    thread.submit(JOB, bytes(32), None)
     thread.close()
     return daemon.commits, thread.num_declined, thread.poll()
 
@@ -88,3 +98,61 @@ def test_a_slow_daemon_gets_the_patience_that_was_asked_for(
     stored(Mover(), daemon=daemon, patience_s=patience_s)
 
     assert daemon.timeouts_s == [waited_s, waited_s]
+
+
+class HeldMover:
+    """Stores when it is told to."""
+
+    def __init__(self) -> None:
+        self.is_told = threading.Event()
+
+    def store(self, _: Any, __: Any, slots: list[int], ___: Any) -> Any:
+        """See BlockMover."""
+        assert self.is_told.wait(60)
+        return np.ones(len(slots), dtype=np.bool_)
+
+
+def test_a_rest_ends_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that rests learns of the end of its store as soon as one that asks again and again."""
+    monkeypatch.setattr(stores, "REST_S", 60.0)
+    mover = HeldMover()
+    thread = thread_of(mover, Daemon())
+    thread.submit(JOB, bytes(32), None)
+    teller = threading.Thread(target=mover.is_told.set)
+    teller.start()
+    try:
+        thread.rest()
+
+        assert thread.poll() == [1]
+    finally:
+        teller.join()
+        thread.close()
+
+
+def test_a_rest_ends_without_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the daemon does, the engine goes on."""
+    monkeypatch.setattr(stores, "REST_S", 0.001)
+    mover = HeldMover()
+    thread = thread_of(mover, Daemon())
+    thread.submit(JOB, bytes(32), None)
+    try:
+        thread.rest()
+
+        assert thread.poll() == []
+    finally:
+        mover.is_told.set()
+        thread.close()
+
+
+def test_a_job_that_was_named_does_not_end_the_next_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rest is no poll in disguise."""
+    waited_s: list[float | None] = []
+    thread = thread_of(Mover(), Daemon())
+    thread.skip(JOB)
+    assert thread.poll() == [1]
+    monkeypatch.setattr(thread._has_news, "wait", waited_s.append)
+    thread.rest()
+
+    assert waited_s == [stores.REST_S]
+    assert not thread._has_news.is_set()
+    thread.close()
