@@ -13,7 +13,6 @@ until no endpoint is left that holds all blocks so far.
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 from kvkeep.model.announced import POOL_MEDIUM
 from kvkeep.router.events.block_events import (
@@ -22,10 +21,10 @@ from kvkeep.router.events.block_events import (
     BlockEvent,
     BlockRemoved,
     BlockStored,
-    Hash,
     extra_key_bytes,
 )
-from kvkeep.router.events.pool_blocks import PoolBlocks
+from kvkeep.router.events.named_blocks import NamedBlocks, oldest
+from kvkeep.router.events.pool_blocks import PoolBlocks, number_in
 from kvkeep.router.prefix_hashes import HASH_MASK, token_hashes, token_root
 
 log = logging.getLogger(__name__)
@@ -34,10 +33,6 @@ BLOCKS_MAX = 5 << 16
 """Default number of blocks known: ten million tokens in blocks of 32, in at most 84 MB. Less than a
 third of a power of two, because a dict that loses and gains entries doubles when a third of its
 slots is used."""
-
-EVICTED_AT_ONCE = 256
-"""One part in so many is evicted at a time: finding the oldest entry of a dict means skipping those
-deleted before it, which is cheap for a thousand at once and dear for each alone."""
 
 SILENT_PROMPTS = 8
 """Prompts in a row that an engine answered without an event of any, though they had new blocks:
@@ -50,15 +45,12 @@ CAPACITY_GROWTH = 1.02
 class _Medium:
     """What one endpoint holds in one place: its cache, or the tiers behind it."""
 
-    __slots__ = ("bit", "by_engine_hash", "copies")
+    __slots__ = ("bit", "named")
 
     def __init__(self, bit: int) -> None:
         self.bit = bit
-        self.by_engine_hash: dict[int, int] = {}
-        """Blocks by the engine's hash, which is all that a removal names."""
-        self.copies: dict[int, int] = {}
-        """Only of blocks that the engine holds more than once: two requests that computed one
-        prefix at the same time both store it, and each copy is removed by itself."""
+        self.named = NamedBlocks()
+        """By the engine's hash, which is all that a removal names."""
 
 
 class _Holder:
@@ -174,8 +166,7 @@ class PrefixIndex:
         holder = self._holders.get(endpoint)
         if holder is None:
             return 0
-        stated = len(holder.cache.by_engine_hash) + len(holder.tiers.by_engine_hash)
-        return stated + len(holder.assumed)
+        return len(holder.cache.named) + len(holder.tiers.named) + len(holder.assumed)
 
     def has_events(self, endpoint: str) -> bool:
         """Return whether what the endpoint holds is known from its events."""
@@ -250,6 +241,7 @@ class PrefixIndex:
         holder = self._holder(endpoint)
         holder.has_events = True
         holder.num_unheard = 0
+        num_in_tiers = len(holder.tiers.named)
         match event:
             case AllBlocksCleared():
                 self._empty(holder)
@@ -260,8 +252,9 @@ class PrefixIndex:
                 self._store(holder, event)
             case BlockRemoved():
                 medium = _medium(holder, event.medium)
-                for engine_hash in event.block_hashes:
-                    self._remove(holder, medium, _as_int(engine_hash))
+                gone, _ = medium.named.remove(map(number_in, event.block_hashes))
+                self._forget(holder, medium, gone)
+        self._num_in_tiers += len(holder.tiers.named) - num_in_tiers
 
     def _store(self, holder: _Holder, event: BlockStored) -> None:
         num_blocks = len(event.block_hashes)
@@ -281,12 +274,13 @@ class PrefixIndex:
             self.pools.name(event.block_hashes, hashes)
             return
         medium = _medium(holder, event.medium)
-        for engine_hash, block in zip(event.block_hashes, hashes, strict=True):
-            self._add(holder, medium, _as_int(engine_hash), block)
-        if len(medium.by_engine_hash) > self.blocks_max:
-            for oldest in _oldest(medium.by_engine_hash, self.blocks_max):
-                medium.copies.pop(oldest, None)
-                self._remove(holder, medium, oldest)
+        gone = medium.named.store(map(number_in, event.block_hashes), hashes)
+        self._forget(holder, medium, gone)
+        for block in hashes:
+            if medium is holder.cache:
+                holder.assumed.pop(block, None)
+            self._blocks[block] = self._set(self._blocks.get(block, 0) | medium.bit)
+        self._forget(holder, medium, medium.named.forget_oldest(self.blocks_max))
         self._evict()
 
     def _complain(self, block_tokens: int) -> None:
@@ -303,44 +297,20 @@ class PrefixIndex:
             return token_root(event.lora_name)
         if event.medium == POOL_MEDIUM:
             return self.pools.block_of(event.parent_block_hash)
-        parent = _as_int(event.parent_block_hash)
-        found = holder.cache.by_engine_hash.get(parent)
-        return holder.tiers.by_engine_hash.get(parent) if found is None else found
+        parent = number_in(event.parent_block_hash)
+        found = holder.cache.named.block_of(parent)
+        return holder.tiers.named.block_of(parent) if found is None else found
 
-    def _add(self, holder: _Holder, medium: _Medium, engine_hash: int, block: int) -> None:
-        known = medium.by_engine_hash.get(engine_hash)
-        if known is not None and known != block:
-            # An engine never gives one name to two blocks; if it does, the later one counts.
-            self._forget(holder, medium, known)
-        elif known is not None and self._blocks.get(known, 0) & medium.bit:
-            medium.copies[engine_hash] = medium.copies.get(engine_hash, 1) + 1
-        if known is None and medium is holder.tiers:
-            self._num_in_tiers += 1
-        medium.by_engine_hash[engine_hash] = block
-        if medium is holder.cache:
-            holder.assumed.pop(block, None)
-        self._blocks[block] = self._set(self._blocks.get(block, 0) | medium.bit)
-
-    def _remove(self, holder: _Holder, medium: _Medium, engine_hash: int) -> None:
-        num_copies = medium.copies.pop(engine_hash, 1)
-        if num_copies > 1:
-            if num_copies > 2:
-                medium.copies[engine_hash] = num_copies - 1
-            return
-        block = medium.by_engine_hash.pop(engine_hash, None)
-        if block is not None and medium is holder.tiers:
-            self._num_in_tiers -= 1
-        if block is not None:
-            self._forget(holder, medium, block)
-
-    def _forget(self, holder: _Holder, medium: _Medium, block: int) -> None:
-        if medium is not holder.cache or block not in holder.assumed:
-            self._clear(block, medium.bit)
+    def _forget(self, holder: _Holder, medium: _Medium, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if medium is not holder.cache or block not in holder.assumed:
+                self._clear(block, medium.bit)
 
     def drop(self, endpoint: str) -> None:
         """Forget everything about an endpoint: it left, restarted, or events of it were lost."""
         holder = self._holders.pop(endpoint, None)
         if holder is not None:
+            self._num_in_tiers -= len(holder.tiers.named)
             self._empty(holder)
             del self._by_slot[holder.slot]
         if not self._blocks:
@@ -375,26 +345,20 @@ class PrefixIndex:
             self._blocks.pop(block, None)
 
     def _empty(self, holder: _Holder) -> None:
-        self._num_in_tiers -= len(holder.tiers.by_engine_hash)
         for medium in (holder.cache, holder.tiers):
-            for block in medium.by_engine_hash.values():
+            for block in medium.named.clear():
                 self._clear(block, medium.bit)
-            medium.by_engine_hash, medium.copies = {}, {}
         for block in holder.assumed:
             self._clear(block, holder.cache.bit)
         holder.assumed = {}
 
     def _trim(self, holder: _Holder) -> None:
-        if len(holder.assumed) <= holder.blocks_max:
-            return
-        for block in _oldest(holder.assumed, holder.blocks_max):
+        for block in oldest(holder.assumed, holder.blocks_max):
             del holder.assumed[block]
             self._clear(block, holder.cache.bit)
 
     def _evict(self) -> None:
-        if len(self._blocks) <= self.blocks_max:
-            return
-        for block in _oldest(self._blocks, self.blocks_max):
+        for block in oldest(self._blocks, self.blocks_max):
             held = self._blocks.pop(block)
             self.num_evicted += 1
             for slot in _slots(held):
@@ -405,7 +369,7 @@ class PrefixIndex:
         """Raise AssertionError if the tables do not agree."""
         assert len(self._blocks) <= self.blocks_max
         self.pools.check()
-        in_tiers = [len(holder.tiers.by_engine_hash) for holder in self._by_slot.values()]
+        in_tiers = [len(holder.tiers.named) for holder in self._by_slot.values()]
         assert self._num_in_tiers == sum(in_tiers)
         for slot, holder in self._by_slot.items():
             assert holder.slot == slot
@@ -413,8 +377,8 @@ class PrefixIndex:
             for block in holder.assumed:
                 assert self._blocks[block] & holder.cache.bit
             for medium in (holder.cache, holder.tiers):
-                assert len(medium.by_engine_hash) <= self.blocks_max
-                assert medium.copies.keys() <= medium.by_engine_hash.keys()
+                assert len(medium.named) <= self.blocks_max
+                medium.named.check()
         for block, held in self._blocks.items():
             assert 0 <= block <= HASH_MASK
             assert held
@@ -436,17 +400,5 @@ def _slots(held: int) -> Iterator[int]:
         yield (bit.bit_length() - 1) // 2
 
 
-def _oldest(entries: dict[int, object] | dict[int, int] | dict[int, None], room: int) -> list[int]:
-    """Return the keys to remove, oldest first, to be some way below ``room`` entries again."""
-    return list(islice(entries, len(entries) - room + room // EVICTED_AT_ONCE))
-
-
 def _medium(holder: _Holder, medium: str | None) -> _Medium:
     return holder.cache if medium in (None, ENGINE_MEDIUM) else holder.tiers
-
-
-def _as_int(engine_hash: Hash) -> int:
-    """Return a hash of an engine as a number below 2**60, whichever form it was published in."""
-    if isinstance(engine_hash, bytes):
-        engine_hash = int.from_bytes(engine_hash[-8:], "big")
-    return engine_hash & HASH_MASK

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvkeep.router.events.block_events import AllBlocksCleared, BlockStored
+from kvkeep.router.events.block_events import AllBlocksCleared, BlockRemoved, BlockStored
 from kvkeep.router.prefix_hashes import token_hashes, token_root
 from kvkeep.router.prefix_index import SILENT_PROMPTS, PrefixIndex
 
@@ -87,3 +87,21 @@ def test_another_block_length_is_told(index: PrefixIndex) -> None:
     index.apply(NAME, BlockStored([1], [1] * 8, 8))
 
     assert (index.num_refused, index.refused_block_tokens) == (1, 8)
+
+
+def test_a_copy_counts_though_its_block_was_evicted_here_meanwhile() -> None:
+    """An engine that stored a block twice has it until it removed both, whatever was forgotten."""
+    index = PrefixIndex(BLOCK_TOKENS, blocks_max=4)
+    tokens = list(range(BLOCK_TOKENS))
+    prefix = token_hashes(tokens, BLOCK_TOKENS, token_root())
+    stored, removed = BlockStored([7], tokens, BLOCK_TOKENS), BlockRemoved([7])
+    index.apply(NAME, stored)
+    index.assume("other", prompt(1, num_blocks=4))
+    assert held(index, prefix) == 0
+    index.apply(NAME, stored)
+    index.apply(NAME, removed)
+    assert held(index, prefix) == 1
+    index.apply(NAME, removed)
+
+    assert held(index, prefix) == 0
+    index.check()

@@ -10,7 +10,6 @@ oldest go first.
 """
 
 from collections.abc import Sequence
-from itertools import islice
 
 import msgspec
 
@@ -25,11 +24,10 @@ from kvkeep.router.events.block_events import (
     extra_key_bytes,
 )
 from kvkeep.router.events.following import TakesEvents
+from kvkeep.router.events.named_blocks import NamedBlocks
 from kvkeep.router.events.pool_blocks import number_in
 from kvkeep.router.prefix_hashes import token_hashes, token_root
 
-DROPPED_AT_ONCE = 64
-"""One part in so many goes when there is no room."""
 TIERS_MEDIUM = "CPU"
 """Any but the engine's own means the tiers behind it."""
 
@@ -48,24 +46,6 @@ def ranks_of(table: TakesEvents, num_ranks: int, blocks_max: int) -> Sequence[Ta
     return [RankBlocks(table, blocks_max, telling) for _ in range(num_ranks)]
 
 
-class _Names:
-    """What a rank calls its blocks in one place: its cache, or the tiers behind it."""
-
-    __slots__ = ("blocks", "copies", "medium")
-
-    def __init__(self, medium: str) -> None:
-        self.medium = medium
-        self.blocks: dict[int, int] = {}
-        """From the rank's hash to the hash of the block's tokens."""
-        self.copies: dict[int, int] = {}
-        """Of blocks that the rank holds more than once; each copy is removed by itself."""
-
-    def take(self, name: int) -> list[int]:
-        """Forget a name; returns its block, as often as it is held."""
-        block = self.blocks.pop(name, None)
-        return [] if block is None else [block] * self.copies.pop(name, 1)
-
-
 class RankBlocks:
     """One rank: hands on what it tells, as news of its engine."""
 
@@ -80,7 +60,7 @@ class RankBlocks:
             telling: The ranks of the engine of which something is known; all of them share it.
         """
         self._table, self._blocks_max, self._telling = table, blocks_max, telling
-        self._cache, self._tiers = _Names(ENGINE_MEDIUM), _Names(TIERS_MEDIUM)
+        self._cache, self._tiers = NamedBlocks(), NamedBlocks()
 
     def apply(self, endpoint: str, event: BlockEvent) -> None:
         """The rank said what it stored or removed."""
@@ -110,61 +90,42 @@ class RankBlocks:
             self._table.apply(endpoint, event)
             return
         blocks = token_hashes(event.token_ids, event.block_tokens, parent, extra_key_bytes(event))
-        names = self._names_in(event.medium)
-        gone: list[int] = []
-        for each, block in zip(event.block_hashes, blocks, strict=True):
-            name = number_in(each)
-            known = names.blocks.get(name)
-            if known == block:
-                names.copies[name] = names.copies.get(name, 1) + 1
-            elif known is not None:
-                gone += names.take(name)
-            names.blocks[name] = block
-        if len(names.blocks) > self._blocks_max:
-            room = self._blocks_max - self._blocks_max // DROPPED_AT_ONCE
-            for name in list(islice(names.blocks, len(names.blocks) - room)):
-                gone += names.take(name)
+        medium, names = self._named_in(event.medium)
+        gone = names.store(map(number_in, event.block_hashes), blocks)
+        gone += names.forget_oldest(self._blocks_max)
         first = None if event.parent_block_hash is None else parent
         told = msgspec.structs.replace(event, block_hashes=blocks, parent_block_hash=first)
         self._table.apply(endpoint, told)
         if gone:
-            self._tell_gone(endpoint, names, gone)
+            self._tell_gone(endpoint, medium, gone)
 
     def _parent_of(self, event: BlockStored) -> int | None:
         if event.parent_block_hash is None:
             return token_root(event.lora_name)
         parent = number_in(event.parent_block_hash)
-        found = self._cache.blocks.get(parent)
-        return self._tiers.blocks.get(parent) if found is None else found
+        found = self._cache.block_of(parent)
+        return self._tiers.block_of(parent) if found is None else found
 
     def _remove(self, endpoint: str, event: BlockRemoved) -> None:
-        names = self._names_in(event.medium)
-        gone: list[int] = []
-        for name in map(number_in, event.block_hashes):
-            num_copies = names.copies.get(name, 1)
-            if num_copies == 1:
-                gone += names.take(name)
-                continue
-            gone.append(names.blocks[name])
-            names.copies[name] = num_copies - 1
-            if num_copies == 2:
-                del names.copies[name]
-        self._tell_gone(endpoint, names, gone)
+        medium, names = self._named_in(event.medium)
+        gone, fewer = names.remove(map(number_in, event.block_hashes))
+        # Who hears this counts copies itself.
+        self._tell_gone(endpoint, medium, gone + fewer)
 
     def _clear(self, endpoint: str) -> None:
-        for names in (self._cache, self._tiers):
-            gone = [block for name in list(names.blocks) for block in names.take(name)]
-            self._tell_gone(endpoint, names, gone)
+        for medium in (ENGINE_MEDIUM, TIERS_MEDIUM):
+            self._tell_gone(endpoint, medium, self._named_in(medium)[1].clear())
 
-    def _tell_gone(self, endpoint: str, names: _Names, blocks: Sequence[Hash]) -> None:
-        self._table.apply(endpoint, BlockRemoved(list(blocks), names.medium))
+    def _tell_gone(self, endpoint: str, medium: str, blocks: Sequence[Hash]) -> None:
+        self._table.apply(endpoint, BlockRemoved(list(blocks), medium))
 
-    def _names_in(self, medium: str | None) -> _Names:
-        return self._cache if medium in (None, ENGINE_MEDIUM) else self._tiers
+    def _named_in(self, medium: str | None) -> tuple[str, NamedBlocks]:
+        if medium in (None, ENGINE_MEDIUM):
+            return ENGINE_MEDIUM, self._cache
+        return TIERS_MEDIUM, self._tiers
 
     def check(self) -> None:
         """Raise AssertionError if the tables do not agree."""
         for names in (self._cache, self._tiers):
-            assert len(names.blocks) <= self._blocks_max
-            assert names.copies.keys() <= names.blocks.keys()
-            assert all(count > 1 for count in names.copies.values())
+            assert len(names) <= self._blocks_max
+            names.check()
