@@ -18,6 +18,7 @@ from kvkeep.model.errors import UnavailableError
 from kvkeep.model.ids import BlockKey
 from kvkeep.testing.tier_contract import block_key, value_bytes
 from kvkeep.tiers.base import Tier
+from tests.waiting import until
 
 VALUE_BYTES = 100_000
 NUMBERS = range(8)
@@ -134,7 +135,7 @@ class Chain:
 
     async def recover(self, numbers: Sequence[int] = NUMBERS) -> None:
         """Wait until all is kept and served again, with nothing opened anew."""
-        await until(lambda: self._is_well(numbers))
+        await until(lambda: self._is_well(numbers), timeout_s=BACK_TIMEOUT_S, pause_s=TICK_S)
 
     async def _is_well(self, numbers: Sequence[int]) -> bool:
         try:
@@ -149,13 +150,6 @@ class Chain:
         hanging = self.lower.queue.close(CLOSE_S)
         assert not hanging, f"these calls hang: {hanging}"
         self.lower.queue.tier.close()
-
-
-async def until(is_so: Callable[[], Coroutine[Any, Any, bool]]) -> None:
-    """Ask again and again until it is so."""
-    async with asyncio.timeout(BACK_TIMEOUT_S):
-        while not await is_so():  # noqa: ASYNC110 - a server tells nobody
-            await asyncio.sleep(TICK_S)
 
 
 def open_chain(settings: AnyTierSettings, medium: Callable[[AnyTierSettings, int], Tier]) -> Chain:

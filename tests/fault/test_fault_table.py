@@ -22,6 +22,7 @@ from tests.fault.media import S3_ENVIRONMENT
 from tests.fault.places import SHIMS, Place
 from tests.fault.server_places import STORE_BYTES, Servers, opened_place
 from tests.fault.table import (
+    BACK_TIMEOUT_S,
     DAMAGE,
     NUMBERS,
     OUTAGES,
@@ -30,12 +31,12 @@ from tests.fault.table import (
     Fault,
     closing,
     open_chain,
-    until,
 )
 from tests.servers.hosts import three_hosts
 from tests.servers.mooncake import MooncakeStore
 from tests.servers.seaweed import SeaweedServer
 from tests.servers.valkey import ValkeyServer
+from tests.waiting import until
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1", "192.0.2.3"])
 
@@ -102,7 +103,7 @@ async def test_a_damaged_value_is_a_miss(
             settings = msgspec.structs.replace(settings, key_files=[key_file(tmp_path)])
         async with closing(open_chain(settings, place.medium)) as chain:
             await chain.recover()
-            await until(lambda: is_kept_for_another(chain))
+            await until(lambda: is_kept_for_another(chain), timeout_s=BACK_TIMEOUT_S)
             before = chain.rejected()
             damaged = place.damage()
             found = await chain.read(NUMBERS)

@@ -1,19 +1,16 @@
 """What every source of block events keeps, whatever carries them."""
 
-import asyncio
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-from kvkeep.model.clock import SystemClock
 from kvkeep.router.events.following import Follower
 from kvkeep.router.prefix_hashes import token_hashes, token_root
 from kvkeep.router.prefix_index import PrefixIndex
 from kvkeep.testing.tcp_proxy import FaultyRelay
+from tests.waiting import until
 
 BLOCK_TOKENS = 4
 NAME = "engine"
-WAIT_S = 20.0
 FIRST, SECOND, THIRD = ([n] * BLOCK_TOKENS for n in (1, 2, 3))
 
 
@@ -61,14 +58,6 @@ def stored(tokens: list[int], name: int, parent: int | None = None) -> dict[str,
 def removed(name: int) -> dict[str, Any]:
     """As vLLM says it."""
     return {"type": "BlockRemoved", "block_hashes": [name], "medium": "GPU"}
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    end_s = SystemClock().now_s() + WAIT_S
-    while not is_so():
-        assert SystemClock().now_s() < end_s
-        await asyncio.sleep(0.002)
 
 
 def held(index: PrefixIndex, *blocks: list[int]) -> int:

@@ -22,6 +22,7 @@ from kvkeep.router.membership.registration import Registration
 from kvkeep.testing.fake_engine import FakeEngine, serve
 from tests.servers.etcd import EtcdServer
 from tests.servers.processes import free_port
+from tests.waiting import until
 
 PREFIX = "/test/engines/"
 PATIENCE_S = 30.0
@@ -56,10 +57,7 @@ class Fleet:
 
     async def until(self, is_so: Callable[[], bool]) -> None:
         """Wait until something holds; looked at whenever members were found."""
-        async with asyncio.timeout(PATIENCE_S):
-            while not is_so():
-                self._changed.clear()
-                await self._changed.wait()
+        await until(is_so, timeout_s=PATIENCE_S, changed=self._changed)
 
     async def until_names(self, *names: str) -> None:
         await self.until(lambda: self.names == list(names))

@@ -28,10 +28,10 @@ from tests.integration.source_contract import (
     SourceContract,
     held,
     stored,
-    until,
 )
 from tests.integration.test_router_events import Publisher
 from tests.servers.nats import NatsServer
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.allow_hosts(["127.0.0.1"]),

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -26,10 +26,10 @@ from tests.integration.daemons import (
     Worker,
     running_daemon,
 )
+from tests.waiting import until
 
 VARIABLE = "KVKEEP_EVENTS_SOCKET"
 NAME = "pool"
-WAIT_S = 20.0
 NUM_NAMES = 4000
 
 
@@ -40,13 +40,6 @@ def hash_of(number: int) -> BlockHash:
 
 def hashes_of(first: int, num_blocks: int) -> list[BlockHash]:
     return [hash_of(number) for number in range(first, first + num_blocks)]
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    end_s = SystemClock().now_s() + WAIT_S
-    while not is_so():
-        assert SystemClock().now_s() < end_s
-        await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

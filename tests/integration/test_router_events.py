@@ -29,9 +29,9 @@ from tests.integration.source_contract import (
     held,
     removed,
     stored,
-    until,
 )
 from tests.servers.processes import free_port
+from tests.waiting import until
 
 
 class Publisher:

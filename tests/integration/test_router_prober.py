@@ -12,6 +12,7 @@ from kvkeep.model.clock import SystemClock
 from kvkeep.router.health.book import HealthBook, HealthSettings
 from kvkeep.router.health.prober import MODELS_BYTES_MAX, Prober
 from kvkeep.router.snapshot import Endpoint, EndpointState, Fleet
+from tests.waiting import until
 
 SETTINGS = HealthSettings(interval_s=0.05, timeout_s=0.3, failures_max=2, pause_s=0.05)
 PATIENCE_S = 20.0
@@ -47,10 +48,7 @@ class Watched(Fleet):
         self.moved.set()
 
     async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while not is_so():
-                self.moved.clear()
-                await self.moved.wait()
+        await until(is_so, timeout_s=PATIENCE_S, changed=self.moved)
 
 
 class Scene:
