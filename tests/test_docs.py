@@ -1,9 +1,10 @@
-"""What docs/ says about messages and states is what the code says."""
+"""What docs/ says about messages and states is what the code says, and code in it runs."""
 
 import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import get_args
@@ -13,11 +14,20 @@ import pytest
 from kvkeep.core import blocks
 from kvkeep.protocol import messages as m
 from kvkeep.protocol import session
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_kv import FakeStore
+from kvkeep.validate.suite import registry
+from tests.unit.validate import conftest as simulated
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "generate_docs.py"
 DOCUMENTS = {"docs/protocol.md": 5, "docs/states.md": 2}
 """Documents and how many generated parts each has at least."""
+SUITE_PAGE = ROOT / "docs" / "adding-a-suite.md"
+FILE = re.compile(r"```python\n# (\S+)\.py\n(.*?)```", re.S)
+"""Code in a document that is a whole file, under its name."""
+
+connect, make_context, no_pauses = simulated.connect, simulated.make_context, simulated.no_pauses
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +91,50 @@ def test_every_move_is_described() -> None:
     for before, messages in session.TRANSITIONS.items():
         for kind, then in messages.items():
             assert f"| {before.value} | {kind.__name__} | {then.value} |" in text
+
+
+# ---- the suite of docs/adding-a-suite.md
+
+
+@pytest.fixture
+def documented(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The files of the page, by their last names; the suite among them is in the registry."""
+    found = {}
+    for path, code in FILE.findall(SUITE_PAGE.read_text()):
+        name = path.replace("/", ".")
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(compile(code, f"{SUITE_PAGE}, {name}", "exec"), vars(module))
+        found[name.rpartition(".")[2]] = module
+    monkeypatch.setattr(registry, "MODULES", (*registry.MODULES, "shared_beginning"))
+    registry.suites.cache_clear()
+    yield found
+    registry.suites.cache_clear()
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_the_documented_suite_runs(
+    documented: dict[str, ModuleType], make_context: simulated.MakeContext
+) -> None:
+    """Asked for by its name, as a person would after writing the files."""
+    (suite,) = registry.find("shared-beginning")
+    context = await make_context(FakeEngine(store=FakeStore()))
+
+    (report,) = await registry.run_suite(suite, context)
+
+    assert report.passed
+    assert suite in registry.find("quick")
+    assert f"**{suite.name}** | quick, all |" in registry.table()
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_its_documented_tests_pass(
+    documented: dict[str, ModuleType], make_context: simulated.MakeContext
+) -> None:
+    """They are the page's own: where it passes, proves nothing, and fails."""
+    tests = vars(documented["test_shared_beginning"])
+    names = [name for name in tests if name.startswith("test_")]
+
+    assert len(names) == 3
+    for name in names:
+        await tests[name](make_context)
