@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -47,6 +48,16 @@ def python_of(peer: str) -> Path:
     return python
 
 
+def main() -> None:
+    """Make a peer's environment and print its interpreter; argument: the peer."""
+    if len(sys.argv) != 2:
+        sys.exit("name one peer: lmcache, mooncake or vllm-router")
+    try:
+        print(python_of(sys.argv[1]))
+    except PeerInstallError as error:
+        sys.exit(str(error))
+
+
 def _wheel_folder() -> str | None:
     """Return the folder that pip's own settings name for local wheels, if there is one."""
     asked = subprocess.run(
@@ -62,3 +73,7 @@ def _run(command: list[str], peer: str) -> None:
     )
     if done.returncode:
         raise PeerInstallError(f"installing {peer} failed: {done.stderr.strip()[-800:]}")
+
+
+if __name__ == "__main__":
+    main()

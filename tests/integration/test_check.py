@@ -344,3 +344,45 @@ def test_bad_input_is_one_sentence(
     assert result.exit_code == 2, result.output
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_subject_is_judged_by_the_ways_that_a_person_names(
+    start: Callable[..., str], tmp_path: Path
+) -> None:
+    """Another reset and another counter are what the run goes by, and the report tells them."""
+    url, path = start(), tmp_path / "report.json"
+    ways = ["--subject", "generic", "--reset", f"POST {url}/reset_prefix_cache"]
+    ways += ["--external-counters", "vllm:external_prefix_cache_hits_total"]
+    ways += ["--external-metrics", f"{url}/metrics"]
+
+    result = determinism("--url", url, "--json", str(path), *ways, *SHORT)
+
+    assert result.exit_code == 0, result.output
+    subject = report_of(path)["runs"][0]["subject"]
+    assert subject["kind"] == "generic"
+    assert subject["hooks"]["outside"]["address"] == f"{url}/metrics"
+
+
+@pytest.mark.parametrize(
+    ("ways", "code", "said"),
+    [
+        (("--reset", "POST /nothing"), 1, "The server has no /nothing: name another request"),
+        (("--external-counters", "nothing_counts"), 1, "name its counters with"),
+        (("--subject", "trtllm"), 1, "no request that empties its cache"),
+        (("--subject", "sglang"), 2, "There is no subject 'sglang'"),
+        (("--reset", "BREW /pot"), 2, "--reset takes a request"),
+        (("--external-metrics", "/m"), 2, "name the counters too"),
+        (("--external-counters", "a", "--external-metrics", "/no"), 2, "look at --external-metri"),
+    ],
+)
+def test_ways_that_lead_nowhere_prove_nothing(
+    start: Callable[..., str], tmp_path: Path, ways: tuple[str, ...], code: int, said: str
+) -> None:
+    """A reset that is not there fails, a counter that never counts is no proof."""
+    path = tmp_path / "report.json"
+
+    result = determinism("--url", start(), "--json", str(path), *ways, *SHORT)
+
+    assert result.exit_code == code, result.output
+    told = path.read_text() if path.exists() else result.output
+    assert said in told

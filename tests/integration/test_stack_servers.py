@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import httpx
 import msgspec
 import pytest
 
+from kvkeep.model.errors import UnavailableError
 from kvkeep.stack.readiness import make_client
 from kvkeep.stack.record import clear_recorded, read_record
 from kvkeep.stack.spec import StackSpec
@@ -165,3 +167,39 @@ def test_strangers_are_refused(tmp_path: Path, model: Path) -> None:
             assert connection.recv(100).startswith(b"-NOAUTH")
         answer = httpx.get(f"http://{objects.address}/kvkeep/", trust_env=False)
         assert answer.status_code == 403
+
+
+def test_a_server_that_the_file_names_lives_with_the_stack(tmp_path: Path, model: Path) -> None:
+    """It answers before engines start, comes back when it dies, and goes with all it wrote."""
+    command = [sys.executable, "-m", "http.server", "{web.pages}", "--bind", "127.0.0.1"]
+    server = {"name": "web", "command": command, "ports": {"pages": 0}, "ready": "pages/"}
+    engines = [{"name": "a", "connector": "none", "kv_cache_bytes": "1MiB"}]
+    values = {"daemon": {"enabled": False}, "servers": [server], "engines": engines}
+    with fake_stack(spec_of(tmp_path, model, values)) as stack:
+        (web,) = stack.named_servers
+        url = f"http://127.0.0.1:{web.server.ports['pages']}/"
+        assert httpx.get(url, trust_env=False).status_code == 200
+        assert stack.record().processes[0].name == "server web"
+        web.process.kill()
+        assert stack.ended() == [web]
+        web.begin_again()
+        wait_until(web.is_restarted, "restarted")
+        assert httpx.get(url, trust_env=False).status_code == 200
+    assert not (stack.folder / "servers" / "web").exists()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url, trust_env=False)
+
+
+def test_a_server_that_ends_at_once_stops_the_start(tmp_path: Path, model: Path) -> None:
+    """The error has the last that it said, and nothing is left."""
+    say = "raise SystemExit('MemoryError: no room for the cache')"
+    server = {"name": "cache", "command": [sys.executable, "-c", say], "ports": {"p": 0}}
+    engines = [{"name": "a", "connector": "none", "kv_cache_bytes": "1MiB"}]
+    values = {"daemon": {"enabled": False}, "engines": engines}
+    spec = spec_of(tmp_path, model, values | {"servers": [server | {"ready": "p"}]})
+
+    with pytest.raises(UnavailableError, match=r"server cache ended while it started: .*no room"):
+        fake_stack(spec).start()
+    record = read_record(tmp_path / "state")
+    assert record is not None
+    assert (record.state, record.processes) == ("failed", [])

@@ -47,6 +47,12 @@ GENERAL = (
     "seed",
     "http_timeout_s",
     "shakespeare_url",
+    "subject",
+    "reset",
+    "external_counters",
+    "external_metrics",
+    "external_counter_tokens",
+    "block_tokens",
 )
 """Settings that every suite's command takes; the others are taken by those that hear of them."""
 ADDRESSES = {

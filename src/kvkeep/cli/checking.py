@@ -201,7 +201,7 @@ async def _run(
     url = settings.shakespeare_url
     words = load_words() if url is None else fetch_words(url)
     async with open_subject(
-        addresses, timeout_s=settings.http_timeout_s, exact=job.exact
+        addresses, timeout_s=settings.http_timeout_s, exact=job.exact, settings=settings
     ) as subject:
         context = Context(
             subject,

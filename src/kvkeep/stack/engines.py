@@ -24,7 +24,9 @@ from kvkeep.router.settings import ENVIRONMENT_PREFIX as ROUTER_ENVIRONMENT_PREF
 from kvkeep.stack.machine import HOST, compute_cpus, kv_cache_bytes
 from kvkeep.stack.models import Model
 from kvkeep.stack.placement.assign import VISIBLE
+from kvkeep.stack.servers.named import TRTLLM_OPTIONS
 from kvkeep.stack.spec import EngineSpec, StackSpec
+from kvkeep.tiers.mooncake.listening import listening_environment
 
 LOOPBACK_ENVIRONMENT: Mapping[str, str] = {
     # Each of these components would otherwise take the address of the machine's first network.
@@ -35,6 +37,7 @@ LOOPBACK_ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
     "MC_TCP_BIND_ADDRESS": HOST,
 }
+TRTLLM = "trtllm-serve"
 CONNECTOR_NAME = "KvkeepConnector"
 CONNECTOR_MODULE = "kvkeep.connector.plugin"
 NIXL_NAME = "NixlConnector"
@@ -126,9 +129,11 @@ def find_program(engine: EngineSpec) -> str:
     Raises:
         InputError: It is not installed.
     """
+    if engine.python:  # that environment says itself what it lacks
+        return "vllm" if engine.server == "auto" else engine.server
     installed = {
         "vllm": importlib.util.find_spec("vllm") is not None,
-        "trtllm": shutil.which("trtllm-serve") is not None,
+        "trtllm": shutil.which(TRTLLM) is not None,
     }
     wanted = [engine.server] if engine.server != "auto" else list(installed)
     for program in wanted:
@@ -220,7 +225,7 @@ def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
         flags["--kv-transfer-config"] = json.dumps(transfer)
     if placement.events is not None:
         flags["--kv-events-config"] = json.dumps(_kv_events_config(placement.events))
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [engine.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for flag, value in flags.items():
         if value is not None:
             command += [flag, str(value)]
@@ -230,8 +235,16 @@ def _launch_vllm(engine: EngineSpec, placement: Placement) -> Launch:
     return Launch(
         command=[*command, *engine.args],
         environment=_vllm_environment(engine, placement),
+        files=_files_of(engine),
         shares_port=True,  # vllm 0.32, entrypoints/launchers/launcher.py
     )
+
+
+def _files_of(engine: EngineSpec) -> dict[str, str]:
+    return {
+        name: text if isinstance(text, str) else json.dumps(text, indent=2) + "\n"
+        for name, text in engine.files.items()
+    }
 
 
 def _kv_events_config(events: EngineEvents) -> dict[str, Any]:
@@ -261,6 +274,12 @@ def _vllm_environment(engine: EngineSpec, placement: Placement) -> dict[str, str
         own["VLLM_CPU_OMP_THREADS_BIND"] = compute_cpus(engine, placement.cores)
     if placement.gpus:
         own[VISIBLE] = ",".join(placement.gpus)
+    if "Mooncake" in json.dumps(engine.connector):
+        # Its client would listen on every address of the host (docs/decisions/0022).
+        own |= listening_environment(HOST)
+    if engine.python:
+        programs = (str(Path(engine.python).parent), os.environ.get("PATH", ""))
+        own["PATH"] = os.pathsep.join(filter(None, programs))
     if placement.side_channel_port:
         own["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(placement.side_channel_port)
     # On a CPU this variable, whole GiB only, would win over --kv-cache-memory-bytes
@@ -293,7 +312,11 @@ def _launch_trtllm(engine: EngineSpec, placement: Placement) -> Launch:
         options["dtype"] = engine.dtype
     if isinstance(engine.connector, dict):
         options["kv_connector_config"] = engine.connector
-    command = ["trtllm-serve", placement.model.location]
+    program = str(Path(engine.python).parent / TRTLLM) if engine.python else TRTLLM
+    files = _files_of(engine)
+    if files.pop(TRTLLM_OPTIONS, None) is not None:
+        options = _merged(options, engine.files[TRTLLM_OPTIONS])
+    command = [program, placement.model.location]
     for flag, value in flags.items():
         if value is not None:
             command += [flag, str(value)]
@@ -303,8 +326,19 @@ def _launch_trtllm(engine: EngineSpec, placement: Placement) -> Launch:
     return Launch(
         command=[*command, "--extra_llm_api_options", file, *engine.args],
         environment={**os.environ, **LOOPBACK_ENVIRONMENT, **offline, **gpus, **engine.env},
-        files={file: json.dumps(options, indent=2) + "\n"},
+        files={**files, file: json.dumps(options, indent=2) + "\n"},
     )
+
+
+def _merged(options: dict[str, object], more: Any) -> dict[str, object]:
+    """Options with others over them, mapping by mapping."""
+    found = dict(options)
+    for name, new in more.items():
+        old, value = found.get(name), new
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = {**old, **value}
+        found[name] = value
+    return found
 
 
 def _with_kvkeep(environment: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from kvkeep.model.settings.wording import mend_of
 from kvkeep.model.sizes import parse_bytes
 from kvkeep.router.settings import ENVIRONMENT_PREFIX as ROUTER_PREFIX
 from kvkeep.stack.routing.spec import RouterSpec, environment_fields
+from kvkeep.stack.servers.named import ServerSpec
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec, check_spec, make_exact
 
 STACK_FILE_BYTES_MAX = 1 << 20
@@ -226,7 +227,13 @@ def _sentence(text: str, values: Values) -> str:
 
 
 def _unknown_field(path: str, name: str) -> str:
-    kind = {"daemon": DaemonSpec, "router": RouterSpec, "": StackSpec}.get(path, EngineSpec)
+    kinds: dict[str, type[msgspec.Struct]] = {
+        "daemon": DaemonSpec,
+        "router": RouterSpec,
+        "servers": ServerSpec,
+        "": StackSpec,
+    }
+    kind = kinds.get(path.partition("[")[0], EngineSpec)
     known = kind.__struct_fields__
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"it may be {', '.join(known)}."

@@ -25,9 +25,11 @@ from kvkeep.model.errors import InputError
 from kvkeep.router.settings import Port
 from kvkeep.stack.models import DEFAULT_MODEL
 from kvkeep.stack.routing.spec import RouterSpec, check_router, whole_router_paths
+from kvkeep.stack.servers.named import ServerSpec, check_servers, named_server_ports
 from kvkeep.stack.servers.started import check_started, client_settings, find_started
 
 ENGINES_MAX = 64
+SERVERS_MAX = 16
 BLOCK_TOKENS_UNIT = 32
 """vLLM's CPU build and its fastest GPU kernels take blocks in multiples of this (vllm 0.32,
 platforms/cpu.py), and kvkeep's hash chain is compared across engines in the same unit."""
@@ -86,6 +88,9 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Address of an engine that already runs; then no field below is used."""
     server: Literal["auto", "vllm", "trtllm"] = "auto"
     """Program to start; ``auto`` takes the one that is installed."""
+    python: str = ""
+    """Interpreter of another environment that has vLLM, such as one with other packages; left out:
+    the one kvkeep runs in."""
     port: Port = 0
     """TCP port on 127.0.0.1; 0 takes a free one."""
     model: str = ""
@@ -137,6 +142,8 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Further arguments of the engine's program."""
     env: dict[str, str] = {}
     """Further environment variables of the engine; they win."""
+    files: dict[str, Any] = {}
+    """Files that it reads, by name, in the folder it runs in: text, or values written as JSON."""
 
     @property
     def uses_kvkeep(self) -> bool:
@@ -172,6 +179,8 @@ class StackSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """The daemon; see below."""
     engines: Annotated[list[EngineSpec], msgspec.Meta(min_length=1, max_length=ENGINES_MAX)]
     """At least one engine; see below."""
+    servers: Annotated[list[ServerSpec], msgspec.Meta(max_length=SERVERS_MAX)] = []
+    """Programs that engines use, started before them; see below."""
     router: RouterSpec | None = None
     """One address for all engines; see below. Left out: clients ask the engines themselves."""
     check: dict[str, Any] = {}
@@ -290,7 +299,21 @@ def with_whole_paths(spec: StackSpec) -> StackSpec:
         socket = os.path.abspath(os.path.expanduser(socket))
     daemon = msgspec.structs.replace(spec.daemon, socket=socket, settings=settings)
     router = None if spec.router is None else whole_router_paths(spec.router)
-    return msgspec.structs.replace(spec, daemon=daemon, router=router)
+    engines = [
+        msgspec.structs.replace(each, python=_whole_program(each.python)) for each in spec.engines
+    ]
+    servers = [
+        msgspec.structs.replace(each, command=[_whole_program(each.command[0]), *each.command[1:]])
+        for each in spec.servers
+    ]
+    return msgspec.structs.replace(
+        spec, daemon=daemon, router=router, engines=engines, servers=servers
+    )
+
+
+def _whole_program(name: str) -> str:
+    """A program that is named by a path; another is looked for where programs are."""
+    return os.path.abspath(os.path.expanduser(name)) if "/" in name else name
 
 
 def check_spec(spec: StackSpec) -> None:
@@ -315,6 +338,7 @@ def check_spec(spec: StackSpec) -> None:
         _check_engine(engine, field)
         _check_tier(spec, engine, field)
     _check_layouts(spec)
+    check_servers(spec)
     check_router(spec)
 
 
@@ -337,6 +361,7 @@ def named_ports(spec: StackSpec) -> dict[str, int]:
         f"daemon.tiers[{server.tier_idx}].port": server.port
         for server in find_started(spec.daemon.tiers)
     }
+    ports |= named_server_ports(spec.servers)
     if spec.router is not None:
         ports |= {"router.port": spec.router.port, "router.admin_port": spec.router.admin_port}
     return {field: port for field, port in ports.items() if port}
@@ -358,6 +383,10 @@ def _check_engine(engine: EngineSpec, field: str) -> None:
         if engine.port:
             raise InputError(f"{field}.port: leave it out, url already holds the port.")
         return
+    if engine.python and "/" not in engine.python:
+        raise InputError(
+            f"{field}.python = {engine.python}: write a path, such as .venv-other/bin/python."
+        )
     if engine.block_tokens % BLOCK_TOKENS_UNIT:
         raise InputError(
             f"{field}.block_tokens = {engine.block_tokens}: use a multiple of {BLOCK_TOKENS_UNIT}."

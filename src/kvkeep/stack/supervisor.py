@@ -48,10 +48,15 @@ from kvkeep.stack.routing.on_demand import OnDemandEngines
 from kvkeep.stack.routing.part import RouterPart
 from kvkeep.stack.routing.running import check_values
 from kvkeep.stack.routing.spec import RouterSpec, router_values
-from kvkeep.stack.servers.launch import find_program, launch_server
+from kvkeep.stack.servers.named_part import NamedServerPart
 from kvkeep.stack.servers.part import ServerPart
 from kvkeep.stack.servers.ports import HeldPorts
-from kvkeep.stack.servers.started import find_started, with_ports
+from kvkeep.stack.servers.starting import (
+    check_programs,
+    make_named_servers,
+    make_tier_servers,
+    with_chosen_ports,
+)
 from kvkeep.stack.spec import EngineSpec, StackSpec, named_ports, with_whole_paths
 
 Launcher = Callable[[EngineSpec, Placement], Launch]
@@ -61,8 +66,9 @@ class Stack:
     """One running stack; a context manager that is used once.
 
     ``engines`` holds the engines by name, in the order of the file, ``servers`` what the tiers made
-    the stack start. What an object store keeps stays, as do logs. What else `stop` removes: every
-    process, the socket, the record, and its own pool unless ``daemon.keep_pool``; logs stay.
+    the stack start, ``named_servers`` what its file did. What an object store keeps stays, as do
+    logs. What else `stop` removes: every process, the socket, the record, and its own pool unless
+    ``daemon.keep_pool``.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class Stack:
         self.folder = folder
         self.engines: dict[str, EnginePart] = {}
         self.servers: list[ServerPart] = []
+        self.named_servers: list[NamedServerPart] = []
         self.on_demand: OnDemandEngines | None = None
         """Engines that the router has started, and that whoever watches the stack has to see to."""
         self._router: RouterPart | None = None
@@ -176,11 +183,10 @@ class Stack:
             check_shapes(self.spec, models)
             self.spec = size_pool(self.spec, next(iter(models.values())))
         check_machine(self.spec)
-        for server in find_started(self.spec.daemon.tiers):
-            find_program(server.kind)
+        check_programs(self.spec)
         with self._progress:
+            self._start_servers()
             if self.spec.daemon.enabled:
-                self._start_servers()
                 self._start_daemon()
             self._start_engines(models)
             if self.spec.router is not None:
@@ -196,24 +202,14 @@ class Stack:
         return models
 
     def _start_servers(self) -> None:
-        """Start the servers of tiers; from here on the spec has their ports."""
-        tiers = self.spec.daemon.tiers
-        ports = {
-            server.tier_idx: server.port or self._ports.take() for server in find_started(tiers)
-        }
-        daemon = msgspec.structs.replace(self.spec.daemon, tiers=with_ports(tiers, ports))
-        self.spec = msgspec.structs.replace(self.spec, daemon=daemon)
-        for server in find_started(daemon.tiers):
-            part = ServerPart(
-                server,
-                launch_server(server, self._ports.take),
-                self.folder,
-                start_timeout_s=self.spec.start_timeout_s,
-                changed=self._write,
-            )
-            self.servers.append(part)
+        """Start what tiers and engines use; from here on the spec has all their ports."""
+        self.spec = with_chosen_ports(self.spec, self._ports)
+        self.servers += make_tier_servers(self.spec, self._ports, self.folder, self._write)
+        self.named_servers += make_named_servers(self.spec, self._ports, self.folder, self._write)
+        servers = [*self.servers, *self.named_servers]
+        for part in servers:
             part.begin()
-        self._await(list(self.servers))
+        self._await([*servers])
 
     def _start_daemon(self) -> None:
         folder = Path(self.spec.socket_path).parent
@@ -342,7 +338,7 @@ class Stack:
     def restartable(self) -> list[Restartable]:
         """Parts that may be started again alone; engines, where a router goes around them."""
         daemon = [self._daemon] if self._daemon else []
-        found: list[Restartable] = [*self.servers, *daemon]
+        found: list[Restartable] = [*self.servers, *self.named_servers, *daemon]
         if self._router is not None:
             found += [
                 self.engines[engine.name]
@@ -356,7 +352,8 @@ class Stack:
         """Everything that was made, in the order of the start."""
         daemon = [self._daemon] if self._daemon else []
         router = [self._router] if self._router else []
-        return [*self.servers, *daemon, *self.engines.values(), *router]
+        servers: list[Part] = [*self.servers, *self.named_servers]
+        return [*servers, *daemon, *self.engines.values(), *router]
 
     def stop(self) -> None:
         """Stop everything in reverse order of the start. Idempotent.
@@ -380,6 +377,7 @@ class Stack:
         clear_recorded(self.folder, self.record())
         self._state, self._error, self._doing = "failed", reason, {}
         self._daemon, self.engines, self.servers, self._router = None, {}, [], None
+        self.named_servers = []
         self._write()
         self._unlock()
 
@@ -397,6 +395,8 @@ class Stack:
             process.stop()
         if self._daemon is not None:
             self._daemon.stop()
+        for named in self.named_servers:
+            named.end()
         for server in self.servers:
             server.end()
 

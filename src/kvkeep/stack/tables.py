@@ -5,6 +5,7 @@ import msgspec
 from kvkeep.daemon.tables import field_texts
 from kvkeep.stack.precedence import ENVIRONMENT
 from kvkeep.stack.routing.spec import RouterSpec
+from kvkeep.stack.servers.named import ServerSpec
 from kvkeep.stack.servers.started import StartedFields
 from kvkeep.stack.spec import DaemonSpec, EngineSpec, StackSpec
 
@@ -32,6 +33,11 @@ def router_fields() -> str:
 def server_fields() -> str:
     """Fields that an entry of ``daemon.tiers`` may have beside the tier's own."""
     return _fields_table(StartedFields)
+
+
+def named_server_fields() -> str:
+    """Fields of one of ``servers``."""
+    return _fields_table(ServerSpec)
 
 
 def environment_table() -> str:

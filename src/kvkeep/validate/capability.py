@@ -10,7 +10,7 @@ from kvkeep.validate.counters import (
     EXTERNAL_HITS,
     LOCAL_HITS,
     parse_cache_config,
-    parse_engine,
+    read_engine,
 )
 from kvkeep.validate.load import Dialect, Endpoint, Sampling
 
@@ -79,7 +79,7 @@ async def probe(endpoint: Endpoint, *, read_settings: bool = False) -> Capabilit
     dialect, answer_ids, cached = await _find_dialect(endpoint)
     endpoint.dialect = dialect
     metrics = await _text_or_empty(endpoint, "/metrics")
-    counters = parse_engine(metrics)
+    counters = await _counters(endpoint)
     cache_config = parse_cache_config(metrics)
     path = "/server_info?config_format=json"
     info = await _text_or_empty(endpoint, path) if read_settings else ""
@@ -96,6 +96,15 @@ async def probe(endpoint: Endpoint, *, read_settings: bool = False) -> Capabilit
         max_num_batched_tokens=_search(BATCHED_TOKENS, info),
         max_num_seqs=_search(BATCHED_SEQUENCES, info),
     )
+
+
+async def _counters(endpoint: Endpoint) -> dict[str, float]:
+    try:
+        return await read_engine(endpoint)
+    except UnavailableError as error:
+        raise InputError(
+            f"The counters that were named can't be read: look at --external-metrics. ({error})"
+        ) from error
 
 
 async def _find_model(endpoint: Endpoint) -> tuple[str, int | None]:

@@ -5,7 +5,7 @@ the counters around each phase and works out which share of what could be served
 outside the engine.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,24 @@ def parse_engine(text: str) -> dict[str, float]:
     return found
 
 
+def sum_counters(text: str, names: Collection[str]) -> float:
+    """Sum counters of Prometheus text over their names and labels; one that is absent counts 0.
+
+    Raises:
+        UnavailableError: The text is not in Prometheus's format.
+    """
+    wanted = {name.removesuffix("_total") for name in names}
+    try:
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name.removesuffix("_total") in wanted
+        )
+    except ValueError as error:
+        raise UnavailableError(f"The counters are not in Prometheus's format: {error}.") from error
+
+
 def parse_cache_config(text: str) -> dict[str, str]:
     """Labels of ``vllm:cache_config_info``: block size, number of blocks; empty if absent."""
     try:
@@ -84,17 +102,33 @@ def parse_cache_config(text: str) -> dict[str, str]:
     return {}
 
 
+async def read_engine(engine: Endpoint) -> dict[str, float]:
+    """Read an engine's counters; what another program counts for it stands under vLLM's name.
+
+    Raises:
+        UnavailableError: That other program does not answer. An engine without ``/metrics``, or
+            with something else there, has no counters and is not an error.
+    """
+    try:
+        found = parse_engine(await engine.get_text("/metrics"))
+    except UnavailableError:
+        found = {}
+    outside = engine.hooks.outside
+    if outside.counters:
+        text = await engine.get_text(outside.address)
+        found[EXTERNAL_HITS] = sum_counters(text, outside.counters) * outside.tokens_each
+    return found
+
+
 async def read_counters(engine: Endpoint, daemon: Endpoint | None = None) -> Counters:
     """Read an engine's counters and, if named, a daemon's.
 
     Raises:
-        UnavailableError: The daemon does not answer or answers something else. An engine without
-            ``/metrics`` has no counters and is not an error.
+        UnavailableError: The daemon does not answer or answers something else, or what was named to
+            count for the engine does not. An engine without ``/metrics`` has no counters and is not
+            an error.
     """
-    try:
-        engine_counters = parse_engine(await engine.get_text("/metrics"))
-    except UnavailableError:
-        engine_counters = {}
+    engine_counters = await read_engine(engine)
     if daemon is None:
         return Counters(engine_counters, {})
     status = await daemon.get_json("/status")

@@ -16,6 +16,7 @@ import httpx
 
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.validate.answer import Answer, TokenStep
+from kvkeep.validate.subjects.hooks import Hooks
 
 TOP_LOGPROBS = 5
 """Alternatives asked per position; vLLM allows 20 at most by default (``--max-logprobs``)."""
@@ -99,6 +100,8 @@ class Endpoint:
         self.model = model
         self.timeout_s = timeout_s
         self.dialect = dialect or Dialect()
+        self.hooks = Hooks()
+        """How it is reset, and where it counts."""
         self.patience = 1.0
         """Times ``timeout_s`` that an answer's pieces may take: more where many wait at once."""
         # Engines are near; a proxy of the environment would only stand between.
@@ -125,7 +128,7 @@ class Endpoint:
         await self._client.aclose()
 
     async def get_text(self, path: str) -> str:
-        """Body of a GET.
+        """Body of a GET of a path, or of another server's whole address.
 
         Raises:
             UnavailableError: No 2xx answer came.
@@ -134,8 +137,12 @@ class Endpoint:
             response = await self._client.get(path)
             response.raise_for_status()
         except httpx.HTTPError as error:
-            raise UnavailableError(f"GET {self.url}{path} failed: {_named(error)}.") from error
+            raise UnavailableError(f"GET {self._whole(path)} failed: {_named(error)}.") from error
         return response.text
+
+    def _whole(self, path: str) -> str:
+        """An address of another server stands as it is, as it does for the client."""
+        return path if "://" in path else f"{self.url}{path}"
 
     async def get_json(self, path: str) -> Any:
         """Decoded body of a GET.
@@ -165,7 +172,9 @@ class Endpoint:
         try:
             return await self._client.request(method, path, json=body, headers=headers)
         except httpx.HTTPError as error:
-            raise UnavailableError(f"{method} {self.url}{path} failed: {_named(error)}.") from error
+            raise UnavailableError(
+                f"{method} {self._whole(path)} failed: {_named(error)}."
+            ) from error
 
     async def chat(self, text: str, sampling: Sampling, *, salt: str | None = None) -> Answer:
         """Ask one question through ``/v1/chat/completions``, streamed.
@@ -226,7 +235,7 @@ class Endpoint:
         in the replay (`kvkeep.validate.runner`).
         """
         began_s = time.perf_counter()
-        detail, attempts = "", 0
+        ok, detail, attempts = False, "", 0
         for attempts in range(1, RESET_ATTEMPTS_MAX + 1):  # noqa: B007 - reported below
             ok, detail, final = await self._reset_once()
             if ok or final:
@@ -242,24 +251,27 @@ class Endpoint:
 
     async def _reset_once(self) -> tuple[bool, str, bool]:
         """Return (agreed, what it said, trying again is pointless)."""
+        hook = self.hooks.reset
+        if not hook.is_possible:
+            return False, f"{hook.otherwise}.", True
         try:
-            response = await self.post_json("/reset_prefix_cache")
+            response = await self.post_json(hook.address, method=hook.method)
         except UnavailableError as error:
             return False, str(error), True
         if response.status_code == httpx.codes.NOT_FOUND:
             return (
                 False,
-                ("The server has no /reset_prefix_cache: start it with VLLM_SERVER_DEV_MODE=1."),
+                f"The server has no {hook.address}: {hook.otherwise}.",
                 True,
             )
-        if response.status_code != httpx.codes.OK:
+        if not response.is_success:
             return False, f"HTTP {response.status_code}: {response.text[:ERROR_CHARS_MAX]}", False
         if not response.content:
-            return True, "HTTP 200 without a body", True
+            return True, f"HTTP {response.status_code} without a body", True
         try:
             said = response.json()
         except ValueError:
-            return True, f"HTTP 200: {response.text[:ERROR_CHARS_MAX]}", True
+            return True, f"HTTP {response.status_code}: {response.text[:ERROR_CHARS_MAX]}", True
         agreed = not isinstance(said, dict) or bool(said.get("success", True))
         return agreed, json.dumps(said)[:ERROR_CHARS_MAX], agreed
 

@@ -29,6 +29,7 @@ from kvkeep.validate.settings import (
     heard,
 )
 from kvkeep.validate.subject import SMALL_ENGINE_BLOCKS_MAX, Addresses
+from kvkeep.validate.subjects.signs import signs_in_file
 from kvkeep.validate.suite.base import Suite
 
 OWN_STACK_NAME = "check"
@@ -300,4 +301,5 @@ def _addresses(
         router_admin=admin,
         prefill=tuple(urls[e.name] for e in spec.engines if e.role == "prefill"),
         decode=tuple(urls[e.name] for e in spec.engines if e.role == "decode"),
+        signs=signs_in_file(_big_engines(spec)[0]),
     )

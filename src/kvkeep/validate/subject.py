@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -12,6 +12,12 @@ from kvkeep.transfer.int8_form import Int8Form
 from kvkeep.validate.arms.lower_tiers import LowerTiers, TierPlaces
 from kvkeep.validate.capability import Capabilities, probe
 from kvkeep.validate.load import Endpoint
+from kvkeep.validate.settings import CheckSettings
+from kvkeep.validate.subjects import generic
+from kvkeep.validate.subjects.base import UNKNOWN, Kind, Signs
+from kvkeep.validate.subjects.hooks import Hooks, Outside, Reset
+from kvkeep.validate.subjects.registry import find_kind, hooks_for, named_kind
+from kvkeep.validate.subjects.signs import look
 
 SMALL_ENGINE_BLOCKS_MAX = 128
 """An engine with no more blocks than this is small enough for the eviction case."""
@@ -44,6 +50,8 @@ class Addresses:
     """Listeners for named sequences' K/V."""
     tiers: TierPlaces | None = None
     """Tiers that the check may empty, because the stack is its own."""
+    signs: Signs | None = None
+    """What a stack file says the engine is; None: it is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +72,36 @@ class Subject:
     decode: tuple[Endpoint, ...] = ()
     sequence_urls: tuple[str, ...] = ()
     tiers: LowerTiers | None = None
+    kind: Kind = generic.KIND
+    signs: Signs = UNKNOWN
+
+    @property
+    def title(self) -> str:
+        """What is judged, in a few words."""
+        return self.engine.url if self.kind is generic.KIND else self.kind.title
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "url": self.engine.url,
+            "daemon_url": self.daemon.url if self.daemon else None,
+            "kind": self.kind.name,
+            "title": self.title,
+            "program": self.signs.program,
+            "version": self.signs.version,
+            "connectors": None if self.signs.connectors is None else list(self.signs.connectors),
+            "hooks": self.engine.hooks.to_dict(),
+            "capabilities": self.capabilities.to_dict(),
+        }
 
 
 @asynccontextmanager
 async def open_subject(
-    addresses: Addresses, *, timeout_s: float, exact: bool = False
+    addresses: Addresses,
+    *,
+    timeout_s: float,
+    exact: bool = False,
+    settings: CheckSettings | None = None,
 ) -> AsyncIterator[Subject]:
     """Connect and probe; the connections are closed at the end.
 
@@ -76,28 +109,17 @@ async def open_subject(
         addresses: Where to connect to.
         timeout_s: Longest wait for any one read of a response.
         exact: Equal bits will be demanded, so the engine's settings must allow them.
+        settings: What a person said of the subject; None: nothing.
 
     Raises:
         InputError: Something named does not answer, serves another model, can't be exact, or the
             small engine is not small.
     """
+    settings = settings or CheckSettings()
     async with AsyncExitStack() as stack:
-
-        async def connect(url: str, name: str) -> tuple[Endpoint, Capabilities]:
-            endpoint = Endpoint(url, name=name, model=addresses.model, timeout_s=timeout_s)
-            await stack.enter_async_context(endpoint)
-            capabilities = await probe(endpoint, read_settings=exact)
-            if exact and name in ("engine", "other engine"):
-                _require_exact(endpoint, capabilities)
-            return endpoint, capabilities
-
-        async def connect_all(urls: Sequence[str], name: str) -> tuple[Endpoint, ...]:
-            return tuple([(await connect(url, name))[0] for url in urls])
-
-        async def maybe(url: str | None, name: str) -> Endpoint | None:
-            return None if url is None else (await connect(url, name))[0]
-
-        engine, capabilities = await connect(addresses.engine, "engine")
+        signs, kind = await _find_out(addresses, settings, timeout_s)
+        door = _Door(stack, addresses.model, timeout_s, exact, settings, hooks_for(kind, settings))
+        engine, capabilities = await door.open(addresses.engine, "engine")
         daemon = admin = small = small_capabilities = None
         sequences = addresses.sequences
         if addresses.daemon is not None:
@@ -107,7 +129,7 @@ async def open_subject(
             status = await _require_daemon(daemon, exact=exact)
             sequences = sequences or _sequence_urls(daemon, status)
         if addresses.small is not None:
-            small, small_capabilities = await connect(addresses.small, "small engine")
+            small, small_capabilities = await door.open(addresses.small, "small engine")
             _require_small(small, small_capabilities)
         if addresses.router_admin is not None:
             admin = Endpoint(addresses.router_admin, name="router admin", timeout_s=timeout_s)
@@ -116,17 +138,74 @@ async def open_subject(
             engine,
             capabilities,
             daemon,
-            await maybe(addresses.other, "other engine"),
+            await door.open_if(addresses.other, "other engine"),
             small,
             small_capabilities,
-            await maybe(addresses.baseline, "baseline"),
-            await maybe(addresses.router, "router"),
+            await door.open_if(addresses.baseline, "baseline"),
+            await door.open_if(addresses.router, "router"),
             admin,
-            await connect_all(addresses.prefill, "prefill engine"),
-            await connect_all(addresses.decode, "decode engine"),
+            await door.open_all(addresses.prefill, "prefill engine"),
+            await door.open_all(addresses.decode, "decode engine"),
             sequences,
             LowerTiers(addresses.tiers, daemon) if addresses.tiers and daemon else None,
+            kind,
+            signs,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """Opens the endpoints of a subject, all in the same way."""
+
+    stack: AsyncExitStack
+    """Closes them."""
+    model: str | None
+    timeout_s: float
+    exact: bool
+    settings: CheckSettings
+    hooks: Hooks
+
+    async def open(self, url: str, name: str) -> tuple[Endpoint, Capabilities]:
+        """Connect and probe."""
+        endpoint = Endpoint(url, name=name, model=self.model, timeout_s=self.timeout_s)
+        endpoint.hooks = _hooks_of(name, self.hooks)
+        await self.stack.enter_async_context(endpoint)
+        capabilities = await probe(endpoint, read_settings=self.exact)
+        if capabilities.block_tokens is None:
+            capabilities = replace(capabilities, block_tokens=self.settings.block_tokens)
+        if self.exact and name in ("engine", "other engine"):
+            _require_exact(endpoint, capabilities)
+        return endpoint, capabilities
+
+    async def open_if(self, url: str | None, name: str) -> Endpoint | None:
+        """The same, where there is an address."""
+        return None if url is None else (await self.open(url, name))[0]
+
+    async def open_all(self, urls: Sequence[str], name: str) -> tuple[Endpoint, ...]:
+        """The same, for each address."""
+        return tuple([(await self.open(url, name))[0] for url in urls])
+
+
+async def _find_out(
+    addresses: Addresses, settings: CheckSettings, timeout_s: float
+) -> tuple[Signs, Kind]:
+    """What the engine is, as the stack file, its own words or a person has it."""
+    named = None if settings.subject is None else named_kind(settings.subject)
+    # A kind that was named saves the question that vLLM takes seconds to answer.
+    told = addresses.signs or (None if named is None else Signs())
+    async with Endpoint(addresses.engine, timeout_s=timeout_s) as endpoint:
+        signs = await look(endpoint, told)
+    return signs, named or find_kind(signs)
+
+
+def _hooks_of(name: str, hooks: Hooks) -> Hooks:
+    """The subject's own; of another engine only paths hold, a whole address is the first one's."""
+    if name in ("engine", "router"):
+        return hooks
+    return Hooks(
+        Reset() if "://" in hooks.reset.address else hooks.reset,
+        Outside() if "://" in hooks.outside.address else hooks.outside,
+    )
 
 
 def _require_exact(endpoint: Endpoint, capabilities: Capabilities) -> None:

@@ -323,3 +323,37 @@ def test_kvkeep_is_importable_from_a_folder_of_sources(monkeypatch: pytest.Monke
 
     sources = str(Path(engines.__file__).parents[2])
     assert launch().environment["PYTHONPATH"] == f"{sources}:/mine"
+
+
+def test_an_engine_may_live_in_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interpreter is started, and finds its own programs first."""
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    made = launch(python="/other/bin/python")
+
+    assert made.command[:2] == ["/other/bin/python", "-m"]
+    assert made.environment["PATH"] == "/other/bin:/usr/bin"
+    trtllm = launch(python="/other/bin/python", server="trtllm", connector="none")
+    assert trtllm.command[0] == "/other/bin/trtllm-serve"
+
+
+def test_files_are_written_for_an_engine() -> None:
+    """Text as it is, values as JSON."""
+    made = launch(files={"a.txt": "x", "b.json": {"n": 1}})
+
+    assert made.files == {"a.txt": "x", "b.json": '{\n  "n": 1\n}\n'}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_mooncakes_client_is_kept_on_loopback(
+    monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """Also where it is one of several connectors; other engines start as they are."""
+    monkeypatch.setattr(engines, "listening_environment", lambda host: {"LD_PRELOAD": host})
+    connector: dict[str, Any] = {"kv_connector": "MooncakeStoreConnector"}
+    if inside:
+        connector = {"kv_connector": "MultiConnector", "of": [connector]}
+
+    assert launch(connector=connector).environment["LD_PRELOAD"] == "127.0.0.1"
+    assert launch().environment.get("LD_PRELOAD") != "127.0.0.1"

@@ -13,6 +13,7 @@ from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.testing.fake_transport import fake_transport
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Dialect, Endpoint
+from kvkeep.validate.subjects.hooks import Hooks, Outside
 
 Connect = Callable[..., Endpoint]
 
@@ -127,4 +128,34 @@ async def test_a_server_that_answers_no_chat_is_refused(connect: Connect) -> Non
 
     async with Endpoint("http://fake", transport=httpx.MockTransport(answer)) as engine:
         with pytest.raises(InputError, match="no template"):
+            await probe(engine)
+
+
+async def test_metrics_of_another_kind_are_no_counters() -> None:
+    """TensorRT-LLM has JSON there: nothing is known of its blocks and hits, and nothing breaks."""
+    fake = FakeEngine()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/metrics":
+            return httpx.Response(200, json=[{"iter": 1, "kvCacheStats": {"reusedBlocks": 3}}])
+        return fake_transport(fake).handle_request(request)
+
+    async with Endpoint("http://fake", transport=httpx.MockTransport(answer)) as engine:
+        found = await probe(engine)
+
+    assert (found.block_tokens, found.has_local_counters) == (None, False)
+
+
+async def test_counters_that_were_named_must_be_there() -> None:
+    """An address that nobody answers at is bad input, told before anything is asked."""
+    fake = FakeEngine()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host != "fake":
+            return httpx.Response(404)
+        return fake_transport(fake).handle_request(request)
+
+    async with Endpoint("http://fake", transport=httpx.MockTransport(answer)) as engine:
+        engine.hooks = Hooks(outside=Outside(("hits",), "http://nobody/metrics"))
+        with pytest.raises(InputError, match="look at --external-metrics"):
             await probe(engine)

@@ -1,5 +1,6 @@
 """Counters: read from Prometheus text, compared, and turned into what could have been served."""
 
+import httpx
 import pytest
 
 from kvkeep.model.errors import UnavailableError
@@ -11,9 +12,13 @@ from kvkeep.validate.counters import (
     find_backward,
     parse_cache_config,
     parse_engine,
+    read_counters,
     servable_of_one,
     servable_tokens,
+    sum_counters,
 )
+from kvkeep.validate.load import Endpoint
+from kvkeep.validate.subjects.hooks import Hooks, Outside
 
 METRICS = """
 # TYPE vllm:prefix_cache_hits_total counter
@@ -83,3 +88,38 @@ def test_repeats_and_shared_beginnings_are_the_engines_own() -> None:
 def test_equal_blocks_behind_different_ones_are_different() -> None:
     """A block is its whole prefix: equal tokens in another place are not served."""
     assert servable_tokens([[1, 1, 7, 7, 0], [2, 2, 7, 7, 0]], 2) == Servable(8, 0)
+
+
+def test_counters_of_any_name_are_summed() -> None:
+    """Over names and labels, with ``_total`` or without; what was never counted is 0."""
+    names = ("vllm:prefix_cache_hits", "vllm:external_prefix_cache_hits_total", "never")
+
+    assert sum_counters(METRICS, names) == 192.0
+    with pytest.raises(UnavailableError, match="format"):
+        sum_counters("a{ 1 x\n", names)
+
+
+@pytest.mark.parametrize("address", ["/metrics", "http://cache:9090/metrics"])
+async def test_what_another_program_counts_is_read_there(address: str) -> None:
+    """Its blocks become tokens under vLLM's name, so that every suite can use them."""
+    theirs = '# TYPE matched counter\nmatched_total{rank="0"} 5.0\n'
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text=METRICS + theirs if request.url.host == counting else "")
+
+    counting = httpx.URL("http://engine:1").join(address).host
+    async with Endpoint("http://engine:1", transport=httpx.MockTransport(answer)) as engine:
+        engine.hooks = Hooks(outside=Outside(("matched",), address, 16))
+        assert (await read_counters(engine)).external_hit_tokens == 80
+
+
+async def test_a_counting_program_that_is_silent_is_no_zero() -> None:
+    """Nothing is known then, so nothing may be said."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.host == "engine" else 503, text=METRICS)
+
+    async with Endpoint("http://engine:1", transport=httpx.MockTransport(answer)) as engine:
+        engine.hooks = Hooks(outside=Outside(("matched",), "http://cache/metrics"))
+        with pytest.raises(UnavailableError, match="GET http://cache/metrics failed"):
+            await read_counters(engine)

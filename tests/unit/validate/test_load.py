@@ -10,6 +10,7 @@ import pytest
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.validate import load
 from kvkeep.validate.load import Dialect, Endpoint, Sampling
+from kvkeep.validate.subjects.hooks import Hooks, Reset
 from kvkeep.validate.verdict import defect_of
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -141,6 +142,35 @@ async def test_a_server_without_reset_is_told_apart() -> None:
 
     assert (report.ok, report.attempts) == (False, 1)
     assert "VLLM_SERVER_DEV_MODE=1" in report.detail
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [("/flush?all=no", "http://engine:1/flush?all=no"), ("http://cache/x", "http://cache/x")],
+)
+async def test_a_reset_of_ones_own_is_asked_for(address: str, url: str) -> None:
+    """Another method and path, at the engine or elsewhere; any success counts."""
+    seen = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append((request.method, str(request.url)))
+        return httpx.Response(204)
+
+    async with endpoint(answer) as engine:
+        engine.hooks = Hooks(reset=Reset("DELETE", address))
+        report = await engine.reset_prefix_cache()
+
+    assert report.ok
+    assert seen == [("DELETE", url)]
+
+
+async def test_a_server_that_has_no_reset_is_not_asked() -> None:
+    """The report says what could be done, and nothing is sent."""
+    async with endpoint(_refuse) as engine:  # type: ignore[arg-type]
+        engine.hooks = Hooks(reset=Reset(address="", otherwise="name one with --reset"))
+        report = await engine.reset_prefix_cache()
+
+    assert (report.ok, report.attempts, report.detail) == (False, 1, "name one with --reset.")
 
 
 async def test_a_reset_with_an_empty_answer_is_believed_for_now() -> None:

@@ -11,7 +11,9 @@ from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.testing.fake_transport import fake_transport
 from kvkeep.transfer.int8_form import Int8Form
+from kvkeep.validate.settings import CheckSettings
 from kvkeep.validate.subject import Addresses, open_subject
+from kvkeep.validate.subjects.base import Signs
 
 
 @pytest.fixture
@@ -116,3 +118,69 @@ async def test_an_engine_that_cannot_be_exact_is_refused(hosts: dict[str, FakeEn
     with pytest.raises(InputError, match="max_num_seqs=1 and max_num_batched_tokens"):
         async with open_subject(Addresses("http://a"), timeout_s=5, exact=True):
             pytest.fail("opened")
+
+
+class Vllm(FakeEngine):
+    """A fake engine that says what vLLM says of itself."""
+
+    transfer: Any = None
+
+    def _models(self) -> Any:
+        reply = super()._models()
+        reply.pieces = [(0.0, reply.body.replace(b'"id"', b'"owned_by": "vllm", "id"'))]
+        return reply
+
+    def _server_info(self) -> Any:
+        reply = super()._server_info()
+        config = {**json.loads(reply.body)["vllm_config"], "kv_transfer_config": self.transfer}
+        reply.pieces = [(0.0, json.dumps({"vllm_config": config}).encode())]
+        return reply
+
+
+async def test_a_subject_is_found_out_by_its_own_words(hosts: dict[str, FakeEngine]) -> None:
+    """At an address nobody said anything about, the report has its kind and connectors."""
+    engine = Vllm()
+    engine.transfer = {"kv_connector": "LMCacheMPConnector"}
+    hosts["a"] = engine
+
+    async with open_subject(Addresses("http://a"), timeout_s=5) as subject:
+        found = subject.to_dict()
+
+    assert (found["kind"], found["connectors"]) == ("lmcache", ["LMCacheMPConnector"])
+    assert found["title"] == "vLLM + LMCache, multi-process"
+    assert found["hooks"]["reset"]["address"] == "/reset_prefix_cache"
+
+
+async def test_a_person_and_a_stack_file_know_better(hosts: dict[str, FakeEngine]) -> None:
+    """A named kind wins; a file's signs save the question; other ways hold for the engine alone."""
+    hosts |= {"a": Vllm(), "b": Vllm()}
+    addresses = Addresses("http://a", other="http://b", signs=Signs("vllm", ("NixlConnector",)))
+    settings = CheckSettings(reset="POST http://a/x", external_counters="h", block_tokens=4)
+
+    async with open_subject(addresses, timeout_s=5, settings=settings) as subject:
+        assert subject.kind.name == "nixl"
+        assert subject.engine.hooks.reset.address == "http://a/x"
+        assert subject.other is not None
+        assert subject.other.hooks.reset.address == "/reset_prefix_cache"
+        assert subject.other.hooks.outside.counters == ("h",)
+        assert subject.capabilities.block_tokens == 16
+    named = CheckSettings(subject="mooncake")
+    async with open_subject(addresses, timeout_s=5, settings=named) as subject:
+        assert subject.kind.name == "mooncake"
+
+
+async def test_an_unknown_server_is_called_by_its_address(hosts: dict[str, FakeEngine]) -> None:
+    """It is judged like the others; a block's size that it does not say may be named."""
+
+    class Silent(FakeEngine):
+        def _metrics(self) -> Any:
+            reply = super()._metrics()
+            reply.pieces = [(0.0, b"")]
+            return reply
+
+    hosts["a"] = Silent()
+    settings = CheckSettings(block_tokens=4)
+
+    async with open_subject(Addresses("http://a"), timeout_s=5, settings=settings) as subject:
+        assert (subject.kind.name, subject.title) == ("generic", "http://a")
+        assert subject.capabilities.block_tokens == 4

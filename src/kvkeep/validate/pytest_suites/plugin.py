@@ -59,10 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _settings(config: pytest.Config, documents: Sequence[Document]) -> CheckSettings:
+    stack = config.getoption("--kvkeep-stack")
     return resolve(
         {"scale": config.getoption("--kvkeep-scale")},
         os.environ,
-        None,
+        None if stack is None else spec_from_file(stack, {}, exact=None).check,
         config.getoption("--kvkeep-profile"),
         documents=documents,
         scale="full" if has_gpu() else "small",
@@ -140,7 +141,9 @@ def check_suite(
 async def _run(suite: Suite, settings: CheckSettings, addresses: Addresses) -> Sequence[Report]:
     url = settings.shakespeare_url
     words = load_words() if url is None else fetch_words(url)
-    async with open_subject(addresses, timeout_s=settings.http_timeout_s) as subject:
+    async with open_subject(
+        addresses, timeout_s=settings.http_timeout_s, settings=settings
+    ) as subject:
         context = Context(
             subject,
             settings,

@@ -101,6 +101,7 @@ def _about(run: Run) -> str:
     capabilities = run.subject.get("capabilities")
     capabilities = capabilities if isinstance(capabilities, dict) else {}
     parts = [
+        str(run.subject.get("title") or ""),
         str(capabilities.get("model") or ""),
         str(run.subject.get("url") or ""),
         f"A/A noise {run.noise_nats:.4f} nat" if run.noise_nats is not None else "",

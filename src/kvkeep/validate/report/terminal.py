@@ -26,7 +26,8 @@ def show_suite(report: SuiteReport, console: Console) -> None:
     """Print one run of a suite."""
     mode = "exact" if report.exact else f"A/A noise {report.noise_nats:.4f} nat"
     title = (
-        f"{report.suite}, {report.mode.replace('-', ' ')} · {report.subject.capabilities.model} · "
+        f"{report.suite}, {report.mode.replace('-', ' ')} · {report.subject.title} · "
+        f"{report.subject.capabilities.model} · "
         f"{report.sampling.max_tokens} tokens · scale {report.settings.scale}"
         + (f" · {mode}" if report.judges_answers else "")
     )

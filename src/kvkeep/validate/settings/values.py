@@ -114,6 +114,31 @@ class CheckSettings:
         (120,), "Instruction-following prompts, separated by commas.", "KVBM_IFEVAL_PROMPTS"
     )
 
+    subject: str | None = _value(
+        None,
+        "What is judged: vllm, kvkeep, lmcache, mooncake, nixl, offloading, trtllm or generic.",
+        unset="found out",
+    )
+    reset: str | None = _value(
+        None,
+        "Request that empties the engine's own cache, such as 'POST /reset_prefix_cache'.",
+        unset="vLLM's",
+    )
+    external_counters: str | None = _value(
+        None,
+        "Prometheus counters of prompt tokens from outside the engine, separated by commas.",
+        unset="vLLM's",
+    )
+    external_metrics: str | None = _value(
+        None, "Path or address where those counters are read.", unset="the engine's `/metrics`"
+    )
+    external_counter_tokens: int | None = _value(
+        None, "Tokens that each of those counts stands for, where they count blocks.", unset="1"
+    )
+    block_tokens: int | None = _value(
+        None, "Tokens per block of an engine that does not say.", unset="as the engine says"
+    )
+
     build_id: str | None = _value(
         None, "Name of this run.", _shared("", "BUILD_ID"), unset="`local_<timestamp>`"
     )

@@ -140,11 +140,7 @@ class SuiteReport:
             "sampling": {"max_tokens": self.sampling.max_tokens, "seed": self.sampling.seed},
             "settings": self.settings.to_dict(),
             "sizes": self.sizes,
-            "subject": {
-                "url": self.subject.engine.url,
-                "daemon_url": self.subject.daemon.url if self.subject.daemon else None,
-                "capabilities": self.subject.capabilities.to_dict(),
-            },
+            "subject": self.subject.to_dict(),
             "noise_nats": self.noise_nats,
             "reset": self.reset.to_dict() if self.reset else None,
             "served": self.served.to_dict() if self.served else None,

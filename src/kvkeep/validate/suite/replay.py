@@ -187,6 +187,8 @@ class Replay:
             f"{served.external_tokens} of {served.servable_external_tokens} servable prompt tokens "
             f"from outside the engine; {served.local_tokens} from the engine itself"
         )
+        if reason is not None:
+            reason = f"{reason} {self.report.subject.kind.when_idle}"
         self.report.check("served share", reason is None, reason or detail, gate=True)
         if served.servable_local_tokens is not None:
             self.report.check(
