@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.random_llama import make_random_llama
 from tests.e2e.tp_fleets import Fleet, check_pair, check_swapped_head, running_fleet
 
-# Two ranks that wait for each other may leave none of two cores to the daemon for many seconds.
+# Eight processes load their libraries on two cores before anything is shown.
 pytestmark = pytest.mark.nightly
 
 

@@ -11,7 +11,7 @@ from subprocess import PIPE
 import pytest
 
 from kvkeep.stack.process import StackProcess
-from kvkeep.stack.programs.reaper import RankFiles, is_rank_file
+from kvkeep.stack.programs.reaper import RankFiles, is_rank_file, start_ticks
 from tests.integration.daemons import wait_until
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -91,6 +91,7 @@ def test_a_rank_that_died_long_before_its_engine_leaves_nothing_either(
 
     wait_until(has_looked, "the reaper went round", 60.0)
     os.kill(rank, signal.SIGKILL)
+    wait_until(lambda: start_ticks(rank) is None, "the rank is dead", 60.0)
     process.stop()
 
     assert not file.exists()

@@ -264,7 +264,6 @@ class Reaper:
 
     def _end_rest(self) -> None:
         """End whatever is left: politely, then by force, and those that tidy up last."""
-        self._rank_files.look()
         self._signal_until(signal.SIGTERM, SETTLE_S, trackers=False)
         self._signal_until(signal.SIGKILL, TRACKER_GRACE_S, trackers=False)
         self._signal_until(signal.SIGKILL, None, trackers=True)
