@@ -146,14 +146,19 @@ def freeze(handler: Handler, body: dict[str, Any]) -> None:
     handler.close_connection = True
 
 
-def stall(handler: Handler, body: dict[str, Any]) -> None:
-    """A decode engine that begins a stream and then says nothing until it is left."""
+def begin_stream(handler: Handler) -> None:
+    """Send the first event of a stream."""
     handler.send_response(200)
     handler.send_header("Content-Type", "text/event-stream")
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
     handler.wfile.write(b'10\r\ndata: {"n": 1}\n\n\r\n')
     handler.wfile.flush()
+
+
+def stall(handler: Handler, body: dict[str, Any]) -> None:
+    """A decode engine that begins a stream and then says nothing until it is left."""
+    begin_stream(handler)
     freeze(handler, body)
 
 

@@ -1,6 +1,5 @@
 """``kvkeep route --prefill … --decode …`` between real sockets: what engines and clients see."""
 
-import contextlib
 import json
 import socket
 import subprocess
@@ -29,6 +28,7 @@ from tests.integration.offering_engine import (
     TICKET,
     Behaviour,
     Handler,
+    begin_stream,
     die,
     freeze,
     offer,
@@ -316,10 +316,7 @@ def test_a_stream_that_stops_ends_in_an_error(lenient: Fleet) -> None:
     before = lenient.told()
 
     def begin_and_die(handler: Handler, body: dict[str, Any]) -> None:
-        handler.server.go_on.set()
-        handler.connection.settimeout(0.01)
-        with contextlib.suppress(OSError):
-            stall(handler, body)
+        begin_stream(handler)
         die(handler, body)
 
     first_of_all(lenient.decodes, begin_and_die)
