@@ -17,8 +17,13 @@ model: smollm2
 exact: true
 daemon: {pool_bytes: 1GiB}
 engines:
-  - {name: a, cpus: "0", kv_cache_bytes: 512MiB, max_model_len: 2048}
-  - {name: b, cpus: "1", kv_cache_bytes: 512MiB, max_model_len: 2048}
+  - &engine
+    name: a
+    cpus: "0"
+    kv_cache_bytes: 512MiB
+    max_model_len: 2048
+    connector_settings: {patience_ms: 5000}
+  - {<<: *engine, name: b, cpus: "1"}
 """
 
 # In bfloat16 the order of additions moves logprobs by 0.1 nat with the batch; in float32 by 0.0001.

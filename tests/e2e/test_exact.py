@@ -1,17 +1,23 @@
 """In the exact mode every way to come by KV gives the same bits, also when stored bytes go bad."""
 
 import asyncio
+import contextlib
 import mmap
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from kvkeep.stack.parts import await_ready
 from kvkeep.stack.supervisor import Stack
 from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
 from kvkeep.tiers.shared_memory import PoolView
+from kvkeep.validate.answer import Answer, Prompt
 from kvkeep.validate.arms import ArmsReport, Means, compare_arms, standard_arms
 from kvkeep.validate.capability import probe
 from kvkeep.validate.load import Endpoint, Sampling
@@ -21,12 +27,15 @@ from kvkeep.validate.verdict import Verdict
 
 BLOCK_TOKENS = 32
 NUM_PROMPTS = 20
-SAMPLING = Sampling(max_tokens=8)
+NUM_WORDS = 60
+"""Of a prompt: five blocks, or so."""
+SAMPLING = Sampling(max_tokens=4)
 ENGINE_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
 
 
 async def _compare(stack: Stack, names: list[str]) -> ArmsReport:
-    prompts = [doc.prompt() for doc in documents(NUM_PROMPTS, 150, seed=7)]
+    prompts = [doc.prompt() for doc in documents(NUM_PROMPTS, NUM_WORDS, seed=7)]
     urls = {name: part.url for name, part in stack.engines.items()}
     async with (
         Endpoint(urls["a"], model=stack.model_name, timeout_s=ENGINE_TIMEOUT_S) as a,
@@ -145,7 +154,7 @@ def test_damaged_blocks_are_computed_again(exact_stack: Stack, damage: Damage) -
 
 
 async def _damage_and_compare(stack: Stack, damage: Damage) -> None:
-    prompts = [doc.prompt() for doc in documents(3, 150, seed=11)]
+    prompts = [doc.prompt() for doc in documents(3, NUM_WORDS, seed=11)]
     salt = secrets.token_hex(4)
     rng = np.random.default_rng(5)
     async with (
@@ -170,3 +179,133 @@ async def _damage_and_compare(stack: Stack, damage: Damage) -> None:
         assert [answer.error for answer in damaged] == [None] * len(prompts)
         assert [answer.steps for answer in computed] == [answer.steps for answer in damaged]
         assert failures > 0
+
+
+# --- What the pool can not hold ------------------------------------------------------------------
+
+SMALL_POOL_BYTES = 16 << 20
+DISK_BYTES = 1 << 30
+NUM_LONG = 16
+NUM_LONG_WORDS = 250
+"""So many blocks that the small pool holds a tenth of them."""
+SERVED_SHARE = 0.98
+
+
+def _lose_daemon(stack: Stack) -> None:
+    stack.daemon.kill()
+    Path(stack.daemon.pool).unlink()
+
+
+def _put_disk_below(stack: Stack, folder: Path) -> None:
+    """Give the daemon a small, empty pool and a disk; what is kept is loaded, whatever it costs."""
+    disk = {"kind": "disk", "folder": str(folder), "capacity_bytes": DISK_BYTES}
+    daemon = msgspec.structs.replace(
+        stack.spec.daemon,
+        pool_bytes=SMALL_POOL_BYTES,
+        settings=stack.spec.daemon.settings | {"planner": "load"},
+        tiers=[disk],
+    )
+    stack.spec = msgspec.structs.replace(stack.spec, daemon=daemon)
+    _lose_daemon(stack)
+    stack.daemon.restart()
+
+
+def _lose_everything(stack: Stack) -> None:
+    """Kill all and start it again; only the disk is what it was."""
+    engines = list(stack.engines.values())
+    for engine in engines:
+        engine.kill()
+    _lose_daemon(stack)
+    stack.daemon.restart()
+    for engine in engines:
+        engine.begin_again()
+    await_ready(engines, START_TIMEOUT_S)
+
+
+async def _until_attached(engine: Endpoint, daemon: Endpoint, num_workers: int) -> None:
+    """Wait until every worker has found the daemon, and this engine asks it for blocks."""
+    prompt = documents(1, NUM_WORDS, seed=13)[0].prompt()
+    once = Sampling(max_tokens=1)
+    while True:
+        before = await daemon.get_json("/status")
+        answer = await engine.chat(prompt.text, once, salt=secrets.token_hex(4))
+        assert answer.error is None
+        after = await daemon.get_json("/status")
+        has_asked = after["counters"]["lookups"] > before["counters"]["lookups"]
+        if has_asked and after["workers"] == num_workers:
+            return
+
+
+async def _ask(engine: Endpoint, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Ask one question after the other, with nothing in the engine's own cache."""
+    assert (await engine.reset_prefix_cache()).ok
+    answers = [await engine.chat(prompt.text, SAMPLING) for prompt in prompts]
+    assert (await engine.reset_prefix_cache()).ok  # true only when no store is in flight
+    return answers
+
+
+async def _ask_all(stack: Stack, names: Sequence[str]) -> tuple[list[Answer], dict[str, Any]]:
+    """Ask for each long document once: of these engines in turn, all at work at the same time.
+
+    Returns:
+        The answers, and what the daemon says of itself when the disk has all blocks.
+    """
+    prompts = [doc.prompt() for doc in documents(NUM_LONG, NUM_LONG_WORDS, seed=12)]
+    async with contextlib.AsyncExitStack() as opened:
+        daemon = await opened.enter_async_context(Endpoint(stack.daemon.metrics_url, name="daemon"))
+        engines = []
+        for name in names:
+            url = stack.engines[name].url
+            engine = Endpoint(url, model=stack.model_name, timeout_s=ENGINE_TIMEOUT_S)
+            engines.append(await opened.enter_async_context(engine))
+            await probe(engine)
+            await _until_attached(engine, daemon, len(stack.engines))
+        shares = [prompts[idx :: len(names)] for idx in range(len(names))]
+        found = await asyncio.gather(*map(_ask, engines, shares))
+        status = await daemon.get_json("/status")
+        while status["movement"]["cascades_waiting"] or any(
+            tier["queued_bytes"] for tier in status["movement"]["tiers"]
+        ):
+            await asyncio.sleep(0.1)
+            status = await daemon.get_json("/status")
+    return [found[idx % len(names)][idx // len(names)] for idx in range(NUM_LONG)], status
+
+
+def _served_share(answers: list[Answer]) -> float:
+    servable = served = 0
+    for answer in answers:
+        assert answer.prompt_tokens is not None
+        servable += (answer.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        served += answer.cached_tokens or 0
+    return served / servable
+
+
+@pytest.mark.last  # the daemon is another one afterwards
+@pytest.mark.timeout(600, func_only=True)
+def test_a_disk_serves_what_the_pool_can_not_hold(exact_stack: Stack, tmp_path: Path) -> None:
+    """The same answers from the disk, and again after everything was killed and the pool lost.
+
+    Whichever engine computed them, one of them is served them all.
+    """
+    _put_disk_below(exact_stack, tmp_path / "disk")
+    computed, status = asyncio.run(_ask_all(exact_stack, ["a", "b"]))
+    num_blocks = sum((answer.prompt_tokens or 0) // BLOCK_TOKENS for answer in computed)
+    assert num_blocks >= 9 * int(status["gauges"]["slots"])
+
+    # One prompt at a time: the pool has no room for the blocks of two.
+    replayed, replay_status = asyncio.run(_ask_all(exact_stack, ["a"]))
+    _lose_everything(exact_stack)
+    again, again_status = asyncio.run(_ask_all(exact_stack, ["a"]))
+
+    assert [answer.steps for answer in replayed] == [answer.steps for answer in computed]
+    assert [answer.steps for answer in again] == [answer.steps for answer in computed]
+    assert _served_share(replayed) >= SERVED_SHARE, _account(replayed, replay_status)
+    assert _served_share(again) >= SERVED_SHARE, _account(again, again_status)
+    promoted = [each["counters"]["blocks_promoted"] for each in (replay_status, again_status)]
+    assert min(promoted) >= 0.8 * num_blocks
+
+
+def _account(answers: list[Answer], status: dict[str, Any]) -> str:
+    """What was served of each document, and what the daemon did."""
+    served = [f"{answer.cached_tokens}/{answer.prompt_tokens}" for answer in answers]
+    return f"served {' '.join(served)}; {status['counters']}; {status['movement']}"
