@@ -34,7 +34,7 @@ LEAK_GRACE_S = 3.0
 RUN_VARIABLE = "TEST_RUN_OF_KVKEEP"
 RUN_ID = f"{os.getpid()}-{time.perf_counter_ns()}"
 
-# A real engine is three processes, one after the other, each of which reads some ten thousand
+# A real engine is three processes, one after the other, each of which reads five thousand
 # modules: from their sources that takes twice as long as from bytecode, at every start. So bytecode
 # is kept, also on machines whose environment asks for none.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -10,10 +10,15 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def _check(stack: Path, folder: Path) -> tuple[int, list[str]]:
-    """Exit code and the outcome of each run."""
+def check_determinism(folder: Path, *subject: str) -> tuple[int, list[str]]:
+    """Exit code and the outcome of each run.
+
+    Args:
+        folder: For what the command writes.
+        subject: Options that say what is checked.
+    """
     report = folder / "report.json"
-    command = [sys.executable, "-m", "kvkeep", "check", "determinism", "--stack", str(stack)]
+    command = [sys.executable, "-m", "kvkeep", "check", "determinism", *subject]
     command += ["--max-iterations", "6", "--max-tokens", "16", "--json", str(report)]
     # A user's own state folder is not the tests' to write to.
     environment = {"XDG_STATE_HOME": str(folder), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
@@ -29,11 +34,16 @@ def _check(stack: Path, folder: Path) -> tuple[int, list[str]]:
 @pytest.mark.timeout(600, func_only=True)
 def test_kvkeep_passes_the_determinism_check(tmp_path: Path) -> None:
     """With kvkeep the replay is served from outside the engine and every answer is right."""
-    assert _check(EXAMPLES / "one-engine.yaml", tmp_path) == (0, ["passed"])
+    found = check_determinism(tmp_path, "--stack", str(EXAMPLES / "one-engine.yaml"))
+
+    assert found == (0, ["passed"])
 
 
+@pytest.mark.nightly  # another start; of an engine that runs anyway it is asked in every run
 @pytest.mark.kvbm
 @pytest.mark.timeout(600, func_only=True)
 def test_an_engine_without_kvkeep_is_not_exercised(tmp_path: Path) -> None:
     """Without kvkeep nothing is served after the reset: the check must not pass."""
-    assert _check(EXAMPLES / "no-cache.yaml", tmp_path) == (1, ["not-exercised"])
+    found = check_determinism(tmp_path, "--stack", str(EXAMPLES / "no-cache.yaml"))
+
+    assert found == (1, ["not-exercised"])

@@ -1,4 +1,7 @@
-"""Real engines that start at their first request, come too late, die, and stop when idle."""
+"""Real engines that start at their first request, come too late, die, and stop when idle.
+
+They are stock vLLM: what one of them says itself, and what the check says of it, is asked here too.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ import httpx
 import pytest
 
 from kvkeep.stack.record import bring_down, read_record
+from tests.e2e.test_check_command import check_determinism
 from tests.integration.daemons import wait_until
 
 UP_TIMEOUT_S = 280
@@ -31,7 +35,7 @@ engines:
     start_wait_s: 150
     connector: none
     kv_cache_bytes: 128MiB
-    max_model_len: 512
+    max_model_len: 2048
     max_num_seqs: 4
   - {<<: *engine, name: hasty, served_model_name: hasty, start_wait_s: 0.5, idle_stop_s: 1}
 """
@@ -48,6 +52,13 @@ class UpStack:
         body = {"model": model, "prompt": "One, two,", "max_tokens": 4, "temperature": 0}
         url = f"{self.told['router']['url']}/v1/completions"
         return httpx.post(url, json=body, timeout=START_TIMEOUT_S, trust_env=False)
+
+    def url_of(self, engine: str) -> str:
+        """An engine's own address."""
+        record = read_record(self.folder)
+        assert record is not None
+        (url,) = [each.url for each in record.engines if each.name == engine]
+        return url
 
     def states(self) -> dict[str, str]:
         """What the router says of its engines on demand."""
@@ -146,6 +157,38 @@ def test_an_unknown_model_is_a_clear_404(first: FirstRequests) -> None:
     assert first.unknown.json()["error"]["type"] == "not_found_error"
     assert "'nobody'" in first.unknown.json()["error"]["message"]
     assert set(first.states_after_unknown.values()) == {"stopped"}
+
+
+def test_a_real_engine_answers(stack: UpStack, first: FirstRequests) -> None:
+    """The packaged model, as converted, knows the capital of France, and says what it reused."""
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = {"model": "smollm2", "temperature": 0, "max_tokens": 16, "messages": [question]}
+
+    reply = httpx.post(
+        f"{stack.url_of('late')}/v1/chat/completions", json=body, timeout=60, trust_env=False
+    ).json()
+
+    assert reply["choices"][0]["message"]["content"] == "The capital of France is Paris."
+    # The chat template adds the system prompt the model was trained with: 37 tokens in all.
+    assert reply["usage"]["prompt_tokens"] == 37
+    assert "cached_tokens" in reply["usage"]["prompt_tokens_details"]
+
+
+def test_a_real_engine_s_cache_can_be_reset(stack: UpStack, first: FirstRequests) -> None:
+    """The launcher opens the endpoint that the checks reset the cache with."""
+    url = f"{stack.url_of('late')}/reset_prefix_cache"
+
+    assert httpx.post(url, timeout=60, trust_env=False).json() == {"success": True}
+
+
+@pytest.mark.kvbm
+def test_an_engine_without_kvkeep_is_not_exercised(
+    stack: UpStack, first: FirstRequests, tmp_path: Path
+) -> None:
+    """Nothing is served after its reset: the check must not pass."""
+    found = check_determinism(tmp_path, "--url", stack.url_of("late"))
+
+    assert found == (1, ["not-exercised"])
 
 
 @pytest.mark.nightly  # a third start; with engines that pretend it is in every run

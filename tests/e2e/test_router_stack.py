@@ -1,13 +1,20 @@
-"""A stack of two real engines behind one address, asked by the official client of OpenAI's API."""
+"""A stack of two real engines behind one address, asked by the official client of OpenAI's API.
 
+What its router believes of an engine, from events, is what that engine then reports.
+"""
+
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +23,17 @@ import openai
 import pytest
 
 from kvkeep.stack.record import bring_down, read_record
+from kvkeep.validate.prompts import load_words
 from tests.integration.daemons import wait_until
 
 UP_TIMEOUT_S = 280
 BACK_TIMEOUT_S = 150.0
+REQUEST_TIMEOUT_S = 120.0
+BLOCK_TOKENS = 32
+# Blocks that are in the pool are loaded, whatever it costs: what is believed is where they are.
 STACK = """\
 model: smollm2
-daemon: {pool_bytes: 256MiB}
+daemon: {pool_bytes: 256MiB, settings: {planner: load}}
 router:
   policy: prefix_aware
   events: true
@@ -33,6 +44,7 @@ engines:
     kv_cache_bytes: 256MiB
     max_model_len: 1024
     max_num_seqs: 8
+    connector_settings: {planner: load}
     args: [--enable-auto-tool-choice, --tool-call-parser, hermes]
   - {<<: *engine, name: b}
 """
@@ -175,7 +187,7 @@ def test_a_prompt_goes_where_its_blocks_are(stack: dict[str, Any], client: opena
     again, num_cached = ask(prompt + "Then it rests.")
 
     assert again.split(";")[0] == name
-    assert f"holds {num_cached // 32} of" in again
+    assert f"holds {num_cached // BLOCK_TOKENS} of" in again
     assert num_cached >= 160
     assert workers(stack)[name]["is_heard"]
     wait_until(lambda: seen(stack)["gauges"]["pool_blocks"] > 0, "the daemon has said so too")
@@ -226,3 +238,129 @@ def test_a_killed_engine_is_routed_around_and_comes_back(
     assert workers(stack)["b"]["requests_done"] > done
     assert after is not None
     assert [each.pid for each in after.engines if each.name == "b"] != [pid]
+
+
+# --- What the router believes --------------------------------------------------------------------
+
+NUM_CHATS, NUM_TURNS = 6, 4
+NUM_DOCUMENTS, NUM_QUESTIONS = 4, 4
+ERROR_BLOCKS_MAX = 1
+ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was believed of a prompt, and what came of it; in blocks."""
+
+    in_cache: int
+    """Leading blocks that the router believed to be in the engine's own cache."""
+    in_all: int
+    """There or in the daemon's pool."""
+    reported: int
+    """Leading blocks that the engine reported as cached."""
+    answer: str
+
+    @property
+    def error(self) -> int:
+        """How far the belief was off."""
+        return abs(self.in_all - self.reported)
+
+
+@dataclass
+class Believed:
+    """A router that has one engine to choose from, asked what it believes before each question."""
+
+    url: str
+    admin_url: str
+    engine_url: str
+
+    def ask(self, path: str, body: dict[str, Any]) -> Asked:
+        """Ask what the router believes, then the question itself."""
+        asked = {"model": "smollm2", "max_tokens": ANSWER_TOKENS, "temperature": 0, **body}
+        with httpx.Client(trust_env=False, timeout=REQUEST_TIMEOUT_S) as client:
+            explain = f"{self.admin_url}/explain?path={path}"
+            told = client.post(explain, json=asked).raise_for_status().json()
+            answer = client.post(f"{self.url}{path}", json=asked)
+        found = answer.raise_for_status().json()
+        usage, choice = found["usage"], found["choices"][0]
+        assert told["num_tokens"] == usage["prompt_tokens"]
+        # An engine computes the block of a prompt's last token, though it may hold it.
+        most = (usage["prompt_tokens"] - 1) // BLOCK_TOKENS
+        (considered,) = told["considered"]
+        why = re.match(r"holds (\d+) blocks and (\d+) more in tiers", considered["why"])
+        assert why is not None
+        in_cache, more = int(why[1]), int(why[2])
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        return Asked(min(in_cache, most), min(in_cache + more, most), cached // BLOCK_TOKENS, text)
+
+    def talk(self, said: list[dict[str, str]], text: str) -> Asked:
+        """Say the next turn of a chat; the answer becomes part of it."""
+        said.append({"role": "user", "content": text})
+        asked = self.ask("/v1/chat/completions", {"messages": said})
+        said.append({"role": "assistant", "content": asked.answer})
+        return asked
+
+    def reset(self) -> None:
+        """Have the engine forget its cache; that it did so it publishes when it next computes."""
+
+        def is_reset() -> bool:
+            answer = httpx.post(f"{self.engine_url}/reset_prefix_cache", trust_env=False)
+            return bool(answer.raise_for_status().json()["success"])
+
+        # Not while stores are under way.
+        wait_until(is_reset, "the engine's cache is reset", REQUEST_TIMEOUT_S)
+        asked = {"model": "smollm2", "prompt": "One.", "max_tokens": 1}
+        url = f"{self.engine_url}/v1/completions"
+        httpx.post(url, json=asked, trust_env=False, timeout=REQUEST_TIMEOUT_S).raise_for_status()
+
+
+@contextlib.contextmanager
+def drained(stack: dict[str, Any], name: str) -> Iterator[None]:
+    """An engine that gets no requests."""
+    url = f"{stack['router']['admin_url']}/workers/{name}"
+    httpx.patch(url, json={"drain": True}, trust_env=False).raise_for_status()
+    try:
+        yield
+    finally:
+        httpx.patch(url, json={"drain": False}, trust_env=False).raise_for_status()
+
+
+def test_what_is_believed_is_what_the_engine_has(stack: dict[str, Any]) -> None:
+    """Chats of several turns and questions about shared documents: off by a block at p95 at most.
+
+    After the engine's cache was reset it is known to hold nothing, and its daemon's pool all.
+    """
+    router = stack["router"]
+    believed = Believed(router["url"], router["admin_url"], stack["engines"]["a"])
+    wait_until(lambda: workers(stack)["a"]["is_heard"], "the engine is heard")
+    wait_until(lambda: seen(stack)["gauges"]["pools_heard"] == 1, "the pool is heard")
+    words = load_words()
+    chats: list[list[dict[str, str]]] = [
+        [{"role": "system", "content": " ".join(words[: 60 * (number % 2 + 1)])}]
+        for number in range(NUM_CHATS)
+    ]
+    found = []
+    with drained(stack, "b"):
+        before = seen(stack)["counters"]
+        for turn in range(NUM_TURNS):
+            for number, said in enumerate(chats):
+                begin = 1000 + 100 * (turn * NUM_CHATS + number)
+                found.append(believed.talk(said, " ".join(words[begin : begin + 40])))
+        for question in range(NUM_QUESTIONS):
+            for number in range(NUM_DOCUMENTS):
+                document = " ".join(words[5000 + 200 * number : 5200 + 200 * number])
+                prompt = f"{document}\nQuestion {question}: {words[question]}"
+                found.append(believed.ask("/v1/completions", {"prompt": prompt}))
+        counters = seen(stack)["counters"]
+        believed.reset()
+        again = [believed.talk(list(said), "Go on.") for said in chats]
+
+    assert len(found) == 40
+    assert sum(asked.reported for asked in found) > 100
+    assert statistics.quantiles([asked.error for asked in found], n=20)[-1] <= ERROR_BLOCKS_MAX
+    assert counters["prefixes_checked"] - before["prefixes_checked"] == 40
+    assert counters["prefixes_off"] - before["prefixes_off"] <= 2
+    assert again[0].in_cache == 0
+    assert min(asked.reported for asked in again) > 3
+    assert max(asked.error for asked in again) <= ERROR_BLOCKS_MAX

@@ -1,4 +1,4 @@
-"""Stacks of real processes: a real daemon, engines that only pretend, and one real engine."""
+"""Stacks of real processes: a real daemon, and engines that only pretend."""
 
 import json
 import os
@@ -428,7 +428,7 @@ def test_clearing_twice_is_once(tmp_path: Path) -> None:
     assert (clear(tmp_path), clear(tmp_path)) == ([], [])
 
 
-# --- The real thing ----------------------------------------------------------------------------
+# --- The packaged model ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -443,41 +443,3 @@ def test_a_converter_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Mon
 
     with pytest.raises(UnavailableError, match=r"The model could not be converted: .* \(log: "):
         resolve_model("smollm2", folder=tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def real_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """One vLLM with the packaged model, no connector."""
-    values = {
-        "name": "real",
-        "state_dir": str(tmp_path_factory.mktemp("state")),
-        "daemon": {"enabled": False},
-        "engines": [{"name": "a", "connector": "none", "max_model_len": 2048}],
-    }
-    with Stack(make_spec(values, environment={})) as stack:
-        yield stack
-
-
-@pytest.mark.engine
-def test_a_real_engine_answers(real_stack: Stack) -> None:
-    """The packaged model, as converted, knows the capital of France, and says what it reused."""
-    engine = real_stack.engines["a"]
-    question = {"role": "user", "content": "What is the capital of France?"}
-    body = {"model": "smollm2", "temperature": 0, "max_tokens": 16, "messages": [question]}
-
-    reply = httpx.post(
-        f"{engine.url}/v1/chat/completions", json=body, timeout=60, trust_env=False
-    ).json()
-
-    assert reply["choices"][0]["message"]["content"] == "The capital of France is Paris."
-    # The chat template adds the system prompt the model was trained with: 37 tokens in all.
-    assert reply["usage"]["prompt_tokens"] == 37
-    assert "cached_tokens" in reply["usage"]["prompt_tokens_details"]
-
-
-@pytest.mark.engine
-def test_a_real_engine_s_cache_can_be_reset(real_stack: Stack) -> None:
-    """The launcher opens the endpoint that the checks reset the cache with."""
-    url = f"{real_stack.engines['a'].url}/reset_prefix_cache"
-
-    assert httpx.post(url, timeout=60, trust_env=False).json() == {"success": True}
