@@ -4,20 +4,34 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from kvkeep.cli.checking import EXIT_FAILED, Job, run_job, terminated_as_interrupt
+from kvkeep.cli.checking import (
+    EXIT_FAILED,
+    Job,
+    Runs,
+    run_fleets,
+    run_job,
+    terminated_as_interrupt,
+)
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.stack.machine import has_gpu
+from kvkeep.stack.spec import StackSpec
 from kvkeep.validate.settings import PROFILES, CheckSettings, Document, is_set, resolve
-from kvkeep.validate.started import own_spec, spec_from_file, started
+from kvkeep.validate.started import (
+    own_spec,
+    own_template,
+    spec_from_file,
+    started,
+    template_from_file,
+)
 from kvkeep.validate.subject import Addresses
-from kvkeep.validate.suite.base import GROUPS, Suite
+from kvkeep.validate.suite.base import GROUPS, Suite, Template
 from kvkeep.validate.suite.registry import find, suites
 from kvkeep.validate.suite.results import results_folder
 
@@ -241,9 +255,8 @@ def _check(
     if stack is not None and url is not None:
         raise InputError("Give either --stack or --url, not both.")
     named = tuple(dict.fromkeys(suite.document for suite in chosen))
-    spec = None
-    if stack is not None:
-        spec = spec_from_file(stack, flags, exact=exact, environ=os.environ, documents=named)
+    said: dict[str, Any] = {"exact": exact, "environ": os.environ, "documents": named}
+    spec = spec_from_file(stack, flags, **said) if stack is not None else None
     settings = resolve(
         flags,
         os.environ,
@@ -253,19 +266,43 @@ def _check(
         scale="full" if has_gpu() else "small",
     )
     job = _make_job(chosen, settings, flags, given, exact=bool(spec.exact if spec else exact))
+    runs = Runs(job, console)
     if url is not None:
-        return run_job(job, _addresses(given, settings), console)
+        run_job(job, _addresses(given, settings), runs)
+        return runs.close()
     stray = [name for name in ADDRESSES if given[name] and name != "url"]
     if stray:
         raise InputError(f"{_flag(stray[0])} goes with --url; a stack file says it.")
-    spec = spec or own_spec(settings, os.environ, exact=job.exact, suites=chosen)
-    with_router = any(suite.needs_router for suite in chosen)
-    with (
-        terminated_as_interrupt(),
-        started(spec, quiet=console.quiet, with_router=with_router) as ready,
-    ):
-        return run_job(
-            job, ready.addresses, console, restart=ready.restart, last_lines=ready.last_lines
+    with terminated_as_interrupt():
+        _run_on_shared(job, spec, runs)
+        for suite in chosen:
+            if suite.fleets is not None:
+                template: Template = (
+                    template_from_file(stack, flags, **said)
+                    if stack is not None
+                    else own_template(settings, os.environ, exact=job.exact, suites=(suite,))
+                )
+                run_fleets(job, suite, suite.fleets(template, settings), runs)
+    return runs.close()
+
+
+def _run_on_shared(job: Job, spec: StackSpec | None, runs: Runs) -> None:
+    """Start one stack for the suites that share it, and run them.
+
+    It is down again before others start fleets of their own.
+    """
+    shared = tuple(suite for suite in job.suites if suite.fleets is None)
+    if not shared:
+        return
+    spec = spec or own_spec(job.settings, os.environ, exact=job.exact, suites=shared)
+    with_router = any(suite.needs_router for suite in shared)
+    with started(spec, quiet=runs.console.quiet, with_router=with_router) as ready:
+        run_job(
+            replace(job, suites=shared),
+            ready.addresses,
+            runs,
+            restart=ready.restart,
+            last_lines=ready.last_lines,
         )
 
 

@@ -5,7 +5,7 @@ Blocking; what was started is stopped when the ``with`` block ends, however it e
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from kvkeep.validate.settings import (
 )
 from kvkeep.validate.subject import SMALL_ENGINE_BLOCKS_MAX, Addresses
 from kvkeep.validate.subjects.signs import signs_in_file
-from kvkeep.validate.suite.base import Suite
+from kvkeep.validate.suite.base import Suite, Template
 
 OWN_STACK_NAME = "check"
 SPEC_FIELDS = {
@@ -44,6 +44,8 @@ SPEC_FIELDS = {
 """Fields of the stack file by the check's setting that shapes them."""
 LOG_LINES = 50
 """Kept of each process's log."""
+_SETTINGS = {"tensor_parallel": "tp_size", "block_tokens": "block_tokens"}
+"""By an engine's field: what the settings of a role call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ def spec_from_file(
     exact: bool | None,
     environ: Mapping[str, str] | None = None,
     documents: Sequence[Document] = DOCUMENTS,
+    fields: Mapping[str, Any] | None = None,
 ) -> StackSpec:
     """Read a stack file; the environment is heard there too, and flags win.
 
@@ -73,6 +76,7 @@ def spec_from_file(
         exact: What the flag says, or None to leave it to the file.
         environ: Variables that shape the stack; None: those that any stack hears.
         documents: Whose variables are heard.
+        fields: Further fields of the stack, which win over all.
 
     Raises:
         InputError: Something in the file or a flag is wrong.
@@ -84,7 +88,31 @@ def spec_from_file(
     }
     if overrides["router.port"] is None:
         del overrides["router.port"]
-    return load_spec(path, {**overrides, "exact": exact})
+    return load_spec(path, {**overrides, "exact": exact, **(fields or {})})
+
+
+def template_from_file(path: Path, flags: Mapping[str, Any], **more: Any) -> Template:
+    """Take a stack file as the template of several stacks.
+
+    Args:
+        path: The stack file.
+        flags: The check's own, by setting.
+        more: What else `spec_from_file` takes.
+
+    Raises:
+        InputError: Something in the file or a flag is wrong.
+    """
+    base = spec_from_file(path, flags, **more)
+
+    def make(by_role: Mapping[str, Mapping[str, int]]) -> StackSpec:
+        fields = {
+            f"engines.{idx}.{field}": value
+            for idx, engine in enumerate(base.engines)
+            for field, value in by_role.get(engine.role, {}).items()
+        }
+        return spec_from_file(path, flags, **more, fields=fields)
+
+    return make
 
 
 def own_spec(
@@ -131,6 +159,20 @@ def own_spec(
     settled = STACK_ENVIRONMENT.keys() & ENVIRONMENT.keys()
     rest = {name: value for name, value in environ.items() if name not in settled}
     return make_spec(values, environment=rest)
+
+
+def own_template(settings: CheckSettings, environ: Mapping[str, str], **more: Any) -> Template:
+    """The template of the stacks that a check makes of its settings; see `own_spec`."""
+
+    def make(by_role: Mapping[str, Mapping[str, int]]) -> StackSpec:
+        sizes: dict[str, Any] = {
+            f"{role}_{_SETTINGS[field]}": value
+            for role, fields in by_role.items()
+            for field, value in fields.items()
+        }
+        return own_spec(replace(settings, **sizes), environ, **more)
+
+    return make
 
 
 def _pair_engines(settings: CheckSettings) -> list[dict[str, Any]]:
@@ -192,14 +234,33 @@ def started(
         yield Started(_addresses(spec, _urls_of(record), _daemon_of(record), router), None)
         return
     kept = with_router or any(engine.role != "serve" for engine in spec.engines)
-    spec = _all_running(spec) if kept else _without_router(spec)
+    with ExitStack() as held:
+        try:
+            ready = held.enter_context(
+                started_anew(spec if kept else _without_router(spec), quiet=quiet)
+            )
+        except UnavailableError as error:
+            raise InputError(str(error)) from error
+        yield ready
+
+
+@contextmanager
+def started_anew(spec: StackSpec, *, quiet: bool = False) -> Iterator[Started]:
+    """Start a stack with its router and stop it at the end; one that is up is not used.
+
+    Args:
+        spec: The stack.
+        quiet: Show no progress.
+
+    Raises:
+        InputError: It can't run here; nothing was started.
+        UnavailableError: It did not start; everything is stopped again.
+    """
+    spec = _all_running(spec)
     stack = Stack(spec, progress=Progress(quiet=quiet))
     # Nothing may come between the start and what stops it again.
     try:
-        try:
-            stack.start()
-        except UnavailableError as error:
-            raise InputError(str(error)) from error
+        stack.start()
         yield _started(spec, stack)
     finally:
         stack.stop()
@@ -224,15 +285,25 @@ def _started(spec: StackSpec, stack: Stack) -> Started:
     async def restart() -> None:
         await asyncio.to_thread(engine.restart)
 
-    def last_lines() -> dict[str, list[str]]:
-        return {log.stem: _last_lines(log) for log in sorted(stack.folder.glob("logs/*.log"))}
-
     router = (stack.router.url, stack.router.admin_url) if stack.has_router else None
     addresses = replace(
         _addresses(spec, urls, metrics_url, router),
         tiers=_tier_places(stack.spec, stack.daemon.socket) if stack.has_daemon else None,
     )
-    return Started(addresses, restart if engine.process is not None else None, last_lines)
+    return Started(
+        addresses,
+        restart if engine.process is not None else None,
+        lambda: last_lines_in(stack.folder),
+    )
+
+
+def last_lines_in(folder: Path) -> dict[str, list[str]]:
+    """The end of each process's log, by name.
+
+    Args:
+        folder: Of the state of a stack, which may be down.
+    """
+    return {log.stem: _last_lines(log) for log in sorted(folder.glob("logs/*.log"))}
 
 
 def _tier_places(spec: StackSpec, socket: str) -> TierPlaces:

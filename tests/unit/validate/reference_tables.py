@@ -110,6 +110,7 @@ NAMES = {
     "run-long-doc-qa.sh": "long-doc-qa",
     "test_pd_accuracy.py": "pd-accuracy",
     "run_accuracy_test.sh": "pd-accuracy",
+    "tp_config_sweep_test.sh": "tp-sweep",
 }
 """The documents' files and tests, and the suite that each of them is here."""
 

@@ -12,7 +12,13 @@ from kvkeep.stack.record import DaemonRecord, EngineRecord, StackRecord, write_r
 from kvkeep.stack.spec import StackSpec
 from kvkeep.validate import started as module
 from kvkeep.validate.settings import CheckSettings, Document
-from kvkeep.validate.started import own_spec, spec_from_file, started
+from kvkeep.validate.started import (
+    own_spec,
+    own_template,
+    spec_from_file,
+    started,
+    template_from_file,
+)
 from kvkeep.validate.suite.registry import find_all
 
 FILE = """
@@ -201,3 +207,37 @@ def test_a_stack_that_is_up_is_used_as_it_is(tmp_path: Path, stack_file: Path) -
     )
     assert addresses.daemon == "http://d"
     assert ready.restart is None
+
+
+SIZES = {"prefill": {"tensor_parallel": 2, "block_tokens": 64}, "decode": {"block_tokens": 64}}
+
+
+def test_a_stack_file_is_a_template_of_several_stacks(tmp_path: Path) -> None:
+    """Engines of a role get its fields, over the file; what follows from a field follows anew."""
+    path = tmp_path / "pair.yaml"
+    path.write_text(
+        "exact: true\nrouter: {}\nengines: [{name: p, role: prefill, block_tokens: 32}, "
+        "{name: q, role: prefill}, {name: d, role: decode, tensor_parallel: 3}]\n"
+    )
+    template = template_from_file(path, {"model_id": "/models/x"}, exact=None)
+
+    spec = template(SIZES)
+
+    assert [engine.tensor_parallel for engine in spec.engines] == [2, 2, 3]
+    assert [engine.max_num_batched_tokens for engine in spec.engines] == [64, 64, 64]
+    assert spec.model == "/models/x"
+    assert [engine.tensor_parallel for engine in template({}).engines] == [1, 1, 3]
+    with pytest.raises(InputError, match="block_tokens"):
+        template({"prefill": {"block_tokens": 64}})
+
+
+def test_a_check_without_a_file_has_a_template_too() -> None:
+    """Its settings with the sizes of each; unequal blocks go by vLLM's own connector."""
+    template = own_template(
+        CheckSettings(decode_tp_size=3), {}, exact=False, suites=find_all(["tp-sweep"])
+    )
+
+    same, other = template(SIZES), template({"prefill": {"block_tokens": 64}})
+
+    assert [(e.tensor_parallel, e.block_tokens) for e in same.engines] == [(2, 64), (3, 64)]
+    assert [(e.connector, e.block_tokens) for e in other.engines] == [("nixl", 64), ("nixl", 128)]

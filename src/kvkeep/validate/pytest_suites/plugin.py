@@ -1,7 +1,8 @@
 """The stack under test, from options, and a fixture that runs one suite against it.
 
 Everything is started once for all tests of a session and stopped at its end. A suite that does not
-apply to the stack is skipped with the reason; one that proved nothing fails.
+apply to the stack is skipped with the reason; one that proved nothing fails. A suite that starts
+fleets of its own runs before that, for it needs the machine for itself.
 """
 
 import asyncio
@@ -16,11 +17,28 @@ from rich.console import Console
 
 from kvkeep.stack.machine import has_gpu
 from kvkeep.validate.prompts import fetch_words, load_words
-from kvkeep.validate.report.terminal import show_suite
+from kvkeep.validate.report.terminal import show_missing, show_suite
 from kvkeep.validate.settings import CheckSettings, Document, is_set, resolve
-from kvkeep.validate.started import Started, own_spec, spec_from_file, started
+from kvkeep.validate.started import (
+    Started,
+    own_spec,
+    own_template,
+    spec_from_file,
+    started,
+    template_from_file,
+)
 from kvkeep.validate.subject import Addresses, open_subject
-from kvkeep.validate.suite.base import Context, NotApplicable, Report, Suite, SuiteReport
+from kvkeep.validate.suite.base import (
+    UNCOUNTED,
+    Context,
+    Fleet,
+    NotApplicable,
+    NotStarted,
+    Report,
+    Suite,
+    SuiteReport,
+)
+from kvkeep.validate.suite.fleets import run_on_fleets
 from kvkeep.validate.suite.registry import find, run_suite
 from kvkeep.validate.suite.results import results_folder
 
@@ -29,6 +47,7 @@ MARKERS = {
     "e2e": "a whole stack",
     "slow": "takes a while",
     "nightly": "for runs at night",
+    "fleets": "starts stacks of its own",
 }
 ADDRESSES = {
     "url": "an engine that runs already",
@@ -56,6 +75,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the markers known."""
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts stacks of its own goes first: the one under test is not up then."""
+    items.sort(key=lambda item: item.get_closest_marker("fleets") is None)
 
 
 def _settings(config: pytest.Config, documents: Sequence[Document]) -> CheckSettings:
@@ -115,30 +140,61 @@ def kvkeep_target(request: pytest.FixtureRequest) -> Iterator[Started]:
 
 
 @pytest.fixture
-def check_suite(
-    request: pytest.FixtureRequest, kvkeep_target: Started
-) -> Callable[[str], Sequence[Report]]:
+def check_suite(request: pytest.FixtureRequest) -> Callable[[str], Sequence[Report]]:
     """Runs a suite by its name, and fails where it did not pass."""
 
     def check(name: str) -> Sequence[Report]:
         (suite,) = find(name)
         settings = _settings(request.config, (suite.document,))
-        reports = asyncio.run(_run(suite, settings, kvkeep_target.addresses))
-        defects = []
+        is_named = request.config.getoption("--kvkeep-url") is not None
+        if suite.fleets is not None and not is_named:
+            reports = _run_on_fleets(suite, settings, request.config)
+        else:
+            target: Started = request.getfixturevalue("kvkeep_target")
+            reports = asyncio.run(_run(suite, settings, target.addresses))
+        console = Console(width=120)
         for report in reports:
             if isinstance(report, NotApplicable):
                 pytest.skip(report.reason)
             if isinstance(report, SuiteReport):
-                show_suite(report, Console(width=120))
-            if not report.passed:
-                defects.append(_why(report))
+                show_suite(report, console)
+            if isinstance(report, NotStarted):
+                show_missing(report, console)
+        counted = [report for report in reports if report.outcome not in UNCOUNTED]
+        defects = [_why(report) for report in counted if not report.passed]
         assert not defects, "\n".join(defects)
+        assert counted, "no fleet was started: the reasons stand above"
         return reports
 
     return check
 
 
-async def _run(suite: Suite, settings: CheckSettings, addresses: Addresses) -> Sequence[Report]:
+def _run_on_fleets(
+    suite: Suite, settings: CheckSettings, config: pytest.Config
+) -> Sequence[Report]:
+    """What a suite found on every fleet that it starts, and why there are no others."""
+    stack = config.getoption("--kvkeep-stack")
+    template = (
+        own_template(settings, os.environ, exact=False, suites=(suite,))
+        if stack is None
+        else template_from_file(stack, {}, exact=None, environ=os.environ)
+    )
+    assert suite.fleets is not None
+    planned = suite.fleets(template, settings)
+
+    def check(fleet: Fleet, ready: Started) -> Sequence[Report]:
+        return asyncio.run(_run(suite, settings, ready.addresses, fleet))
+
+    fleets = [each for each in planned if isinstance(each, Fleet)]
+    found: list[Report] = [each for each in planned if not isinstance(each, Fleet)]
+    for ran in run_on_fleets(suite.name, fleets, check, quiet=True):
+        found += ran.reports
+    return found
+
+
+async def _run(
+    suite: Suite, settings: CheckSettings, addresses: Addresses, fleet: Fleet | None = None
+) -> Sequence[Report]:
     url = settings.shakespeare_url
     words = load_words() if url is None else fetch_words(url)
     async with open_subject(
@@ -151,6 +207,7 @@ async def _run(suite: Suite, settings: CheckSettings, addresses: Addresses) -> S
             new_run_id=lambda: f"check-{secrets.token_hex(6)}",
             words_fixed=is_set("word_count", {}, os.environ, (Document.DETERMINISM,)),
             results=results_folder(settings) if suite.document is Document.MULTI_PROCESS else None,
+            fleet=fleet,
         )
         return await run_suite(suite, context)
 
@@ -164,4 +221,7 @@ def _why(report: Report) -> str:
         if check["ok"] is False or (check["gate"] and check["ok"] is not True)
     ]
     counts = {name: num for name, num in found.get("counts", {}).items() if num}
-    return f"{found['suite']} {found.get('mode', '')}: {report.outcome}; {counts}; {broken}"
+    return (
+        f"{found['suite']} {found.get('mode', '')}: {report.outcome}; {counts}; {broken} "
+        f"{found.get('reason', '')}"
+    )

@@ -200,13 +200,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     suite: str
     """Name of the suite."""
     outcome: str
-    """`passed`, `failed`, `not-exercised`, or `not-applicable`: it could not run here."""
+    """`passed`, `failed`, `not-exercised`; `not-applicable`: it could not run here; or `refused`: a
+    fleet that its own stack refused."""
     passed: bool
     """True only if everything was shown to hold."""
     mode: str = ""
     """Which of the suite's ways."""
     reason: str = ""
-    """What a suite that is not applicable lacks."""
+    """What a suite that is not applicable lacks, or why a fleet was not started."""
     run_id: str = ""
     """Begins the salts of its requests."""
     took_s: float | None = None
@@ -249,6 +250,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Wrong answers that were looked into."""
     arms: list[Arm] = []
     """In a run of arms: everything by arm."""
+    fleet: dict[str, str] = {}
+    """Of a suite that starts several: which `prefill` and `decode` engines this one had."""
 
     @property
     def title(self) -> str:
@@ -291,6 +294,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """In the order in which they ran."""
     logs: dict[str, list[str]] = {}
     """The last lines of each process of a stack that was started, by its name."""
+    matrix: dict[str, dict[str, str]] = {}
+    """Outcomes of a suite that started several fleets, by prefill and by decode engines."""
 
 
 _DOCUMENTED = (Report, Run, Phase, Counters, Check, Served, Arm, Request, Answer)

@@ -12,7 +12,8 @@ from kvkeep.validate.report.marks import Element, mark
 from kvkeep.validate.report.whole_file import write_whole
 from kvkeep.validate.verdict import Verdict
 
-NOT_APPLICABLE = "not-applicable"
+SKIPPED = ("not-applicable", "refused")
+"""Outcomes that are neither a pass nor a failure."""
 TEXT_CHARS_MAX = 4000
 """Of an answer in a failure's text."""
 
@@ -49,10 +50,11 @@ def _suite(run: Run) -> Element:
 def _outcome(run: Run) -> Element:
     """So that a run without one request is seen too."""
     case = mark("testcase", classname=run.title, name="outcome")
-    if run.outcome == NOT_APPLICABLE:
+    if run.outcome in SKIPPED:
         case.append(mark("skipped", message=run.reason))
     elif not run.passed:
-        case.append(mark("failure", type=run.outcome, message=f"The run ended as {run.outcome}."))
+        message = run.reason or f"The run ended as {run.outcome}."
+        case.append(mark("failure", type=run.outcome, message=message))
     return case
 
 

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 from kvkeep.validate.report import charts, figures
 from kvkeep.validate.report.form import Check, Report, Request, Run
 from kvkeep.validate.report.marks import Child, Element, mark, text_of
+from kvkeep.validate.report.matrix import columns_of
 from kvkeep.validate.report.whole_file import write_whole
 
 FAILED_SHOWN_MAX = 100
@@ -41,7 +42,7 @@ def page(report: Report) -> str:
     outcome = "passed" if report.passed else "did not pass"
     title = f"kvkeep check: {outcome}"
     style = files("kvkeep.validate.report").joinpath("style.css").read_text("utf-8")
-    body = mark("body", mark("h1", title), _summary(report))
+    body = mark("body", mark("h1", title), _summary(report), *_matrix(report))
     for run in report.runs:
         body.extend(_run_parts(run))
     body.extend(_logs(report))
@@ -75,6 +76,19 @@ def _summary(report: Report) -> Element:
         rows.append([run.title, outcome, str(len(requests)), str(failed), share])
     heads = ("run", "outcome", "judged requests", "not passed", "served share")
     return _table(heads, rows, numbers_from=2)
+
+
+def _matrix(report: Report) -> Iterator[Element]:
+    """Outcomes of several fleets: a row for each kind of prefill engines."""
+    if not report.matrix:
+        return
+    columns = columns_of(report.matrix)
+    rows: list[list[Child]] = []
+    for name, row in report.matrix.items():
+        cells = [row.get(column, "-") for column in columns]
+        rows.append([name, *(mark("span", cell, class_=f"outcome {cell}") for cell in cells)])
+    yield mark("h2", "Prefill engines by decode engines")
+    yield _table(("", *columns), rows)
 
 
 def _run_parts(run: Run) -> Iterator[Element]:

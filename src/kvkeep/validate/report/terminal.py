@@ -1,14 +1,15 @@
 """Shows a run in a terminal: phases, checks, verdicts, and evidence for whatever failed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from kvkeep.validate.arms import ArmsReport, Blocks, Suspect
+from kvkeep.validate.report.matrix import columns_of
 from kvkeep.validate.runner import Check, Judged, Phase
-from kvkeep.validate.suite.base import NotApplicable, SuiteReport
+from kvkeep.validate.suite.base import NotApplicable, NotStarted, SuiteReport
 from kvkeep.validate.verdict import PASSING, Verdict
 
 EVIDENCE_MAX = 5
@@ -19,6 +20,7 @@ COLORS = {
     "failed": "bold red",
     "not-exercised": "bold yellow",
     "not-applicable": "bold cyan",
+    "refused": "bold cyan",
 }
 
 
@@ -49,10 +51,23 @@ def show_suite(report: SuiteReport, console: Console) -> None:
     console.print(f"[{COLORS[report.outcome]}]{report.outcome}[/]")
 
 
-def show_missing(report: NotApplicable, console: Console) -> None:
-    """Print why a suite did not run."""
-    console.print(f"{report.suite}: {escape(report.reason)}", soft_wrap=True)
+def show_missing(report: NotApplicable | NotStarted, console: Console) -> None:
+    """Print why a suite, or one of its fleets, did not run."""
+    name = f"{report.suite}, {report.mode}" if isinstance(report, NotStarted) else report.suite
+    console.print(f"{name}: {escape(report.reason)}", soft_wrap=True)
     console.print(f"[{COLORS[report.outcome]}]{report.outcome}[/]")
+
+
+def show_matrix(matrix: Mapping[str, Mapping[str, str]], console: Console) -> None:
+    """Print the outcomes of several fleets, those of equal prefill engines in one row."""
+    columns = columns_of(matrix)
+    table = Table(title="prefill engines down, decode engines across", title_justify="left")
+    for head in ("", *columns):
+        table.add_column(head)
+    for name, row in matrix.items():
+        cells = [row.get(column, "-") for column in columns]
+        table.add_row(name, *(f"[{COLORS.get(cell, 'dim')}]{cell}[/]" for cell in cells))
+    console.print(table)
 
 
 def _number(value: object) -> str:

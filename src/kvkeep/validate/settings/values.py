@@ -265,6 +265,21 @@ class CheckSettings:
         unset="a free one",
     )
 
+    sweep_prefill_tp: tuple[int, ...] = _value(
+        (), "Ranks of prefill engines to sweep, separated by commas.", most=64
+    )
+    """Empty: one, two, and what ``prefill_tp_size`` says."""
+    sweep_decode_tp: tuple[int, ...] = _value(
+        (), "Ranks of decode engines to sweep, separated by commas.", most=64
+    )
+    sweep_prefill_blocks: tuple[int, ...] = _value(
+        (), "Tokens per block of prefill engines to sweep, separated by commas."
+    )
+    """Empty: as the stack says."""
+    sweep_decode_blocks: tuple[int, ...] = _value(
+        (), "Tokens per block of decode engines to sweep, separated by commas."
+    )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)

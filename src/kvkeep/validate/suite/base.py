@@ -28,6 +28,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvkeep.stack.spec import StackSpec
 from kvkeep.validate.arms.bisection import Suspect
 from kvkeep.validate.load import ResetReport, Sampling
 from kvkeep.validate.runner import (
@@ -53,6 +54,12 @@ class Outcome(StrEnum):
     """Nothing was wrong, but the path under test did not run: not a pass."""
     NOT_APPLICABLE = "not-applicable"
     """The subject lacks what the suite needs; ``reason`` says what."""
+    REFUSED = "refused"
+    """A fleet that its own stack refused by name before it started anything: no failure."""
+
+
+UNCOUNTED = frozenset({Outcome.NOT_APPLICABLE, Outcome.REFUSED})
+"""Neither a pass nor a failure, beside others that are."""
 
 
 class Report(Protocol):
@@ -177,6 +184,61 @@ class NotApplicable:
 
 
 @dataclass(frozen=True, slots=True)
+class Fleet:
+    """One of several stacks that a suite starts itself, one after the other."""
+
+    prefill: str
+    """Its prefill engines, in a few words such as ``TP 2``."""
+    decode: str
+    spec: StackSpec
+
+    @property
+    def mode(self) -> str:
+        """What tells it from the suite's others."""
+        return f"{self.prefill} to {self.decode}"
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON form: its place in the matrix of all fleets."""
+        return {"prefill": self.prefill, "decode": self.decode}
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """A fleet that a suite was to run on, and that there is not."""
+
+    suite: str
+    prefill: str
+    decode: str
+    outcome: str
+    """``refused``; ``not-applicable`` where the machine is too small; or ``failed``."""
+    reason: str
+    """One sentence."""
+    passed: bool = False
+
+    @property
+    def mode(self) -> str:
+        """As a fleet's."""
+        return f"{self.prefill} to {self.decode}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "schema": f"kvkeep.check.{self.suite}/1",
+            "suite": self.suite,
+            "mode": self.mode,
+            "outcome": str(self.outcome),
+            "passed": self.passed,
+            "reason": self.reason,
+            "fleet": {"prefill": self.prefill, "decode": self.decode},
+        }
+
+
+Template = Callable[[Mapping[str, Mapping[str, int]]], StackSpec]
+"""Gives a stack whose engines of each role have certain fields; raises `InputError` for one that
+can't be."""
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """What a suite is given."""
 
@@ -194,6 +256,8 @@ class Context:
     progress: Progress = no_progress
     named: frozenset[str] = frozenset()
     """Settings that a person named: sizes that are not to be fitted."""
+    fleet: Fleet | None = None
+    """Which of its own fleets the subject is, for a suite that starts several."""
 
     def new_report(self, suite: str, mode: str, max_tokens: int) -> SuiteReport:
         """Start a report with a run id of its own."""
@@ -201,6 +265,19 @@ class Context:
         return SuiteReport(
             suite, mode, self.new_run_id(), self.exact, sampling, self.settings, self.subject
         )
+
+
+class Plan(Protocol):
+    """Says what a suite starts."""
+
+    def __call__(
+        self, template: Template, settings: CheckSettings
+    ) -> "Sequence[Fleet | NotStarted | NotApplicable]":
+        """Fleets, and what is left out and why.
+
+        Raises:
+            InputError: The template or a setting is wrong.
+        """
 
 
 class Need(Protocol):
@@ -238,6 +315,8 @@ class Suite:
     """A stack that is started for it keeps its router."""
     needs_sequences: bool = False
     """A daemon that is started for it keeps named sequences' K/V, too."""
+    fleets: Plan | None = None
+    """Given by a suite that does not run on the stack that others share: its own, in order."""
     small_s: float = 60.0
     """About how long it takes at the small scale on two cores, in seconds: for estimates."""
 

@@ -43,6 +43,11 @@ PAIR = Needed(
     "It asks a router before a pair: give a stack file whose engines have roles, or --router-url "
     "with --prefill-url and --decode-url.",
 )
+OWN_FLEETS = Needed(
+    "a stack file, or none",
+    lambda context: context.fleet is not None,
+    "It starts pairs of several sizes itself: give a stack file with --stack, or no address.",
+)
 BASELINE = Needed(
     "an engine without a cache",
     lambda context: context.subject.baseline is not None,

@@ -15,6 +15,7 @@ MODULES = (
     "concurrent",
     "disaggregated",
     "pd_accuracy",
+    "tp_sweep",
     "cache_performance",
     "long_doc_qa",
     "lm_eval",

@@ -107,9 +107,11 @@ class Replay:
         self.note_noise(first, second)
         return first, second
 
-    def note_noise(self, first: Phase, second: Phase) -> None:
-        """Take two computed phases over the same prompts for the noise floor."""
-        noise_nats = noise_floor(zip(first.answers, second.answers, strict=True))
+    def note_noise(self, first: Phase, *others: Phase) -> None:
+        """Take computed phases over the same prompts for the noise floor."""
+        noise_nats = max(
+            noise_floor(zip(first.answers, other.answers, strict=True)) for other in others
+        )
         self.report.noise_nats = noise_nats
         self.report.check(
             "noise floor",

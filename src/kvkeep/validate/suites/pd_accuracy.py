@@ -27,8 +27,21 @@ MAX_TOKENS = 24
 
 async def run(context: Context) -> list[SuiteReport]:
     """One report."""
-    subject = context.subject
     report = context.new_report(NAME, "router against one engine", MAX_TOKENS)
+    await compare(context, report)
+    return [report]
+
+
+async def compare(context: Context, report: SuiteReport, *, is_uneven: bool = False) -> None:
+    """Fill a report about the pair behind a router.
+
+    Args:
+        context: Whose subject has a router and both kinds of engines.
+        report: New.
+        is_uneven: Prefill engines are made otherwise than decode engines, so that both computing a
+            prompt themselves give answers a little apart: this is noise, too.
+    """
+    subject = context.subject
     assert subject.front is not None
     prompts = await _make_prompts(context, report)
     watch = Watch(subject.engine, subject.daemon, front=subject.front)
@@ -36,7 +49,11 @@ async def run(context: Context) -> list[SuiteReport]:
     single = Watch(subject.baseline or subject.engine)
     first = await replay.phase("one engine", prompts, cold=True, watch=single)
     second = await replay.phase("one engine again", prompts, cold=True, watch=single)
-    replay.note_noise(first, second)
+    others = [second]
+    if is_uneven:
+        prefill = Watch(subject.prefill[0])
+        others.append(await replay.phase("a prefill engine", prompts, cold=True, watch=prefill))
+    replay.note_noise(first, *others)
     before = await watch.read_settled()
     routed = await run_phase(
         "through the router",
@@ -47,7 +64,7 @@ async def run(context: Context) -> list[SuiteReport]:
         progress=context.progress,
     )
     report.phases.append(routed)
-    replay.judge_usable(first, second)
+    replay.judge_usable(first, *others)
     for i, reference in enumerate(first.answers):
         report.judged.append(replay.judged(routed, i, reference))
     handed = (await watch.read_settled()).since(before).external_hit_tokens
@@ -56,7 +73,6 @@ async def run(context: Context) -> list[SuiteReport]:
     await _check_forms(report, subject.front, prompts)
     await _check_echo(report, subject.front, prompts[0])
     await _check_front(report, subject.front)
-    return [report]
 
 
 async def _make_prompts(context: Context, report: SuiteReport) -> list[Prompt]:

@@ -11,7 +11,7 @@ import pytest
 from kvkeep.model.errors import InputError
 from kvkeep.validate.report import form
 from kvkeep.validate.report.form import convert_report, field_tables, json_schema, read_report
-from kvkeep.validate.suite.base import NotApplicable
+from kvkeep.validate.suite.base import NotApplicable, NotStarted
 
 Written = Callable[..., Awaitable[dict[str, Any]]]
 
@@ -60,6 +60,17 @@ def test_a_suite_that_cannot_run_here_is_documented() -> None:
 
     assert strangers(values, msgspec.to_builtins(report)) == []
     assert report.runs[0].reason == "why"
+
+
+def test_a_fleet_that_was_not_started_is_documented() -> None:
+    """It writes which it was and why, and nothing that the form does not know."""
+    missing = NotStarted("x", "TP 1", "TP 2", "refused", "why")
+    values = {"schema": form.FORM, "passed": False, "runs": [missing.to_dict()]}
+
+    report = convert_report(values)
+
+    assert strangers(values, msgspec.to_builtins(report)) == []
+    assert report.runs[0].fleet == {"prefill": "TP 1", "decode": "TP 2"}
 
 
 async def test_what_is_written_obeys_the_schema(written: Written) -> None:
