@@ -79,7 +79,7 @@ def _assert_moved(pair: Pair, num_tokens: float) -> None:
 
 # ---- aborts, freezes and kills, in each state that a hand-off has on real engines
 
-LEG_S = 10.0
+LEG_S = 6.0
 """Router's limit for each leg in the tests below; far above what their short prompts take."""
 HANG_S = 60.0
 """No test waits longer for an answer, an error or an empty cache: the limits above, many times."""
