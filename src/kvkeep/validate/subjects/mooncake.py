@@ -13,7 +13,7 @@ KIND = Kind(
     is_it=_is_it,
     beside="`mooncake_master`, under `servers`; the memory is the engine's worker's",
     counted="vLLM's counters, for any connector",
-    trial="not judged yet",
+    trial="judged, see below",
     when_idle=(
         "Look for rejected transfers in the engine's log: with Mooncake's own limits TCP refuses "
         "loads of many blocks (MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER)."
