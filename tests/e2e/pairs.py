@@ -55,8 +55,8 @@ _NIXL = """\
 model: {model}
 daemon: {{enabled: false}}
 engines:
-  - {{name: prefill, {first}, connector: {producer}, env: {{{port_name}: "{ports[0]}"}}}}
-  - {{name: decode, {second}, connector: {consumer}, env: {{{port_name}: "{ports[1]}"}}}}
+  - {{name: prefill, {first}, connector: {producer}, env: {{{port_name}: "{ports[0]}", {spin}}}}}
+  - {{name: decode, {second}, connector: {consumer}, env: {{{port_name}: "{ports[1]}", {spin}}}}}
 """
 _NIXL_CONNECTOR = {
     "kv_connector": "NixlConnector",
@@ -76,6 +76,8 @@ def stack_text(transport: Transport) -> str:
         consumer=json.dumps({**_NIXL_CONNECTOR, "kv_role": "kv_consumer"}),
         port_name="VLLM_NIXL_SIDE_CHANNEL_PORT",
         ports=(free_port(), free_port()),
+        # Beside NIXL's threads, which poll too, sched_yield would leave them the cores.
+        spin='VLLM_USE_SPINLOOP_EXT: "1"',
     )
 
 
