@@ -138,3 +138,13 @@ async def test_its_documented_tests_pass(
     assert len(names) == 3
     for name in names:
         await tests[name](make_context)
+
+
+def test_every_decision_has_a_number_of_its_own() -> None:
+    """It stands in the file's name and in its title."""
+    files = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    numbers = [file.name.split("-")[0] for file in files]
+
+    assert [file.name for file in files if numbers.count(file.name.split("-")[0]) > 1] == []
+    titles = [file.read_text().splitlines()[0] for file in files]
+    assert [title.split()[1] for title in titles] == numbers

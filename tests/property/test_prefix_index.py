@@ -158,7 +158,8 @@ hostile_events = st.one_of(
 )
 
 
-@example(told=[(0, stored([1], [0, 0])), (0, stored([1], [1, 1]))], sent=[])  # One name for two.
+@example(told=[(0, stored([1], [0, 0])), (0, stored([1], [1, 1]))], sent=[])  # One name for two ...
+@example(told=[(0, stored([1, 1], [0, 0, 0, 0]))], sent=[])  # ... and both at once.
 @given(
     told=st.lists(st.tuples(st.integers(0, 2), hostile_events), max_size=40),
     sent=st.lists(prompts, max_size=5),

@@ -274,8 +274,13 @@ class PrefixIndex:
             self.pools.name(event.block_hashes, hashes)
             return
         medium = _medium(holder, event.medium)
-        gone = medium.named.store(map(number_in, event.block_hashes), hashes)
-        self._forget(holder, medium, gone)
+        names = [number_in(each) for each in event.block_hashes]
+        gone = medium.named.store(names, hashes)
+        if gone:
+            self._forget(holder, medium, gone)
+            # One event may name two blocks alike: what it took back itself is not held.
+            named = zip(names, hashes, strict=True)
+            hashes = [block for name, block in named if medium.named.block_of(name) == block]
         for block in hashes:
             if medium is holder.cache:
                 holder.assumed.pop(block, None)
