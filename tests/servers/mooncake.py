@@ -17,6 +17,9 @@ MIB = 1 << 20
 SEGMENT_BYTES = 64 * MIB
 CLIENT_TTL_S = 3
 """After so long without a sign of life the master gives up a process; its own default is 10 s."""
+UNFINISHED_S = 5
+"""After so long a value may be put that a client was putting when it was killed; its own default
+is 30 s, and 600 s until the room is used again."""
 
 STORAGE = """
 import os, signal, sys
@@ -62,6 +65,8 @@ class MooncakeStore:
             "metrics_host": self._host,
             "metrics_port": self._metrics_port,
             "client_ttl": CLIENT_TTL_S,
+            "put_start_discard_timeout_sec": UNFINISHED_S,
+            "put_start_release_timeout_sec": 2 * UNFINISHED_S,
             "rpc_thread_num": 2,
         }
         command = [str(self._program), *(f"--{name}={value}" for name, value in flags.items())]
