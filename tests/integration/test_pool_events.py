@@ -151,6 +151,32 @@ def test_a_socket_that_can_not_be_had_is_refused(
     assert where == "long" or path.read_text() == "precious"
 
 
+def test_nobody_loses_the_socket_that_it_listens_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another daemon that is told to take it is refused; the first goes on."""
+    path = tmp_path / "events"
+    monkeypatch.setenv(VARIABLE, str(path))
+    with running_daemon() as daemon:
+        inode = path.stat().st_ino
+        for taken in (path, daemon.socket):
+            monkeypatch.setenv(VARIABLE, str(taken))
+            other = Daemon()
+            command = [*COMMAND, f"--socket={other.socket}", f"--pool={other.pool}"]
+            ended = subprocess.run(
+                [*command, "--pool-bytes=16MiB"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            other.pool.unlink(missing_ok=True)
+
+            assert (ended.returncode, f"listens on {taken}" in ended.stderr) == (2, True)
+        assert path.stat().st_ino == inode
+        assert daemon.status()["gauges"]["sessions"] >= 0
+
+
 # --- Its announcer -------------------------------------------------------------------------------
 
 

@@ -324,7 +324,7 @@ def _tried_disk(settings: DiskTierSettings) -> Finding:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     free = stats.f_bavail * stats.f_frsize
-    held = sum(path.stat().st_size for path in folder.glob("*.kvkeep")) if folder.is_dir() else 0
+    held = sum(path.lstat().st_size for path in folder.glob("*.kvkeep")) if folder.is_dir() else 0
     text += f"; {readable_bytes(free)} free at {there}"
     if free + held < settings.capacity_bytes:
         size = readable_bytes(settings.capacity_bytes)

@@ -204,7 +204,8 @@ def find_socket(path: Path) -> Finding:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of this file; False where there is none to be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # Without a wait, should it be a pipe.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

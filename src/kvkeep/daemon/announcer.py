@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import socket
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -165,6 +166,8 @@ class Announcer:
         for path in self._paths:
             if path.is_symlink() or (path.exists() and not path.is_socket()):
                 raise InputError(f"{path} exists and is not a socket: choose another events_socket")
+            if _is_served(path):
+                raise InputError(f"somebody listens on {path}: choose another events_socket")
         context = zmq.Context()
         # Only this user may connect.
         before = os.umask(0o177)
@@ -237,3 +240,16 @@ def _pieces(numbers: list[int]) -> Iterable[list[int]]:
 
 def _number(number: int) -> bytes:
     return number.to_bytes(NUMBER_BYTES, "big")
+
+
+def _is_served(path: Path) -> bool:
+    """Whether a process listens there; ZMQ would take the path away from it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # its backlog is full
+        except OSError:
+            return False
+    return True

@@ -101,6 +101,10 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"events_socket has more than {EVENTS_PATH_BYTES_MAX} bytes, or a zero byte: "
                 "choose a shorter path"
             )
+        if self.events_socket and os.path.realpath(self.events_socket) == os.path.realpath(
+            self.socket_path
+        ):
+            raise ValueError("events_socket is socket: give it a path of its own")
 
     @property
     def named_tiers(self) -> list[AnyTierSettings]:

@@ -1,5 +1,6 @@
 """The file of a pool as an inode: who owns it, and what may take its place."""
 
+import errno
 import fcntl
 import os
 import stat
@@ -9,6 +10,7 @@ from kvkeep.model.errors import InputError, RefusedError
 
 FILE_HEADER_BYTES = 4096
 FILE_MAGIC = b"kvkeep pool 1\n\0\0"
+READ_BYTES = 1 << 20
 
 
 def open_private(path: Path) -> int:
@@ -72,9 +74,27 @@ def replace(path: Path, fd: int) -> int:
 def check_replaceable(path: Path, fd: int) -> None:
     """Refuse to overwrite what is neither empty nor a pool."""
     start = os.pread(fd, FILE_HEADER_BYTES, 0)
-    if start.startswith(FILE_MAGIC.rstrip(b"\0")) or not any(start):
+    # Blank is what a daemon leaves that was killed before it wrote the header.
+    if start.startswith(FILE_MAGIC.rstrip(b"\0")) or _is_blank(fd):
         return
     raise InputError(f"{path} exists and is not a pool: choose another path, or remove it")
+
+
+def _is_blank(fd: int) -> bool:
+    """Whether a file holds zeros only, to its end: images of disks begin with kilobytes of them."""
+    offset = 0
+    while offset < os.fstat(fd).st_size:
+        try:
+            offset = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # only holes from here on
+        data = os.pread(fd, READ_BYTES, offset)
+        if data.count(0) != len(data):
+            return False
+        offset += len(data)
+    return True
 
 
 def check_room(path: Path, fd: int, pool_bytes: int) -> None:

@@ -108,3 +108,12 @@ def test_a_compiled_helper_that_was_not_built_is_told(
 
     assert found.level is Level.WARN
     assert "gcc" in str(found)
+
+
+@pytest.mark.timeout(10)
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    """Nobody writes to it, and it holds no lock."""
+    path = tmp_path / "lock"
+    os.mkfifo(path)
+
+    assert not findings.is_locked(path)

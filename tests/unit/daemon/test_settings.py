@@ -127,3 +127,9 @@ def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="larger than"):
         load_settings(file, {}, {})
+
+
+def test_one_path_is_not_two_sockets() -> None:
+    """Whichever came second would take it from the first."""
+    with pytest.raises(InputError, match="events_socket is socket: give it a path of its own"):
+        load_settings(None, {}, {"socket": "/tmp/a/../k", "events_socket": "/tmp/k"})

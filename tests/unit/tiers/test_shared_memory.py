@@ -193,6 +193,25 @@ class TestPoolFile:
             PoolFile.open(path, POOL_BYTES)
         assert path.read_text() == "dear diary"
 
+    @pytest.mark.parametrize("has_hole", [True, False])
+    def test_a_file_that_begins_with_zeros_is_left_alone(self, path: Path, has_hole: bool) -> None:
+        """As images of disks do."""
+        with path.open("wb") as file:
+            file.write(b"" if has_hole else bytes(1 << 21))
+            file.seek(1 << 21)
+            file.write(b"dear diary")
+
+        with pytest.raises(InputError, match="exists and is not a pool"):
+            PoolFile.open(path, POOL_BYTES)
+        assert path.read_bytes().endswith(b"dear diary")
+
+    def test_a_blank_file_becomes_a_pool(self, path: Path) -> None:
+        """A daemon was killed before it wrote the header."""
+        with path.open("wb") as file:
+            file.truncate(POOL_BYTES)
+
+        PoolFile.open(path, POOL_BYTES).close()
+
     def test_a_pool_of_another_size_is_replaced(self, pool: PoolFile) -> None:
         """A user may give the pool more memory; its blocks were a cache."""
         pool.close()
