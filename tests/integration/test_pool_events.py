@@ -24,6 +24,7 @@ from tests.integration.daemons import (
     NAMESPACE,
     Daemon,
     Worker,
+    opened_prefixes,
     running_daemon,
 )
 from tests.waiting import until
@@ -125,15 +126,8 @@ def test_only_this_user_can_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not any(each.exists() for each in paths)
 
 
-@pytest.mark.parametrize("where", ["file", "long"])
-def test_a_socket_that_can_not_be_had_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """One sentence, exit code 2, and what lay there still does."""
-    path = tmp_path / ("x" * 120 if where == "long" else "file")
-    if where == "file":
-        path.write_text("precious")
-    monkeypatch.setenv(VARIABLE, str(path))
+def _ended_at_start() -> subprocess.CompletedProcess[str]:
+    """A daemon that refuses what its environment says."""
     daemon = Daemon()
     command = [*COMMAND, f"--socket={daemon.socket}", f"--pool={daemon.pool}"]
     ended = subprocess.run(
@@ -144,6 +138,19 @@ def test_a_socket_that_can_not_be_had_is_refused(
         check=False,
     )
     daemon.pool.unlink(missing_ok=True)
+    return ended
+
+
+@pytest.mark.parametrize("where", ["file", "long"])
+def test_a_socket_that_can_not_be_had_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """One sentence, exit code 2, and what lay there still does."""
+    path = tmp_path / ("x" * 120 if where == "long" else "file")
+    if where == "file":
+        path.write_text("precious")
+    monkeypatch.setenv(VARIABLE, str(path))
+    ended = _ended_at_start()
 
     assert ended.returncode == 2
     assert "events_socket" in ended.stderr
@@ -158,23 +165,16 @@ def test_nobody_loses_the_socket_that_it_listens_on(
     path = tmp_path / "events"
     monkeypatch.setenv(VARIABLE, str(path))
     with running_daemon() as daemon:
-        inode = path.stat().st_ino
-        for taken in (path, daemon.socket):
+        both = (path, Path(daemon.socket))
+        inodes = [each.stat().st_ino for each in both]
+        for taken in both:
             monkeypatch.setenv(VARIABLE, str(taken))
-            other = Daemon()
-            command = [*COMMAND, f"--socket={other.socket}", f"--pool={other.pool}"]
-            ended = subprocess.run(
-                [*command, "--pool-bytes=16MiB"],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-            other.pool.unlink(missing_ok=True)
+            ended = _ended_at_start()
 
             assert (ended.returncode, f"listens on {taken}" in ended.stderr) == (2, True)
-        assert path.stat().st_ino == inode
-        assert daemon.status()["gauges"]["sessions"] >= 0
+        assert [each.stat().st_ino for each in both] == inodes
+        with opened_prefixes(daemon):
+            assert daemon.gauge("sessions") == 1
 
 
 # --- Its announcer -------------------------------------------------------------------------------

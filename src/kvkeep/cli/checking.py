@@ -5,7 +5,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -257,14 +257,18 @@ async def _run_on(
     words: Sequence[str],
     progress: Progress,
 ) -> Sequence[Report]:
-    async with open_subject(
+    async with _opened(job, addresses) as subject:
+        context = _context(job, subject, words, progress)
+        return await run_suite(suite, replace(context, fleet=fleet))
+
+
+def _opened(job: Job, addresses: Addresses) -> AbstractAsyncContextManager[Subject]:
+    return open_subject(
         addresses,
         timeout_s=job.settings.http_timeout_s,
         exact=job.exact,
         settings=job.settings,
-    ) as subject:
-        context = _context(job, subject, words, progress)
-        return await run_suite(suite, replace(context, fleet=fleet))
+    )
 
 
 def _words(settings: CheckSettings) -> Sequence[str]:
@@ -330,12 +334,7 @@ async def _run(
     last_lines: Callable[[], Mapping[str, Sequence[str]]],
 ) -> None:
     words = _words(job.settings)
-    async with open_subject(
-        addresses,
-        timeout_s=job.settings.http_timeout_s,
-        exact=job.exact,
-        settings=job.settings,
-    ) as subject:
+    async with _opened(job, addresses) as subject:
         context = _context(job, subject, words, progress)
         if job.arms:
             runs.note(await _run_arms(job, context, restart), 0.0, last_lines())

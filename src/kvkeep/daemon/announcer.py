@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import socket
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from kvkeep.daemon.local_socket import is_served
 from kvkeep.model.announced import POOL_MEDIUM, number_of
 from kvkeep.model.clock import Clock
 from kvkeep.model.errors import InputError
@@ -166,7 +166,8 @@ class Announcer:
         for path in self._paths:
             if path.is_symlink() or (path.exists() and not path.is_socket()):
                 raise InputError(f"{path} exists and is not a socket: choose another events_socket")
-            if _is_served(path):
+            # ZMQ would take the path away from whoever listens there.
+            if is_served(path):
                 raise InputError(f"somebody listens on {path}: choose another events_socket")
         context = zmq.Context()
         # Only this user may connect.
@@ -240,16 +241,3 @@ def _pieces(numbers: list[int]) -> Iterable[list[int]]:
 
 def _number(number: int) -> bytes:
     return number.to_bytes(NUMBER_BYTES, "big")
-
-
-def _is_served(path: Path) -> bool:
-    """Whether a process listens there; ZMQ would take the path away from it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except BlockingIOError:
-            return True  # its backlog is full
-        except OSError:
-            return False
-    return True

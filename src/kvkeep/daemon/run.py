@@ -23,6 +23,7 @@ from kvkeep.core.eviction.base import EvictionPolicy
 from kvkeep.core.eviction.lru import LruPolicy
 from kvkeep.core.eviction.s3fifo import S3FifoPolicy
 from kvkeep.daemon.http import HOST, make_application
+from kvkeep.daemon.local_socket import is_served
 from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.movement.opening import judge_tiers
@@ -138,25 +139,12 @@ def _lock_socket(path: Path) -> int:
     if path.is_symlink() or (path.exists() and not path.is_socket()):
         os.close(lock)
         raise InputError(f"{path} exists and is not a socket: choose another socket")
-    if _is_served(path):
+    if is_served(path):
         os.close(lock)
         raise RefusedError(
             f"another daemon serves the socket {path}: stop it, or choose another socket"
         )
     return lock
-
-
-def _is_served(path: Path) -> bool:
-    """Whether somebody listens on this socket; what a dead daemon left refuses."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.setblocking(False)
-        try:
-            sock.connect(str(path))
-        except BlockingIOError:
-            return True  # its backlog is full
-        except OSError:
-            return False
-        return True
 
 
 def _check_private(folder: Path) -> None:
