@@ -30,7 +30,9 @@ def engine_urls() -> Iterator[list[str]]:
 
 def checked(suite: str, urls: list[str], policy: str, path: Path) -> tuple[int, dict[str, Any]]:
     """Exit code, and the run in the report."""
-    with router(urls, {"policy": policy}) as process:
+    # Names of their own: an engine's name says where on the ring it lies, and ports are drawn anew.
+    named = [{"name": f"engine-{index}", "url": url} for index, url in enumerate(urls)]
+    with router(urls, {"policy": policy, "engines": named}) as process:
         addresses = ["--url", urls[0], "--router-url", process.ready["url"]]
         addresses += ["--router-admin", process.ready["admin_url"]]
         result = CliRunner().invoke(check, [suite, *addresses, "--json", str(path), "--quiet"])
