@@ -121,6 +121,8 @@ class Pair:
     def routed(self, relay: Mapping[str, Any], **handoff: Any) -> Iterator["Router"]:
         """A router between the two."""
         if self.transport == "nixl":
+            for core, engine in enumerate((self.prefill, self.decode)):
+                _give_back_its_core(engine, core)
             _let_rest(self.prefill, self.decode)
         engines = [
             {"url": self.prefill.url, "name": "prefill", "role": "prefill"},
@@ -159,6 +161,21 @@ class Pair:
         finally:
             with contextlib.suppress(ProcessLookupError):  # it may have been killed meanwhile
                 os.killpg(engine.pid, signal.SIGCONT)
+
+
+def _give_back_its_core(engine: EnginePart, core: int) -> None:
+    """Have an engine compute on the core that its stack file names.
+
+    NixlConnector on a CPU moves the thread that makes it to the last core (vLLM 0.32,
+    nixl/base_worker.py: ``sched_setaffinity(0, ...)``). That is the thread that computes, so two
+    engines would share one core and leave the other to NIXL's polling.
+    """
+    for folder in Path("/proc").glob("[0-9]*"):
+        pid = int(folder.name)
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
+            is_worker = (folder / "comm").read_text().startswith("VLLM::Worker")
+            if is_worker and os.getpgid(pid) == engine.pid:
+                os.sched_setaffinity(pid, {core})
 
 
 def _let_rest(*engines: EnginePart) -> None:
