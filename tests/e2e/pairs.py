@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import tempfile
-import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from kvkeep.stack.parts import EnginePart
 from kvkeep.stack.precedence import load_spec
 from kvkeep.stack.supervisor import Stack
 from kvkeep.validate.answer import Answer, TokenStep
+from tests.e2e.nixl_threads import SPINNING, settle
 from tests.integration.routers import ROUTE, Announced, wait_for
 from tests.servers.processes import free_port
 
@@ -31,9 +31,6 @@ MIN_TOKENS = 40
 MODEL = "smollm2"
 LEASE_S = 12
 """How long stock vLLM keeps a prefill's blocks for a decode engine that says nothing."""
-
-SEEN_S = 0.5
-LOWEST_PRIORITY = 19
 
 # In bfloat16 the order of additions moves logprobs by 0.1 nat with the batch; in float32 by 0.0001.
 # Short steps, so that engines soon tell what they do.
@@ -76,8 +73,7 @@ def stack_text(transport: Transport) -> str:
         consumer=json.dumps({**_NIXL_CONNECTOR, "kv_role": "kv_consumer"}),
         port_name="VLLM_NIXL_SIDE_CHANNEL_PORT",
         ports=(free_port(), free_port()),
-        # Beside NIXL's threads, which poll too, sched_yield would leave them the cores.
-        spin='VLLM_USE_SPINLOOP_EXT: "1"',
+        spin=", ".join(f'{name}: "{value}"' for name, value in SPINNING.items()),
     )
 
 
@@ -121,9 +117,7 @@ class Pair:
     def routed(self, relay: Mapping[str, Any], **handoff: Any) -> Iterator["Router"]:
         """A router between the two."""
         if self.transport == "nixl":
-            for core, engine in enumerate((self.prefill, self.decode)):
-                _give_back_its_core(engine, core)
-            _let_rest(self.prefill, self.decode)
+            settle({self.prefill: [0], self.decode: [1]})
         engines = [
             {"url": self.prefill.url, "name": "prefill", "role": "prefill"},
             {"url": self.decode.url, "name": "decode", "role": "decode"},
@@ -161,55 +155,6 @@ class Pair:
         finally:
             with contextlib.suppress(ProcessLookupError):  # it may have been killed meanwhile
                 os.killpg(engine.pid, signal.SIGCONT)
-
-
-def _give_back_its_core(engine: EnginePart, core: int) -> None:
-    """Have an engine compute on the core that its stack file names.
-
-    NixlConnector on a CPU moves the thread that makes it to the last core (vLLM 0.32,
-    nixl/base_worker.py: ``sched_setaffinity(0, ...)``). That is the thread that computes, so two
-    engines would share one core and leave the other to NIXL's polling.
-    """
-    for folder in Path("/proc").glob("[0-9]*"):
-        pid = int(folder.name)
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
-            is_worker = (folder / "comm").read_text().startswith("VLLM::Worker")
-            if is_worker and os.getpgid(pid) == engine.pid:
-                os.sched_setaffinity(pid, {core})
-
-
-def _let_rest(*engines: EnginePart) -> None:
-    """Have NIXL's threads take only what the engines leave of their cores.
-
-    One thread of each engine polls without a pause: vLLM's agent is made with a pause of 0 (nixl
-    1.5.1, nixl_agent.__init__), and no setting changes that. It is the one that works and never
-    sleeps while nothing is asked.
-    """
-    before = [_usage_by_thread(engine) for engine in engines]
-    threading.Event().wait(SEEN_S)
-    for engine, earlier in zip(engines, before, strict=True):
-        for thread, (num_sleeps, num_ticks) in _usage_by_thread(engine).items():
-            sleeps_before, ticks_before = earlier.get(thread, (-1, 0))
-            if num_sleeps == sleeps_before and num_ticks > ticks_before:
-                with contextlib.suppress(ProcessLookupError):
-                    os.setpriority(os.PRIO_PROCESS, thread, LOWEST_PRIORITY)
-
-
-def _usage_by_thread(engine: EnginePart) -> dict[int, tuple[int, int]]:
-    """How often each thread but processes' first ones has slept, and its time in clock ticks."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*/task/[0-9]*"):
-        pid, thread = int(folder.parts[2]), int(folder.name)
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
-            if pid != thread and os.getpgid(pid) == engine.pid:
-                found[thread] = _usage(folder)
-    return found
-
-
-def _usage(thread: Path) -> tuple[int, int]:
-    status = dict(line.split(":", 1) for line in (thread / "status").read_text().splitlines())
-    fields = (thread / "stat").read_text().rpartition(")")[2].split()
-    return int(status["voluntary_ctxt_switches"]), int(fields[11]) + int(fields[12])
 
 
 @contextlib.contextmanager

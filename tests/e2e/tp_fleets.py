@@ -28,6 +28,7 @@ from kvkeep.tiers.slot_header import (
     unpack_header,
 )
 from tests.e2e.kv_notes import FOLDER_VARIABLE, Pages, What, read_notes
+from tests.e2e.nixl_threads import SPINNING, settle
 from tests.integration.daemons import wait_until
 from tests.servers.processes import free_port
 
@@ -226,12 +227,16 @@ def _notes_folder(folder: Path, engine: str) -> Path:
     return folder / "notes" / engine
 
 
-def _engine(name: str, size: int, block_tokens: int) -> dict[str, Any]:
+def _cores(name: str, size: int) -> list[int]:
     first = ord(name[0]) + size
+    return [(first + rank) % 2 for rank in range(size)]
+
+
+def _engine(name: str, size: int, block_tokens: int) -> dict[str, Any]:
     return {
         "name": name,
         "tensor_parallel": size,
-        "cpus": "|".join(str((first + rank) % 2) for rank in range(size)),
+        "cpus": "|".join(map(str, _cores(name, size))),
         "block_tokens": block_tokens,
         "kv_cache_bytes": "128MiB",
         "max_model_len": MODEL_LEN_MAX,
@@ -269,7 +274,8 @@ def _stock(*_: object) -> dict[str, Any]:
         "kv_buffer_device": "cpu",
         "kv_load_failure_policy": "fail",
     }
-    return {"connector": connector, "env": {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}}
+    port = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+    return {"connector": connector, "env": port | SPINNING}
 
 
 def _rank_files() -> set[str]:
@@ -315,6 +321,8 @@ def running_fleet(
     prompts = make_prompts(block_tokens, seed=block_tokens)
     before = _rank_files()
     with Stack(load_spec(file), state_dir=folder / "state") as stack:
+        if isinstance(transport, NixlTransport):
+            settle({stack.engines[name]: _cores(name, size) for name, size in sizes.items()})
         yield Fleet(stack, folder, block_tokens, sizes, prompts, transport)
     assert _rank_files() <= before
 

@@ -115,7 +115,11 @@ def test_a_prompt_is_hashed_as_its_engine_does(tmp_path: Path) -> None:
         connect(daemon, greeting(NAMESPACE, "bfloat16")).close()
         (found,) = why(daemon, "--tokens", str(tmp_path / "ids.json"))["prefixes"]
         (salted,) = why(daemon, "--tokens", str(tmp_path / "ids.json"), "--salt", "s")["prefixes"]
+        nobodys = ["--tokens", str(tmp_path / "ids.json"), "--namespace", "00" * 32]
+        refused = CliRunner().invoke(main, ["why-miss", *nobodys, "--socket", daemon.socket])
 
+        assert refused.exit_code == 2
+        assert f"choose one of {NAMESPACE.hex()}" in refused.stderr
         assert (found["num_ready"], found["num_blocks"]) == (3, 5)
         assert found["first_missing"] == hashes[3].hex()
         assert found["reason"]["code"] == "never_stored"

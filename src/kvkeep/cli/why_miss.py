@@ -125,11 +125,18 @@ def _explain_prefixes(
         del found["namespaces"]
         prefixes.append(found | {"block_tokens": block_tokens, "num_tokens": len(ids)})
     if not prefixes:
-        raise UnavailableError(
+        raise UnavailableError(_nothing_announced(names, only))
+    return {"prefixes": prefixes, "namespaces": names}
+
+
+def _nothing_announced(names: Sequence[Mapping[str, Any]], only: str | None) -> str:
+    announced = [name["namespace"] for name in names if name["identity"] is not None]
+    if only is None or not announced:
+        return (
             "no engine has announced a namespace to this daemon since it started: start an engine "
             "that uses its socket"
         )
-    return {"prefixes": prefixes, "namespaces": names}
+    return f"no engine has announced namespace {only}: choose one of {', '.join(announced)}"
 
 
 def _chain_key(file: Path) -> bytes:
