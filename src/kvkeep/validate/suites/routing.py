@@ -15,7 +15,7 @@ from kvkeep.validate.suite.needs import ROUTER_ADMIN
 
 NAME = "routing"
 NUM_KEYS = {"small": 5000, "full": 20_000}
-"""Fewer scatter too far: of 2,000 keys over 8 engines, one even ring in a hundred fails the bound."""
+"""Fewer scatter too far: with 2,000 over 8 engines, one even ring in a hundred fails the bound."""
 
 KEY_HEADER = "X-Kvkeep-Key"
 IN_FLIGHT = 16
