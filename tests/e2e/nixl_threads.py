@@ -16,17 +16,20 @@ LOWEST_PRIORITY = 19
 
 
 def settle(cores_of: Mapping[EnginePart, Sequence[int]]) -> None:
-    """Have each engine compute where its stack file says, and NIXL's threads take what is left.
+    """Have each engine compute on its own core, and NIXL's threads take what is left of it.
+
+    Not for ranks that share a core: one that polls for a transfer would then keep the core from the
+    thread that makes it.
 
     Args:
         cores_of: The core of each rank, by engine; the engines run.
     """
     for engine, cores in cores_of.items():
-        _give_back(engine, cores)
+        give_back(engine, cores)
     _let_rest(list(cores_of))
 
 
-def _give_back(engine: EnginePart, cores: Sequence[int]) -> None:
+def give_back(engine: EnginePart, cores: Sequence[int]) -> None:
     """Have an engine's ranks compute on their own cores.
 
     NixlConnector on a CPU moves the thread that makes it to the last core (vLLM 0.32,

@@ -28,7 +28,7 @@ from kvkeep.tiers.slot_header import (
     unpack_header,
 )
 from tests.e2e.kv_notes import FOLDER_VARIABLE, Pages, What, read_notes
-from tests.e2e.nixl_threads import SPINNING, settle
+from tests.e2e.nixl_threads import SPINNING, give_back
 from tests.integration.daemons import wait_until
 from tests.servers.processes import free_port
 
@@ -37,6 +37,7 @@ TOP = 20
 TIMES_THE_FLOOR = 2.0
 """How much further than the answers of the two sizes without any cache a hand-off may lead."""
 REQUEST_TIMEOUT_S = 240.0
+NIXL_LEASE_S = 240.0
 MODEL_LEN_MAX = 2048
 START_TIMEOUT_S = 600
 """Four engines and their ranks are eleven processes that load libraries at once."""
@@ -273,6 +274,8 @@ def _stock(*_: object) -> dict[str, Any]:
         "kv_role": "kv_both",
         "kv_buffer_device": "cpu",
         "kv_load_failure_policy": "fail",
+        # Eight processes poll on two cores: a transfer takes seconds, and may take a minute.
+        "kv_connector_extra_config": {"kv_lease_duration": int(NIXL_LEASE_S)},
     }
     port = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
     return {"connector": connector, "env": port | SPINNING}
@@ -322,7 +325,8 @@ def running_fleet(
     before = _rank_files()
     with Stack(load_spec(file), state_dir=folder / "state") as stack:
         if isinstance(transport, NixlTransport):
-            settle({stack.engines[name]: _cores(name, size) for name, size in sizes.items()})
+            for name, size in sizes.items():
+                give_back(stack.engines[name], _cores(name, size))
         yield Fleet(stack, folder, block_tokens, sizes, prompts, transport)
     assert _rank_files() <= before
 
