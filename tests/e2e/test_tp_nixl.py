@@ -22,6 +22,8 @@ from tests.e2e.tp_kinds import KINDS, SHAPES, Kind, pairs_of, routed, show
 NUM_LOADED = "vllm:external_prefix_cache_hits_total"
 """Tokens; an answer's ``cached_tokens`` leaves out those that NixlConnector has read."""
 
+INTRODUCTIONS_MAX = 5
+
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900, func_only=True)]
 
 
@@ -35,7 +37,27 @@ def fleet(
     with running_fleet(
         folder, kind.make_model(), kind.sizes, kind.block_tokens, transport
     ) as found:
+        for prefill, decode in itertools.permutations(kind.sizes, 2):
+            _introduce(found, prefill, decode)
         yield found
+
+
+def _introduce(fleet: Fleet, prefill: str, decode: str) -> None:
+    """Have two engines exchange what NIXL has to know of them, which is done once.
+
+    The decode engine waits for 5 s, whatever is set (vLLM 0.32, nixl/base_worker.py, RCVTIMEO), and
+    fails the request then: ranks that poll on two cores may leave nobody the time to answer.
+    """
+    for salt in (fleet.salt() for _ in range(INTRODUCTIONS_MAX)):
+        offered = fleet.offer(prefill, fleet.prompts[0], salt)
+        try:
+            fleet.take(decode, fleet.prompts[0], salt, offered)
+        except AssertionError as refused:
+            if "Internal server error" not in str(refused):
+                raise
+        else:
+            return
+    pytest.fail(f"{decode} and {prefill} never met")
 
 
 def test_every_pair_of_sizes_hands_over(fleet: Fleet) -> None:
