@@ -1,0 +1,1 @@
+"""Which cartridge a request gets: pure decisions, each with its reason."""

@@ -1,0 +1,1 @@
+"""Which cartridges stay in a memory that does not hold them all."""
