@@ -305,6 +305,23 @@ def test_suites_run_under_pytest(
     assert "not-exercised" in failed.stdout
 
 
+def test_a_wrong_answer_is_asked_again_under_pytest(
+    start: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failed test says where it is first wrong, unless that was not wanted."""
+    monkeypatch.setenv("KVBM_MAX_ITERATIONS", "2")
+    monkeypatch.setenv("KVBM_MAX_TOKENS", "6")
+    options = ["-k", "cache_reset and agg", "-m", "kvbm", "--kvkeep-url"]
+    url = start("--fault", "flip_every=2")
+
+    looked = pytest_suites(tmp_path, *options, url)
+    left = pytest_suites(tmp_path, *options, url, "--kvkeep-no-bisect")
+
+    assert (looked.returncode, left.returncode) == (1, 1)
+    assert "It is first wrong from outside, after a reset of the engine" in looked.stdout
+    assert "first wrong" not in left.stdout
+
+
 def closed_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))

@@ -22,8 +22,9 @@ from kvkeep.cli.checking import (
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.stack.machine import has_gpu
 from kvkeep.stack.spec import StackSpec
-from kvkeep.validate.settings import PROFILES, CheckSettings, Document, is_set, resolve
+from kvkeep.validate.settings import PROFILES, CheckSettings, Document, names_set, resolve
 from kvkeep.validate.started import (
+    by_stack,
     own_spec,
     own_template,
     spec_from_file,
@@ -254,18 +255,24 @@ def _check(
     stack, url, exact = given["stack"], given["url"], given["exact"]
     if stack is not None and url is not None:
         raise InputError("Give either --stack or --url, not both.")
-    named = tuple(dict.fromkeys(suite.document for suite in chosen))
-    said: dict[str, Any] = {"exact": exact, "environ": os.environ, "documents": named}
+    documents = tuple(dict.fromkeys(suite.document for suite in chosen))
+    said: dict[str, Any] = {"exact": exact, "environ": os.environ, "documents": documents}
     spec = spec_from_file(stack, flags, **said) if stack is not None else None
     settings = resolve(
         flags,
         os.environ,
         spec.check if spec else None,
         given["profile"],
-        documents=named,
+        documents=documents,
         scale="full" if has_gpu() else "small",
     )
-    job = _make_job(chosen, settings, flags, given, exact=bool(spec.exact if spec else exact))
+    job = _make_job(
+        chosen,
+        settings,
+        given,
+        exact=bool(spec.exact if spec else exact),
+        named=names_set(flags, os.environ, spec.check if spec else None, documents),
+    )
     runs = Runs(job, console)
     if url is not None:
         run_job(job, _addresses(given, settings), runs)
@@ -289,11 +296,16 @@ def _check(
 def _run_on_shared(job: Job, spec: StackSpec | None, runs: Runs) -> None:
     """Start one stack for the suites that share it, and run them.
 
-    It is down again before others start fleets of their own.
+    Without a stack file it is several, one after the other: see `by_stack`. All is down again
+    before others start fleets of their own.
     """
     shared = tuple(suite for suite in job.suites if suite.fleets is None)
-    if not shared:
-        return
+    for suites_of_one in by_stack(shared) if spec is None else [shared]:
+        if job.arms or any(not runs.is_done(suite.name) for suite in suites_of_one):
+            _run_on_one(job, spec, suites_of_one, runs)
+
+
+def _run_on_one(job: Job, spec: StackSpec | None, shared: tuple[Suite, ...], runs: Runs) -> None:
     spec = spec or own_spec(job.settings, os.environ, exact=job.exact, suites=shared)
     with_router = any(suite.needs_router for suite in shared)
     with started(spec, quiet=runs.console.quiet, with_router=with_router) as ready:
@@ -309,23 +321,23 @@ def _run_on_shared(job: Job, spec: StackSpec | None, runs: Runs) -> None:
 def _make_job(
     chosen: Sequence[Suite],
     settings: CheckSettings,
-    flags: Mapping[str, Any],
     given: Mapping[str, Any],
     *,
     exact: bool,
+    named: frozenset[str],
 ) -> Job:
     num_prompts = given.get("arm_prompts", ARM_PROMPTS)
     if num_prompts < 1:
         raise InputError(f"Give --num-prompts of at least 1, not {num_prompts}.")
     if given["resume"] and given["json_path"] is None:
         raise InputError("--resume needs the report file to go on from: name it with --json.")
-    named = is_set("word_count", flags, os.environ, (Document.DETERMINISM,))
     writes = any(suite.document is Document.MULTI_PROCESS for suite in chosen)
     return Job(
         suites=tuple(chosen),
         settings=settings,
         exact=exact,
-        words_fixed=given["profile"] != "local" or named,
+        # The documents' own sizes are kept, too.
+        named=named if given["profile"] == "local" else named | {"word_count"},
         arms=tuple(part.strip() for part in (given.get("arms") or "").split(",") if part.strip()),
         num_prompts=num_prompts,
         **{f"{form}_path": given[f"{form}_path"] for form in REPORTS},

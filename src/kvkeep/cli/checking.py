@@ -53,8 +53,8 @@ class Job:
     suites: tuple[Suite, ...]
     settings: CheckSettings
     exact: bool
-    words_fixed: bool
-    """A person named the word count."""
+    named: frozenset[str] = frozenset()
+    """Settings that a person named."""
     arms: tuple[str, ...] = ()
     """Compare these instead of running suites."""
     num_prompts: int = 20
@@ -258,8 +258,11 @@ async def _run_on(
     progress: Progress,
 ) -> Sequence[Report]:
     async with _opened(job, addresses) as subject:
-        context = _context(job, subject, words, progress)
-        return await run_suite(suite, replace(context, fleet=fleet))
+        context = replace(_context(job, subject, words, progress), fleet=fleet)
+        reports = await run_suite(suite, context)
+        if job.bisects:
+            await look_closer(reports, context, None)
+        return reports
 
 
 def _opened(job: Job, addresses: Addresses) -> AbstractAsyncContextManager[Subject]:
@@ -283,7 +286,7 @@ def _context(job: Job, subject: Subject, words: Sequence[str], progress: Progres
         words,
         new_run_id=lambda: f"check-{secrets.token_hex(6)}",
         exact=job.exact,
-        words_fixed=job.words_fixed,
+        named=job.named,
         results=job.results,
         progress=progress,
     )
@@ -361,7 +364,7 @@ async def _run(
 async def _run_arms(job: Job, context: Context, restart: Before | None) -> list[ArmsReport]:
     subject, settings = context.subject, context.settings
     word_count = fit_word_count(
-        settings, subject.capabilities.block_tokens, fixed=context.words_fixed
+        settings, subject.capabilities.block_tokens, fixed="word_count" in context.named
     )
     made = documents(job.num_prompts, word_count, settings.seed, words=context.words)
     reports = []

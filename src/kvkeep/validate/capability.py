@@ -16,6 +16,8 @@ from kvkeep.validate.load import Dialect, Endpoint, Sampling
 
 PROBE_TEXT = "Say hello."
 PROBE = Sampling(max_tokens=1)
+PROBE_PATIENCE = 4.0
+"""An engine may do at its first request what it left undone at its start, on a busy machine."""
 DIALECTS = (
     Dialect(),
     Dialect(token_ids=False),
@@ -76,7 +78,9 @@ async def probe(endpoint: Endpoint, *, read_settings: bool = False) -> Capabilit
             form of request was refused.
     """
     endpoint.model, max_model_len = await _find_model(endpoint)
+    endpoint.patience = PROBE_PATIENCE
     dialect, answer_ids, cached = await _find_dialect(endpoint)
+    endpoint.patience = 1.0
     endpoint.dialect = dialect
     metrics = await _text_or_empty(endpoint, "/metrics")
     counters = await _counters(endpoint)

@@ -170,7 +170,9 @@ class Endpoint:
             UnavailableError: The server can't be reached or broke off.
         """
         try:
-            return await self._client.request(method, path, json=body, headers=headers)
+            return await self._client.request(
+                method, path, json=body, headers=headers, timeout=self.timeout_s * self.patience
+            )
         except httpx.HTTPError as error:
             raise UnavailableError(
                 f"{method} {self._whole(path)} failed: {_named(error)}."

@@ -4,12 +4,14 @@ Long prompts carry a code word near their beginning, so that a block of another 
 in the answer: a foreign code word there is contamination.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from random import Random
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 
@@ -86,24 +88,59 @@ def fetch_words(url: str, *, timeout_s: float = 30.0) -> tuple[str, ...]:
     Raises:
         InputError: It can't be read, is too large, or holds hardly any words.
     """
-    parts = urlsplit(url)
-    try:
-        if parts.scheme == "file":
-            with open(parts.path, "rb") as file:
-                data = file.read(TEXT_BYTES_MAX + 1)
-        else:
-            response = httpx.get(url, timeout=timeout_s, follow_redirects=True)
-            response.raise_for_status()
-            data = response.content
-    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
-        raise InputError(
-            f"The text at {url} can't be read ({type(error).__name__}): give another address, or "
-            "none to use the shipped plays."
-        ) from error
+    data = _fetch(url, timeout_s, "none to use the shipped plays")
     words = tuple(data.decode("utf-8", "replace").split())
     if len(data) > TEXT_BYTES_MAX or len(words) < WORDS_MIN:
         raise InputError(f"The text at {url} is no use: {len(data)} bytes, {len(words)} words.")
     return words
+
+
+@cache
+def fetch_rows(place: str, *fields: str, timeout_s: float = 30.0) -> tuple[tuple[str, ...], ...]:
+    """Rows of a data set in JSON Lines, in a file or behind an address.
+
+    Args:
+        place: Path, or ``http``, ``https`` or ``file`` address.
+        fields: What is taken of each row, as text.
+        timeout_s: Longest wait for a server.
+
+    Returns:
+        The fields of each row, in the order of the file.
+
+    Raises:
+        InputError: It can't be read, is too large, or a row lacks a field.
+    """
+    address = (
+        place if "://" in place else f"file://{quote(str(Path(place).expanduser().absolute()))}"
+    )
+    data = _fetch(address, timeout_s, "none to use prompts made here")
+    try:
+        lines = [line for line in data.decode("utf-8").splitlines() if line.strip()]
+        rows = tuple(tuple(str(json.loads(line)[field]) for field in fields) for line in lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{place} is no such data set: each line has to be JSON with {' and '.join(fields)}."
+        ) from error
+    if len(data) > TEXT_BYTES_MAX or not rows:
+        raise InputError(f"The data set {place} is no use: {len(data)} bytes, {len(rows)} rows.")
+    return rows
+
+
+def _fetch(url: str, timeout_s: float, otherwise: str) -> bytes:
+    """What lies behind an address, hardly more than `TEXT_BYTES_MAX` of a file."""
+    parts = urlsplit(url)
+    try:
+        if parts.scheme == "file":
+            with open(unquote(parts.path), "rb") as file:
+                return file.read(TEXT_BYTES_MAX + 1)
+        response = httpx.get(url, timeout=timeout_s, follow_redirects=True)
+        response.raise_for_status()
+    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+        raise InputError(
+            f"The text at {url} can't be read ({type(error).__name__}): give another address, or "
+            f"{otherwise}."
+        ) from error
+    return response.content
 
 
 def make_secrets(count: int, seed: int) -> list[str]:

@@ -125,7 +125,8 @@ def own_spec(
     """A stack for a check that was told of none: as much of one as its suites need.
 
     One engine and a daemon; a baseline without a cache, a second engine behind a router, or pairs
-    of prefill and decode engines, where a suite asks for them.
+    of prefill and decode engines, where a suite asks for them. Engines with a role bear no others
+    beside them, so a pair is made only where all suites need one (`by_stack`).
 
     Raises:
         InputError: A setting is wrong.
@@ -137,8 +138,7 @@ def own_spec(
         "daemon": {},
         "engines": [{"name": "a", "port": settings.server_port or 0}],
     }
-    # A fleet that hands off has no other engines, so a mixture of suites is run without one.
-    if suites and all(suite.document is Document.HAND_OFF for suite in suites):
+    if suites and all(suite.needs_pair for suite in suites):
         values["engines"] = _pair_engines(settings)
         values["router"] = {"port": settings.router_port or 0}
     elif any(suite.needs_router for suite in suites):
@@ -159,6 +159,17 @@ def own_spec(
     settled = STACK_ENVIRONMENT.keys() & ENVIRONMENT.keys()
     rest = {name: value for name, value in environ.items() if name not in settled}
     return make_spec(values, environment=rest)
+
+
+def by_stack(suites: Sequence[Suite]) -> list[tuple[Suite, ...]]:
+    """Suites that share a stack of the check's own, those without a router first.
+
+    Behind a router there are several engines, which would share the cores that others are timed on.
+    """
+    found: dict[tuple[bool, bool], list[Suite]] = {}
+    for suite in suites:
+        found.setdefault((suite.needs_pair, suite.needs_router), []).append(suite)
+    return [tuple(found[needs]) for needs in sorted(found)]
 
 
 def own_template(settings: CheckSettings, environ: Mapping[str, str], **more: Any) -> Template:

@@ -1,7 +1,7 @@
 """A fake engine behind every endpoint, and no waiting."""
 
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,11 @@ def make_context(connect: Connect, tmp_path: Path) -> MakeContext:
     """Gives a suite's context around fake engines; the first one is under test."""
 
     async def make(
-        fake: FakeEngine, *, settings: CheckSettings | None = None, **parts: Any
+        fake: FakeEngine,
+        *,
+        settings: CheckSettings | None = None,
+        named: Collection[str] = (),
+        **parts: Any,
     ) -> Context:
         engine = connect(fake)
         ids = itertools.count(1)
@@ -72,6 +76,7 @@ def make_context(connect: Connect, tmp_path: Path) -> MakeContext:
             load_words(),
             new_run_id=lambda: f"run-{next(ids)}",
             results=tmp_path / "results",
+            named=frozenset(named),
         )
 
     return make

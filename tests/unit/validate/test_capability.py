@@ -12,7 +12,7 @@ from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_kv import FakeStore
 from kvkeep.testing.fake_transport import fake_transport
 from kvkeep.validate.capability import probe
-from kvkeep.validate.load import Dialect, Endpoint
+from kvkeep.validate.load import Dialect, Endpoint, Sampling
 from kvkeep.validate.subjects.hooks import Hooks, Outside
 
 Connect = Callable[..., Endpoint]
@@ -37,6 +37,24 @@ async def test_settings_that_were_not_read_are_unknown(connect: Connect) -> None
     found = await probe(connect(FakeEngine()))
 
     assert found.can_be_exact is None
+
+
+async def test_a_first_answer_is_waited_for_longer() -> None:
+    """What an engine left undone at its start is done then; later answers have their usual time."""
+    fake, waits = FakeEngine(), []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/chat/completions":
+            waits.append(request.extensions["timeout"]["read"])
+        return fake_transport(fake).handle_request(request)
+
+    async with Endpoint(
+        "http://fake", timeout_s=10.0, transport=httpx.MockTransport(answer)
+    ) as endpoint:
+        await probe(endpoint)
+        await endpoint.chat("Hi.", Sampling(1))
+
+    assert waits == [40.0, 10.0]
 
 
 async def test_chunks_larger_than_a_block_cannot_be_exact() -> None:

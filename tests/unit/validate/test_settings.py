@@ -10,7 +10,7 @@ from kvkeep.validate.settings import (
     REFERENCE_TEXT_URL,
     CheckSettings,
     Document,
-    is_set,
+    names_set,
     resolve,
     variables_of,
 )
@@ -186,7 +186,8 @@ def test_an_unknown_setting_of_a_stack_file_is_refused() -> None:
 
 
 def test_it_is_known_what_a_person_named() -> None:
-    """A flag or a variable names a value; a default does not."""
-    assert is_set("word_count", {"word_count": "200"}, {})
-    assert is_set("word_count", {}, {"KVBM_WORD_COUNT": "200"})
-    assert not is_set("word_count", {"word_count": None}, {"KVBM_WORD_COUNT": ""})
+    """A flag, a variable or the stack file names a value; a default does not."""
+    assert names_set({"word_count": "200"}, {}) == {"word_count"}
+    assert names_set({}, {"KVBM_WORD_COUNT": "200"}, {"seed": 1}) == {"word_count", "seed"}
+    assert not names_set({"word_count": None, "max_tokens": ()}, {"KVBM_WORD_COUNT": ""})
+    assert not names_set({}, {"LIMIT": "5"}, documents=(Document.DETERMINISM,))

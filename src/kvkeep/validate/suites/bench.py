@@ -97,7 +97,7 @@ async def _bench(
         "result-dir": folder,
         "result-filename": path.name,
     }
-    command = [python_of(settings), "-c", PROGRAM, "bench", "serve"]
+    command = [python_of(settings, "vllm"), "-c", PROGRAM, "bench", "serve"]
     for option, value in arguments.items():
         command += [f"--{option}", str(value)]
     command += ["--save-result", "--ignore-eos", "--disable-tqdm"]

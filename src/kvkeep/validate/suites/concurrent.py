@@ -45,7 +45,10 @@ async def make_prompts(context: Context, report: SuiteReport, num: int) -> list[
     block_tokens = context.subject.capabilities.block_tokens or 0
     wanted = max(TOKENS_LEAST, BLOCKS_PER_PROMPT * block_tokens)
     num_words = int(cutter.fit(report, "prompt_tokens", wanted) / cutter.tokens_per_word)
-    prompts, report.data = instruction_prompts(num, num_words, context.settings.seed, context.words)
+    settings = context.settings
+    prompts, report.data = instruction_prompts(
+        num, num_words, settings.seed, context.words, settings.ifeval_file
+    )
     return prompts
 
 
@@ -112,5 +115,6 @@ SUITE = Suite(
     run=run,
     aliases=("test_concurrent_determinism_with_ifeval",),
     groups=("quick",),
+    settings=("ifeval_file",),
     small_s=180.0,
 )

@@ -214,7 +214,7 @@ async def run(context: Context) -> list[SuiteReport]:
     """One report per answer length."""
     settings, subject = context.settings, context.subject
     block_tokens = subject.capabilities.block_tokens
-    word_count = fit_word_count(settings, block_tokens, fixed=context.words_fixed)
+    word_count = fit_word_count(settings, block_tokens, fixed="word_count" in context.named)
     reports = []
     for max_tokens in settings.max_tokens:
         suite_run = Determinism(

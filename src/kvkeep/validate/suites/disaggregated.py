@@ -24,7 +24,7 @@ async def _run_one(context: Context, max_tokens: int) -> SuiteReport:
     subject, settings = context.subject, context.settings
     report = context.new_report(NAME, "cache-reset", max_tokens)
     block_tokens = subject.capabilities.block_tokens
-    word_count = fit_word_count(settings, block_tokens, fixed=context.words_fixed)
+    word_count = fit_word_count(settings, block_tokens, fixed="word_count" in context.named)
     plan = make_plan(settings, context.words, word_count)
     watch = Watch(subject.engine, subject.daemon, front=subject.front)
     replay = Replay(report, plan.warm_up, progress=context.progress, watch=watch)
@@ -64,5 +64,6 @@ SUITE = Suite(
     aliases=("test_determinism_disagg",),
     needs=(PAIR,),
     needs_router=True,
+    needs_pair=True,
     small_s=120.0,
 )

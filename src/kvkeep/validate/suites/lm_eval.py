@@ -4,9 +4,11 @@
 
 Two averages that lie close together prove little, so the runs are compared item by item: items
 that differ are asked again, one at a time and computed, and are right only if the two answers
-part where two tokens tie. The grades are compared as pairs (exact McNemar).
+part where two tokens tie, in the noise of as many requests at once. The grades are compared as
+pairs (exact McNemar).
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,22 +18,25 @@ from typing import Any
 from kvkeep.validate.answer import Answer, Prompt, TokenStep
 from kvkeep.validate.counters import LOCAL_QUERIES, Counters
 from kvkeep.validate.load import Endpoint
-from kvkeep.validate.runner import SERVED_SHARE_MIN, Judged, Watch
+from kvkeep.validate.runner import PATIENT_REQUESTS, SERVED_SHARE_MIN, Judged, Watch
 from kvkeep.validate.settings import Document
 from kvkeep.validate.statistics import compare_pairs
-from kvkeep.validate.suite.arithmetic import make_rows
+from kvkeep.validate.suite.arithmetic import make_rows, read_tasks
 from kvkeep.validate.suite.base import Context, Suite, SuiteReport
 from kvkeep.validate.suite.needs import package
 from kvkeep.validate.suite.programs import python_of, run_program
-from kvkeep.validate.suite.replay import Replay
+from kvkeep.validate.suite.replay import NOISE_NATS_MAX, Replay
 from kvkeep.validate.suite.results import made, write_lines
 from kvkeep.validate.verdict import Judgement, Verdict, near_tie_limit_nats, noise_floor
 
 NAME = "lm-eval"
-TASK = "gsm8k_generated"
-"""Its name makes the sample files those of the reference document: ``samples_gsm8k_*.jsonl``."""
-MAX_TOKENS = 64
+TASK, TASK_GIVEN = "gsm8k_generated", "gsm8k_given"
+"""Their names make the sample files those of the reference document: ``samples_gsm8k_*.jsonl``."""
+MAX_TOKENS, MAX_TOKENS_GIVEN = 64, 256
+"""Solutions of GSM8K have more steps than those of tasks made here."""
 TIMEOUT_S = 3600.0
+NOISE_ITEMS_MAX = 16
+"""Completed twice where items differ: two runs with many at once differ by more than two alone."""
 TOP_LOGPROBS = 5
 TASK_FILE = """\
 task: {task}
@@ -60,6 +65,8 @@ metric_list:
   - metric: exact_match
     aggregation: mean
     higher_is_better: true
+    regexes_to_ignore:
+      - ","
 """
 
 
@@ -76,12 +83,14 @@ class Graded:
 async def run(context: Context) -> list[SuiteReport]:
     """One report."""
     settings, subject = context.settings, context.subject
-    report = context.new_report(NAME, "twice", MAX_TOKENS)
-    report.data = f"arithmetic made with seed {settings.seed}"
+    given = settings.gsm8k_file
+    report = context.new_report(NAME, "twice", MAX_TOKENS if given is None else MAX_TOKENS_GIVEN)
+    report.data = given or f"arithmetic made with seed {settings.seed}"
     folder = made(context, "lm_eval")
     assert folder is not None, "suites of this document always have a results folder"
-    rows = make_rows(settings.limit, settings.seed)
-    _write_task(folder, rows)
+    rows = make_rows(settings.limit, settings.seed, read_tasks(given) if given else ())
+    report.sizes["limit"] = {"asked": settings.limit, "run": len(rows)}
+    _write_task(folder, report, rows)
     graded: dict[str, Graded] = {}
     if subject.baseline is not None:
         found = await _evaluate(context, report, Watch(subject.baseline), folder / "baseline_run")
@@ -103,11 +112,16 @@ async def run(context: Context) -> list[SuiteReport]:
     return [report]
 
 
-def _write_task(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    data = folder / f"{TASK}.jsonl"
+def _task_of(report: SuiteReport) -> str:
+    return TASK if report.settings.gsm8k_file is None else TASK_GIVEN
+
+
+def _write_task(folder: Path, report: SuiteReport, rows: Sequence[Mapping[str, str]]) -> None:
+    task = _task_of(report)
+    data = folder / f"{task}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    text = TASK_FILE.format(task=TASK, data=data, max_tokens=MAX_TOKENS)
-    (folder / f"{TASK}.yaml").write_text(text, "utf-8")
+    text = TASK_FILE.format(task=task, data=data, max_tokens=report.sampling.max_tokens)
+    (folder / f"{task}.yaml").write_text(text, "utf-8")
 
 
 async def _evaluate(
@@ -126,8 +140,15 @@ async def _evaluate(
         "timeout": int(settings.http_timeout_s * max(1.0, settings.num_concurrent / 3) * 4),
     }
     shown = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = [python_of(settings), "-m", "lm_eval", "--model", "local-completions"]
-    command += ["--model_args", shown, "--tasks", TASK, "--include_path", str(folder.parent)]
+    command = [python_of(settings, "lm_eval"), "-m", "lm_eval", "--model", "local-completions"]
+    command += [
+        "--model_args",
+        shown,
+        "--tasks",
+        _task_of(report),
+        "--include_path",
+        str(folder.parent),
+    ]
     command += ["--output_path", str(folder), "--log_samples", "--seed", str(settings.seed)]
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     before = await watch.read_settled()
@@ -200,6 +221,8 @@ async def _compare(
         missing = [item for item in items if not one.texts.get(item, "").strip()]
         report.check(f"all items answered, {name}", not missing, f"{len(missing)} are missing")
         report.numbers[f"{name}_right"] = sum(one.grades.values())
+    if any(dict(one.texts) != dict(second.texts) for one in graded.values()):
+        await _measure_noise(context, report, [row["prompt"] for row in rows])
     for name, reference in graded.items():
         if name == "second_run":
             continue
@@ -207,7 +230,7 @@ async def _compare(
         for item in items:
             texts = (reference.texts.get(item, ""), second.texts.get(item, ""))
             unequal += texts[0] != texts[1]
-            prompt = Prompt(f"{TASK}-{item}", rows[item]["prompt"], "task")
+            prompt = Prompt(f"{_task_of(report)}-{item}", rows[item]["prompt"], "task")
             judged = await _judge_item(context.subject.engine, report, prompt, texts)
             report.judged.append(Judged(f"{name} and second_run", prompt, item, *judged))
         report.numbers[f"unequal_to_{name}"] = unequal
@@ -226,6 +249,27 @@ async def _compare(
     report.numbers["strict_equal"] = first.texts == second.texts
 
 
+async def _measure_noise(context: Context, report: SuiteReport, texts: Sequence[str]) -> None:
+    """How far two computed runs of some prompts differ, as many at once as lm_eval had."""
+    engine, num_at_once = context.subject.engine, context.settings.num_concurrent
+    turns = asyncio.Semaphore(num_at_once)
+    engine.patience = max(1.0, num_at_once / PATIENT_REQUESTS)
+
+    async def one(i: int, run: str) -> Answer:
+        async with turns:
+            salt = f"{report.run_id}-noise-{run}-{i}"
+            return await complete(engine, texts[i], salt, report.sampling.max_tokens)
+
+    some = range(min(NOISE_ITEMS_MAX, len(texts)))
+    first, second = [await asyncio.gather(*(one(i, run) for i in some)) for run in ("A", "B")]
+    report.noise_nats = noise_floor(zip(first, second, strict=True))
+    report.check(
+        "noise floor",
+        report.noise_nats <= NOISE_NATS_MAX,
+        f"two computed runs lie {report.noise_nats:.4f} nat apart; {NOISE_NATS_MAX} allowed",
+    )
+
+
 async def _judge_item(
     engine: Endpoint, report: SuiteReport, prompt: Prompt, texts: tuple[str, str]
 ) -> tuple[Judgement, Answer, Answer]:
@@ -234,13 +278,18 @@ async def _judge_item(
     if texts[0] == texts[1]:
         return Judgement(Verdict.IDENTICAL, "The texts are equal."), answers[0], answers[1]
     cold = [
-        await complete(engine, prompt.text, f"{report.run_id}-{prompt.prompt_id}-{i}")
+        await complete(
+            engine,
+            prompt.text,
+            f"{report.run_id}-{prompt.prompt_id}-{i}",
+            report.sampling.max_tokens,
+        )
         for i in range(2)
     ]
     if cold[0].error is not None or not cold[0].steps:
         reason = f"The texts differ, and asked again: {cold[0].error or 'no logprobs'}."
         return Judgement(Verdict.DRIFT, reason), answers[0], answers[1]
-    limit_nats = near_tie_limit_nats(noise_floor([(cold[0], cold[1])]))
+    limit_nats = near_tie_limit_nats(max(report.noise_nats, noise_floor([(cold[0], cold[1])])))
     gaps = [gap_at_fork(cold[0], text) for text in texts]
     gap_nats = max((gap for gap in gaps if gap is not None), default=0.0)
     fine = gap_nats <= limit_nats
@@ -256,12 +305,12 @@ async def _judge_item(
     )
 
 
-async def complete(engine: Endpoint, text: str, salt: str) -> Answer:
+async def complete(engine: Endpoint, text: str, salt: str, max_tokens: int) -> Answer:
     """Complete a prompt, computed, with its tokens as text and their alternatives."""
     body = {
         "model": engine.model,
         "prompt": text,
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": max_tokens,
         "temperature": 0,
         "logprobs": TOP_LOGPROBS,
         "cache_salt": salt,
@@ -309,7 +358,7 @@ SUITE = Suite(
     groups=("performance",),
     aliases=("run-lm-eval", "test_lm_eval"),
     needs=(package("lm_eval", "lm-eval"),),
-    settings=("strict",),
+    settings=("strict", "gsm8k_file"),
     needs_baseline=True,
     small_s=180.0,
 )

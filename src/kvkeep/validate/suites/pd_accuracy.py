@@ -181,5 +181,6 @@ SUITE = Suite(
     groups=("quick",),
     needs=(PAIR,),
     needs_router=True,
+    needs_pair=True,
     small_s=90.0,
 )

@@ -4,10 +4,14 @@
 ``sustained``   two requests a second for half a minute
 ``burst``       high and low load in turn: 15, 2, 20, 3 requests at once
 ``mixed``       short and long prompts, short and long answers, together
-``statistics``  what the counters say adds up to what was asked
+``overload``    more at once than any level: what is not answered is refused, and told when to ask
+
+In all but the last every request has to be answered, and what the counters say has to add up to
+what was asked.
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +20,11 @@ from random import Random
 from kvkeep.validate.answer import Answer, Prompt
 from kvkeep.validate.counters import LOCAL_QUERIES
 from kvkeep.validate.load import Sampling
+from kvkeep.validate.prompts import control_prompts
 from kvkeep.validate.runner import Phase, Watch
 from kvkeep.validate.settings import Document
 from kvkeep.validate.statistics import spread_s
+from kvkeep.validate.suite.asking import Form, Said, ask
 from kvkeep.validate.suite.base import Context, Suite, SuiteReport
 from kvkeep.validate.suite.sizes import Cutter, make_cutter
 from kvkeep.validate.suites.concurrent import make_prompts, run_level
@@ -36,6 +42,11 @@ BURST_PAUSE_S = 2.0
 MIXED_REQUESTS = 24
 MIXED_TOKENS = (50, 300, 1200)
 MIXED_ANSWERS = (4, 16, 48)
+OVERLOAD_REQUESTS = 100
+OVERLOAD_TOKENS = 4
+STREAMED = Form(is_streamed=True)
+REFUSALS = frozenset({429, 503})
+"""Statuses of a server that has too much to do."""
 ANSWERED_SHARE_MIN = 0.8
 """Below this share of answered requests the reference document fails a system; here every request
 has to be answered, and the share is reported."""
@@ -54,8 +65,8 @@ class Arrival:
 async def run(context: Context) -> list[SuiteReport]:
     """One report per number in flight, and one per rhythm."""
     reports = []
-    named = context.settings.concurrent_requests
-    for workers in named if named != (3,) else LEVELS:
+    is_named = "concurrent_requests" in context.named
+    for workers in context.settings.concurrent_requests if is_named else LEVELS:
         report = context.new_report(NAME, f"{workers} in flight, flooded", MAX_TOKENS)
         num = max(PROMPTS_LEAST, PROMPTS_PER_WORKER * workers)
         prompts = await make_prompts(context, report, num)
@@ -70,6 +81,7 @@ async def run(context: Context) -> list[SuiteReport]:
         report = context.new_report(NAME, name, MAX_TOKENS)
         await _run_arrivals(context, report, arrivals)
         reports.append(report)
+    reports.append(await _overload(context))
     return reports
 
 
@@ -171,6 +183,51 @@ def _check_statistics(report: SuiteReport, phase: Phase) -> None:
     )
 
 
+async def _overload(context: Context) -> SuiteReport:
+    """All at once: a server with limits turns some away, and says so as one that will be back."""
+    report = context.new_report(NAME, "overload", OVERLOAD_TOKENS)
+    report.judges_answers = False
+    report.data = "the control prompts"
+    endpoint = context.subject.front or context.subject.engine
+    endpoint.patience = OVERLOAD_REQUESTS / 10
+    texts = [prompt.text for prompt in control_prompts()]
+    number = itertools.count(1)
+
+    async def send(i: int) -> Said:
+        text = f"Request {i + 1}. {texts[i % len(texts)]}"
+        said = await ask(endpoint, text, report.sampling, STREAMED, salt=report.run_id)
+        context.progress(report.mode, next(number), OVERLOAD_REQUESTS)
+        return said
+
+    judge_overload(report, await asyncio.gather(*map(send, range(OVERLOAD_REQUESTS))))
+    after = await ask(endpoint, texts[0], report.sampling, STREAMED, salt=report.run_id)
+    report.check("serves on after it", after.defect is None, after.defect or "answered")
+    return report
+
+
+def judge_overload(report: SuiteReport, said: Sequence[Said]) -> None:
+    """Each request is answered, or refused with a status, a reason and a time to come back."""
+    refused = [each for each in said if each.status in REFUSALS]
+    curt = [
+        f"HTTP {each.status}, Retry-After {each.retry_after}: {each.error}"
+        for each in refused
+        if not (each.retry_after or "").isdecimal() or not each.error
+    ]
+    broken = [each.defect for each in said if each.status not in REFUSALS and each.defect]
+    num_answered = len(said) - len(refused) - len(broken)
+    report.numbers |= {"answered": num_answered, "refused": len(refused)}
+    report.check(
+        "answered or refused",
+        not broken and num_answered > 0,
+        "; ".join(broken[:3]) or f"{num_answered} answered and {len(refused)} refused, at once",
+    )
+    report.check(
+        "refusals say when to come back",
+        not curt if refused else None,
+        "; ".join(curt[:3]) or (f"all {len(refused)}" if refused else "nothing was refused"),
+    )
+
+
 SUITE = Suite(
     name=NAME,
     title="Asks many at once, steadily, in bursts and mixed, with eviction under way.",
@@ -179,6 +236,6 @@ SUITE = Suite(
     run=run,
     groups=("stress",),
     aliases=("test_stress",),
-    settings=("concurrent_requests",),
+    settings=("concurrent_requests", "ifeval_file"),
     small_s=400.0,
 )

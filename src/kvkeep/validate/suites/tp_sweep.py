@@ -201,6 +201,7 @@ SUITE = Suite(
         "sweep_decode_blocks",
     ),
     needs_router=True,
+    needs_pair=True,
     fleets=plan,
     small_s=180.0,
 )

@@ -55,3 +55,14 @@ def test_the_packages_prompts_are_asked(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(prompt.text.endswith("Answer with one word.") for prompt in prompts)
     assert PACKAGE in data
     assert data != GENERATED
+
+
+def test_given_prompts_are_asked_before_all_others(tmp_path: Path) -> None:
+    """In their order, each behind a passage of its own; the report can say where they came from."""
+    file = tmp_path / "ifeval.jsonl"
+    file.write_text("".join(json.dumps({"key": i, "prompt": f"Do {i}."}) + "\n" for i in range(2)))
+
+    prompts, data = instruction_prompts(3, 20, 1, load_words(), str(file))
+
+    assert [prompt.text.rsplit("\n\n", 1)[1] for prompt in prompts] == ["Do 0.", "Do 1.", "Do 0."]
+    assert data == str(file)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvkeep.validate.settings import CheckSettings
-from kvkeep.validate.suite.programs import python_of, run_program
+from kvkeep.validate.suite.programs import is_installed, python_of, run_program
 
 PARENT = """
 import os, subprocess, sys, time
@@ -82,7 +82,34 @@ def test_a_killed_check_leaves_no_program(tmp_path: Path) -> None:
     os.close(sleeper)
 
 
-def test_the_environment_is_named() -> None:
-    """VENV_DIR's interpreter, or this one."""
-    assert python_of(CheckSettings(venv_dir="/tmp/v")) == "/tmp/v/bin/python"
-    assert python_of(CheckSettings()) == sys.executable
+def environment_of(folder: Path, *packages: str, takes_more: bool = False) -> CheckSettings:
+    """A Python environment that has some packages."""
+    for name in packages or ("pip",):
+        (folder / "lib/python3.11/site-packages" / name).mkdir(parents=True)
+    said = f"include-system-site-packages = {str(takes_more).lower()}\n"
+    (folder / "pyvenv.cfg").write_text(said)
+    return CheckSettings(venv_dir=str(folder))
+
+
+def test_the_environment_is_named(tmp_path: Path) -> None:
+    """VENV_DIR's interpreter, or this one, also where only this one has the program."""
+    named = environment_of(tmp_path, "lm_eval")
+
+    assert python_of(named, "lm_eval") == str(tmp_path / "bin/python")
+    assert python_of(named, "pytest") == sys.executable
+    assert python_of(named, "no_such_program") == str(tmp_path / "bin/python")
+    assert python_of(CheckSettings(), "lm_eval") == sys.executable
+
+
+def test_what_is_installed_is_found_without_running_anything(tmp_path: Path) -> None:
+    """In the environment that was named, or here; one with its host's packages may have it."""
+    lean = environment_of(tmp_path / "lean", "lm_eval", "__editable__.some_tool-1.0.pth")
+    rich = environment_of(tmp_path / "rich", takes_more=True)
+
+    assert [is_installed(lean, name) for name in ("lm_eval", "some_tool", "pytest", "no_such")] == [
+        *[True] * 3,
+        False,
+    ]
+    assert is_installed(rich, "no_such")
+    assert is_installed(CheckSettings(venv_dir=str(tmp_path / "gone")), "no_such")
+    assert not is_installed(CheckSettings(), "no_such")

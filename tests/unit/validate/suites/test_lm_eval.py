@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ import json, pathlib, sys
 given = dict(zip(sys.argv, sys.argv[1:]))
 folder = pathlib.Path(given["--output_path"])
 (folder / "fake-model").mkdir()
-rows = [json.loads(line) for line in open(folder.parent / "gsm8k_generated.jsonl")]
-with open(folder / "fake-model" / "samples_gsm8k_generated_2026.jsonl", "w") as file:
+task = given["--tasks"]
+rows = [json.loads(line) for line in open(folder.parent / (task + ".jsonl"))]
+with open(folder / "fake-model" / ("samples_" + task + "_2026.jsonl"), "w") as file:
     for i, row in enumerate(rows):
         text = " so many. #### " + row["answer"]
         if folder.name == "second_run" and i < {differs}:
@@ -79,6 +81,25 @@ async def test_equal_runs_and_their_files(
             assert len(list((tmp_path / "results").glob(pattern))) == 1, pattern
 
 
+async def test_given_tasks_are_graded(
+    make_context: MakeContext, environment: Any, tmp_path: Path
+) -> None:
+    """GSM8K is asked where somebody gives it, and the report says so; it has fewer than asked."""
+    file = tmp_path / "test.jsonl"
+    row = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5\n#### 1,005"}
+    file.write_text("".join(json.dumps(row) + "\n" for _ in range(5)))
+    settings = replace(environment(), gsm8k_file=str(file))
+
+    report = await checked(make_context, settings)
+
+    assert (report.data, report.sizes["limit"]) == (str(file), {"asked": 6, "run": 5})
+    folder = tmp_path / "results/lm_eval"
+    assert len(list(folder.glob("first_run/samples_gsm8k_given_*.jsonl"))) == 1
+    assert yaml.safe_load((folder / "gsm8k_given.yaml").read_text())["task"] == "gsm8k_given"
+    rows = [json.loads(line) for line in (folder / "gsm8k_given.jsonl").read_text().splitlines()]
+    assert {row["answer"] for row in rows} == {"1005"}
+
+
 async def test_runs_that_loaded_nothing_prove_nothing(
     make_context: MakeContext, environment: Any
 ) -> None:
@@ -98,7 +119,7 @@ async def test_differing_items_are_asked_again(
 ) -> None:
     """A difference is excused where the two tokens tie, and nowhere else."""
 
-    async def computed(_engine: Endpoint, _text: str, _salt: str) -> Answer:
+    async def computed(_engine: Endpoint, _text: str, _salt: str, _max_tokens: int) -> Answer:
         return tie(gap_nats)
 
     monkeypatch.setattr(lm_eval, "complete", computed)
@@ -118,7 +139,7 @@ async def test_strict_demands_equal_bytes(
 ) -> None:
     """As the document does: a tie is no excuse."""
 
-    async def computed(_engine: Endpoint, _text: str, _salt: str) -> Answer:
+    async def computed(_engine: Endpoint, _text: str, _salt: str, _max_tokens: int) -> Answer:
         return tie(0.02)
 
     monkeypatch.setattr(lm_eval, "complete", computed)

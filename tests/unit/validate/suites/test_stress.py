@@ -1,16 +1,23 @@
 """Stress: every request is answered and counted, in every rhythm."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_kv import FakeStore, Faults
 from kvkeep.validate.settings import CheckSettings
+from kvkeep.validate.suite.asking import Said
 from kvkeep.validate.suites import stress
 from tests.unit.validate.conftest import MakeContext
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
-SETTINGS = CheckSettings(concurrent_requests=(5,))
+FEW: dict[str, Any] = {
+    "settings": CheckSettings(concurrent_requests=(3,)),
+    "named": ["concurrent_requests"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +29,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_right_stack_passes(make_context: MakeContext, store: FakeStore) -> None:
-    """Levels are judged answer by answer; rhythms by answers and statistics."""
-    reports = await stress.run(await make_context(FakeEngine(store=store), settings=SETTINGS))
+    """Levels that were named are judged answer by answer; rhythms by answers and statistics."""
+    reports = await stress.run(await make_context(FakeEngine(store=store), **FEW))
 
     assert [(report.mode, report.outcome) for report in reports] == [
-        ("5 in flight, flooded", "passed"),
+        ("3 in flight, flooded", "passed"),
         ("sustained", "passed"),
         ("burst", "passed"),
         ("mixed", "passed"),
+        ("overload", "passed"),
     ]
     assert len(reports[2].phases[0].answers) == 15 + 2 + 20 + 3
     assert reports[1].numbers["answered_share"] == 1.0
@@ -54,7 +62,33 @@ async def test_one_failed_answer_fails(
     """A share of 80 % would let these pass; every request has to be answered."""
     fake = FakeEngine(store=store, faults=faults)
 
-    reports = await stress.run(await make_context(fake, settings=SETTINGS))
+    reports = await stress.run(await make_context(fake, **FEW))
 
-    assert [report.outcome for report in reports] == ["failed"] * 4
+    assert [report.outcome for report in reports] == ["failed"] * 5
     assert 0.5 < reports[2].numbers["answered_share"] < 1.0
+
+
+REFUSED = Said(429, error='{"error": {"message": "too many"}}', retry_after="2")
+ANSWERED = Said(200, "x", "stop", "m", "id", {"prompt_tokens": 3})
+
+
+@pytest.mark.parametrize(
+    ("said", "broken"),
+    [
+        ([ANSWERED, REFUSED, replace(REFUSED, status=503)], set()),
+        ([ANSWERED, replace(REFUSED, retry_after=None)], {"refusals say when to come back"}),
+        ([ANSWERED, replace(REFUSED, error="")], {"refusals say when to come back"}),
+        ([ANSWERED, Said(500, error="Internal Server Error")], {"answered or refused"}),
+        ([ANSWERED, replace(ANSWERED, finish_reason=None)], {"answered or refused"}),
+        ([REFUSED, REFUSED], {"answered or refused"}),
+    ],
+)
+async def test_too_much_at_once_is_refused_in_so_many_words(
+    make_context: MakeContext, said: list[Said], broken: set[str]
+) -> None:
+    """429 or 503 with a reason and a time; anything else but an answer fails."""
+    report = (await make_context(FakeEngine())).new_report("stress", "overload", 4)
+
+    stress.judge_overload(report, said)
+
+    assert {check.name for check in report.checks if check.ok is False} == broken
