@@ -3,6 +3,7 @@
 import msgspec
 
 from kvkeep.daemon.tables import field_texts
+from kvkeep.router.cartridges.settings import CartridgeSettings
 from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.handoff.settings import HandOffSettings
 from kvkeep.router.health.book import HealthSettings
@@ -21,6 +22,7 @@ SETTINGS: dict[str, type[msgspec.Struct]] = {
     "etcd.": EtcdSettings,
     "events.": EngineEvents,
     "handoff.": HandOffSettings,
+    "cartridges.": CartridgeSettings,
 }
 """Section to its settings."""
 

@@ -21,6 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from kvkeep.model.errors import InputError, KvkeepError, RefusedError
 from kvkeep.model.loopback import is_loopback, names_loopback
 from kvkeep.model.private_file import read_secret
+from kvkeep.router.cartridges.outcomes import DispatchRefusal
 from kvkeep.router.handoff.plan import PlanError
 from kvkeep.router.handoff.splice import SpliceError
 from kvkeep.router.membership.member import Member
@@ -147,12 +148,16 @@ class _Pages:
         body = await request.read()
         path = request.query.get("path", "/v1/chat/completions")
         head = f"POST {path} HTTP/1.1\r\nHost: explain\r\nContent-Length: {len(body)}\r\n"
-        for name in KEY_HEADERS:
-            value = request.headers.get(name.decode())
-            head += "" if value is None else f"{name.decode()}: {value}\r\n"
+        cartridges = parts.cartridges
+        names = [name.decode() for name in KEY_HEADERS]
+        for name in names + ([] if cartridges is None else cartridges.headers):
+            value = request.headers.get(name)
+            head += "" if value is None else f"{name}: {value}\r\n"
         try:
             asked = Request(parse_request(f"{head}\r\n".encode()), body, is_whole=True)
             view = parts.relay.view_of(asked)
+            if cartridges is not None:
+                asked = cartridges.explain(asked, view)
             prepared = asyncio.get_running_loop().create_future()
             parts.relay.prepare(asked, view, lambda: prepared.set_result(None))
             await prepared
@@ -162,6 +167,8 @@ class _Pages:
             return _error(400, str(error))
         except FramingError as error:
             return _error(400, error.message)
+        except DispatchRefusal as error:
+            return _error(error.status, error.message)
         except UnknownModelError as error:
             return _error(404, f"no engine serves the model {str(error)!r}: see /v1/models")
         return web.json_response(
@@ -170,6 +177,7 @@ class _Pages:
                 "policy": parts.router.policy.name,
                 "reason": choice.reason,
                 "handoff": handed,
+                "cartridge": view.cartridge,
                 "model": view.model,
                 "key": None if view.key is None else view.key.decode(errors="replace"),
                 "num_tokens": view.num_tokens,

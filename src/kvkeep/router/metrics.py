@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 import kvkeep
+from kvkeep.router.cartridges import metrics as cartridges
 from kvkeep.router.events.source_counters import SourceCounters
 from kvkeep.router.handoff import metrics as handoff
 from kvkeep.router.limits.gate import REFUSALS
@@ -174,8 +175,13 @@ class RouterMetrics(Collector):
             "total": _traffic(parts.router.total),
             "workers": [self.worker(endpoint) for endpoint in parts.fleet],
             "handoff": None if parts.handoffs is None else handoff.told_of(parts.handoffs),
+            "cartridges": self._cartridges(),
             "on_demand": [] if parts.relay.desk is None else parts.relay.desk.status(),
         }
+
+    def _cartridges(self) -> dict[str, Any] | None:
+        desk = self._parts.cartridges
+        return None if desk is None else cartridges.told_of(desk, self._parts.fleet)
 
     def worker(self, endpoint: Endpoint) -> dict[str, Any]:
         """One endpoint."""
@@ -228,6 +234,8 @@ class RouterMetrics(Collector):
             yield GaugeMetricFamily(f"kvkeep_router_{name}", text, value=gauges[name])
         if parts.handoffs is not None:
             yield from handoff.collect(parts.handoffs)
+        if parts.cartridges is not None:
+            yield from cartridges.collect(parts.cartridges)
         yield from self._collect_endpoints(list(parts.fleet))
 
     def _collect_endpoints(self, endpoints: list[Endpoint]) -> Iterator[Metric]:
@@ -254,7 +262,7 @@ def metrics_table() -> str:
         lines.append(f"| `kvkeep_router_{name}_total` | counter | {text} |")
     for code, text in REFUSALS.items():
         lines.append(f'| `kvkeep_router_refused_total{{code="{code}"}}` | counter | {text} |')
-    lines += handoff.table_lines()
+    lines += handoff.table_lines() + cartridges.table_lines()
     for name, text in GAUGES.items():
         lines.append(f"| `kvkeep_router_{name}` | gauge | {text} |")
     for name, _ in TRAFFIC.values():

@@ -28,6 +28,10 @@ class RequestView(msgspec.Struct):
     num_tokens: int | None = None
     """Tokens of the prompt, an estimate where it was not tokenized."""
     is_stream: bool | None = None
+    cartridge: str | None = None
+    """Id of the cartridge that it gets; engines that have it in memory are preferred."""
+    note: str = ""
+    """What else the header X-Kvkeep-Route says of it."""
     num_counted: int | None = None
     """Tokens of the prompt as the engine counted them; 0 if it answered with an error."""
 

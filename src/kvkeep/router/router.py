@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from kvkeep.router.cartridges.holders import Holders
 from kvkeep.router.health.book import FAILURES, HealthBook, Outcome
 from kvkeep.router.limits.bucket import RetryBudget
 from kvkeep.router.policies.base import NO_ENDPOINT, Choice, Learns, Needs, Policy
@@ -68,6 +69,8 @@ class Router:
         self._declared = declared
         self._book, self._retries = book, retries
         self._learner = policy if isinstance(policy, Learns) else None
+        self.holders: Holders | None = None
+        """Who has which cartridges in memory; None: that does not count."""
         self.total = Traffic()
         """Of all endpoints, those that left among them."""
         self.num_retries = 0
@@ -101,7 +104,13 @@ class Router:
         ready = self._candidates(view, tried)
         if not ready:
             return NO_ENDPOINT
-        return self.policy.choose(view, ready, now_s, explain=explain)
+        if view.cartridge is None or self.holders is None:
+            return self.policy.choose(view, ready, now_s, explain=explain)
+        narrowed, told = self.holders.narrow(view.cartridge, ready)
+        if not explain:
+            self.holders.counts[told] += 1
+        choice = self.policy.choose(view, narrowed, now_s, explain=explain)
+        return msgspec.structs.replace(choice, reason=f"{choice.reason}, cartridge {told}")
 
     def _candidates(self, view: RequestView, tried: Sequence[Endpoint]) -> Sequence[Endpoint]:
         model = None

@@ -41,6 +41,7 @@ from kvkeep.router.settings import RouterSettings
 from kvkeep.router.snapshot import Fleet
 
 if TYPE_CHECKING:
+    from kvkeep.router.cartridges.desk import CartridgeDesk
     from kvkeep.router.events.feeds import EventFeeds
     from kvkeep.router.handoff.desk import HandOffDesk
     from kvkeep.router.handoff.wiring import Fronts
@@ -167,6 +168,20 @@ def make_feeds(settings: RouterSettings, policy: Policy, clock: Clock) -> "Event
     return EventFeeds(settings.events, policy.index, clock)
 
 
+def make_cartridges(settings: RouterSettings) -> "CartridgeDesk | None":
+    """What finds the cartridges that requests name; None where that is not wanted.
+
+    Raises:
+        InputError: There can't be a registry where the settings say.
+        UnavailableError, CorruptDataError: It can't be read.
+    """
+    if settings.cartridges is None:
+        return None
+    from kvkeep.router.cartridges.desk import CartridgeDesk
+
+    return CartridgeDesk(settings.cartridges)
+
+
 class Parts:
     """The parts of one router, wired together; nothing runs yet."""
 
@@ -205,6 +220,8 @@ class Parts:
             asks_keys=keys is not None,
             tokenizing=self.tokenizing,
         )
+        self.cartridges = self.relay.cartridges = make_cartridges(settings)
+        self.router.holders = None if self.cartridges is None else self.cartridges.holders
         self.handoffs: HandOffDesk | None = None
         if fronts is not None and settings.handoff is not None:
             self.handoffs = fronts.make_desk(self.relay, settings.handoff, retries)
@@ -228,6 +245,10 @@ class Parts:
     def runs(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run beside the relay, each until it is cancelled."""
         running = [self.prober.run(), *self.sources.runs()]
+        if self.cartridges is not None:
+            from kvkeep.router.cartridges.watching import CartridgeWatch
+
+            running.append(CartridgeWatch(self.cartridges, self.fleet).run())
         desk, clock = self.relay.desk, self.clock
         if self.starter is not None and desk is not None:
             running.append(self.starter.run(lambda news: desk.told(news, clock.now_s())))
@@ -239,6 +260,8 @@ class Parts:
             await self.feeds.close()
         if self.tokenizing is not None:
             await asyncio.to_thread(self.tokenizing.close)
+        if self.cartridges is not None:
+            self.cartridges.close()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ import msgspec
 
 from kvkeep.model.errors import InputError
 from kvkeep.model.settings import sources
+from kvkeep.router.cartridges.settings import CartridgeSettings
 from kvkeep.router.events.block_events import BLOCK_TOKENS_MAX
 from kvkeep.router.events.settings import EngineEvents
 from kvkeep.router.handoff.settings import HandOffSettings
@@ -25,7 +26,10 @@ from kvkeep.router.snapshot import Role
 
 ENVIRONMENT_PREFIX = "KVKEEP_ROUTER_"
 _ROUTER = sources.Program(name="router", prefix=ENVIRONMENT_PREFIX, example="port: 8080")
-SECTIONS = ("engines", "etcd", "on_demand", "relay", "health", "limits", "events", "handoff")
+SECTIONS = (
+    *("engines", "etcd", "on_demand", "relay", "health", "limits", "events", "handoff"),
+    "cartridges",
+)
 """Fields that the environment can't hold: they are more than one value."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -76,6 +80,8 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """How long requests may still run on an engine that leaves the fleet, in seconds."""
     handoff: HandOffSettings | None = None
     """How engines of the roles prefill and decode work together; none: every engine serves."""
+    cartridges: CartridgeSettings | None = None
+    """Which cartridges requests may name, and how; none: they pass as they are."""
     relay: RelaySettings = RelaySettings()
     health: HealthSettings = HealthSettings()
     limits: LimitSettings = LimitSettings()
@@ -87,6 +93,8 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             raise ValueError("events are about tokens: name the engines' model with tokenizer")
         if not self.host or not self.admin_host or "\0" in "".join(names):
             raise ValueError("hosts and files must be names without a zero byte")
+        if self.cartridges is not None and self.handoff is not None:
+            raise ValueError("cartridges and a hand-off don't go together: leave one of them out")
 
 
 def load_settings(

@@ -8,8 +8,6 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from msgspec.structs import replace
-
 from kvkeep.router.handoff.machine import Failure, FailureKind
 from kvkeep.router.handoff.plan import PARAMS
 from kvkeep.router.handoff.seam import Unanswered
@@ -21,9 +19,8 @@ from kvkeep.router.relay.framing import (
     ChunkScanner,
     FramingError,
     parse_response,
-    without_fields,
 )
-from kvkeep.router.relay.reader import Request
+from kvkeep.router.relay.reader import LENGTH, Request
 from kvkeep.router.router import Router
 from kvkeep.router.snapshot import Endpoint
 
@@ -38,8 +35,7 @@ _KINDS: Final = {
     Outcome.TIMEOUT: FailureKind.TIMEOUT,
     Outcome.FINISHED: FailureKind.BUSY,
 }
-_REPLACED: Final = frozenset({b"content-length"})
-_REPLACED_FOR_PREFILL: Final = _REPLACED | {b"accept-encoding"}
+_REPLACED_FOR_PREFILL: Final = LENGTH | {b"accept-encoding"}
 _ONE: Final = b"1"
 
 
@@ -57,7 +53,7 @@ def prefill_request(request: Request, body: JsonObject, params: bytes, fields: b
         replace={"max_completion_tokens": _ONE},
         drop=("stream", "stream_options", "min_tokens"),
     )
-    return _with_body(request, edited, _REPLACED_FOR_PREFILL, fields)
+    return request.with_body(edited, dropped=_REPLACED_FOR_PREFILL, fields=fields)
 
 
 def decode_request(
@@ -65,22 +61,15 @@ def decode_request(
 ) -> Request:
     """The client's request, with what the decode engine has to know of the prefill, if any."""
     edited = request.body if params is None else body.edited({PARAMS: params})
-    return _with_body(request, edited, _REPLACED, fields)
+    return request.with_body(edited, fields=fields)
 
 
 def release_request(request: Request, body: bytes) -> Request:
     """A completion that nobody wants, with the headers of the client's request."""
-    changed = _with_body(request, body, _REPLACED_FOR_PREFILL, b"")
+    changed = request.with_body(body, dropped=_REPLACED_FOR_PREFILL)
     _, _, rest = changed.head.forwarded.partition(b"\r\n")
     changed.head.forwarded = b"POST /v1/completions HTTP/1.1\r\n" + rest
     return changed
-
-
-def _with_body(request: Request, body: bytes, replaced: frozenset[bytes], fields: bytes) -> Request:
-    forwarded = without_fields(request.head.forwarded, replaced)
-    forwarded += b"%bContent-Length: %d\r\n" % (fields, len(body))
-    head = replace(request.head, length=len(body), is_waiting=False, forwarded=forwarded)
-    return Request(head, body, is_whole=True)
 
 
 def kind_of(unanswered: Unanswered) -> FailureKind:

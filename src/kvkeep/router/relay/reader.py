@@ -6,6 +6,8 @@ pieces. A chunked body that was gathered goes on with a length, so that no engin
 client's own chunks.
 """
 
+from typing import Final
+
 import msgspec
 
 from kvkeep.router.relay.framing import (
@@ -16,7 +18,10 @@ from kvkeep.router.relay.framing import (
     RequestHead,
     chunk,
     split_request,
+    without_fields,
 )
+
+LENGTH: Final = frozenset({b"content-length"})
 
 
 class Request(msgspec.Struct):
@@ -39,6 +44,23 @@ class Request(msgspec.Struct):
                 out += b"Transfer-Encoding: chunked\r\n"
                 body = chunk(body)
         return b"".join((out, b"\r\n", body))
+
+    def with_body(
+        self, body: bytes, *, dropped: frozenset[bytes] = LENGTH, fields: bytes = b""
+    ) -> "Request":
+        """The same request with another body, whole.
+
+        Args:
+            body: All of it.
+            dropped: Lower-case names of header fields that do not go on, the length among them.
+            fields: Header lines to add.
+        """
+        forwarded = without_fields(self.head.forwarded, dropped)
+        forwarded += b"%bContent-Length: %d\r\n" % (fields, len(body))
+        head = msgspec.structs.replace(
+            self.head, length=len(body), is_waiting=False, forwarded=forwarded
+        )
+        return Request(head, body, is_whole=True)
 
 
 class RequestReader:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from kvkeep.model.clock import Clock
 from kvkeep.router.limits.gate import Gate
@@ -23,6 +23,9 @@ from kvkeep.router.request import (
 from kvkeep.router.router import Router
 from kvkeep.router.snapshot import Endpoint, Role
 from kvkeep.router.tokenizing import BYTES_PER_TOKEN, Prefixes, Tokenizing, approximate_prefix
+
+if TYPE_CHECKING:
+    from kvkeep.router.cartridges.desk import CartridgeDesk
 
 LOOK_S: Final = 0.25
 """How often time limits are looked at; each is kept to about so much."""
@@ -78,6 +81,8 @@ class Relay:
         self._local = LocalAnswers(self)
         self.handoffs: Begins | None = None
         """Who serves requests by hand-off; None: each goes to one engine."""
+        self.cartridges: CartridgeDesk | None = None
+        """Who finds the cartridges that requests name; None: they are not looked for."""
         self.clients: set[ClientConnection] = set()
         self.connecting: set[asyncio.Task[UpstreamConnection]] = set()
         self.now_s = clock.now_s()

@@ -9,6 +9,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from kvkeep.router.cartridges.outcomes import DispatchRefusal
 from kvkeep.router.limits.admission import Visit, VisitState
 from kvkeep.router.limits.gate import Refusal
 from kvkeep.router.relay.errors import error_response
@@ -220,6 +221,13 @@ class ClientConnection(asyncio.Protocol):
     def _begin(self, request: Request) -> None:
         relay = self.relay
         self._view = view = relay.view_of(request)
+        if relay.cartridges is not None:
+            try:
+                request = relay.cartridges.fit(request, view)
+            except DispatchRefusal as refusal:
+                retry_after_s = 1 if refusal.status == 503 else None
+                self.refuse(refusal.status, refusal.message, retry_after_s=retry_after_s)
+                return
         desk = relay.desk
         if desk is not None and request.is_whole:
             waiting = WaitingForEngine(self, desk, request, view)
@@ -239,7 +247,7 @@ class ClientConnection(asyncio.Protocol):
         if self.relay.handoffs is not None:
             self.relay.handoffs.begin(self, request, view)
             return
-        self._served = exchange = Exchange(self, request, view)
+        self._served = exchange = Exchange(self, request, view, note=view.note)
         exchange.begin()
 
     def serve(self, served: Served) -> None:

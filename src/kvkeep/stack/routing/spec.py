@@ -22,8 +22,9 @@ _FILES = (
     ("etcd", "cert_file"),
     ("etcd", "key_file"),
     ("etcd", "password_file"),
+    ("cartridges", "library"),
 )
-"""Settings that name a file of the user's."""
+"""Settings that name a file or folder of the user's."""
 
 _ELSEWHERE = {"engines": "engines", "on_demand": "engines", "handoff": "router.handoff"}
 """Settings of the router that a stack says in another place, and that place."""
@@ -248,9 +249,12 @@ def _check_engine(spec: "StackSpec", engine: "EngineSpec", field: str) -> None:
 def whole_router_paths(router: RouterSpec) -> RouterSpec:
     """The router runs in the state folder, and must mean the user's paths."""
     settings = dict(router.settings)
-    sections: dict[str, Values] = {"limits": dict(router.limits), "": settings, "etcd": {}}
-    if isinstance(settings.get("etcd"), dict):
-        sections["etcd"] = settings["etcd"] = dict(settings["etcd"])
+    sections: dict[str, Values] = {"limits": dict(router.limits), "": settings}
+    for name in ("etcd", "cartridges"):
+        is_there = isinstance(settings.get(name), dict)
+        sections[name] = dict(settings[name]) if is_there else {}
+        if is_there:
+            settings[name] = sections[name]
     for path in _FILES:
         section = sections["".join(path[:-1])]
         if file := section.get(path[-1]):

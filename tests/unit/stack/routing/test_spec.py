@@ -102,7 +102,7 @@ def test_paths_are_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The router runs elsewhere, and finds the same files."""
     monkeypatch.chdir(tmp_path)
     etcd = {"urls": ["https://h:1"], "ca_file": "ca.pem"}
-    settings = {"admin_key_file": "k", "etcd": etcd}
+    settings = {"admin_key_file": "k", "etcd": etcd, "cartridges": {"library": "carts"}}
     section = spec(limits={"keys_file": "keys.yaml"}, settings=settings).router
     assert section is not None
 
@@ -112,6 +112,7 @@ def test_paths_are_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert whole.settings == {
         "admin_key_file": str(tmp_path / "k"),
         "etcd": {"urls": ["https://h:1"], "ca_file": str(tmp_path / "ca.pem")},
+        "cartridges": {"library": str(tmp_path / "carts")},
     }
 
 
