@@ -273,6 +273,25 @@ def copy_cartridge(path: Path, target: BinaryIO, *, trusted: Sequence[bytes] = (
     return head
 
 
+def export_cartridge(path: Path, target: Path) -> Head:
+    """Copy a cartridge to another file, every byte checked; whole or not at all.
+
+    Raises:
+        As `read_cartridge`, and as `write_cartridge`; what was there stays.
+    """
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    with told_of_writing(target):
+        try:
+            with part.open("wb") as file:
+                head = copy_cartridge(path, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return head
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:

@@ -1,4 +1,4 @@
-"""``kvkeep cartridge``: inspect, verify and register cartridges; list and remove them."""
+"""``kvkeep cartridge``: inspect, verify and register cartridges; list, keep and remove them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,9 +14,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvkeep.cartridges.checkpoint import SUFFIXES, read_checkpoint
+from kvkeep.cartridges.checkpoint import SUFFIXES, read_checkpoint, write_checkpoint
 from kvkeep.cartridges.contents import Contents
-from kvkeep.cartridges.file_format import Head, read_head, verify_cartridge
+from kvkeep.cartridges.file_format import (
+    SUFFIX,
+    Head,
+    export_cartridge,
+    read_cartridge,
+    read_head,
+    verify_cartridge,
+)
 from kvkeep.cartridges.manifest import Draft, Expected
 from kvkeep.cartridges.registry import Entry, Registry
 from kvkeep.cartridges.signing import SigningKey, load_public_key
@@ -271,6 +278,58 @@ def parse_label(text: str) -> tuple[str, str]:
     if not name or not equals:
         raise InputError(f"{text!r} is no label: write NAME=VALUE")
     return name, value
+
+
+# ---- pin, unpin, export
+
+
+@cartridge.command()
+@click.argument("cartridge_ids", metavar="ID...", nargs=-1, required=True)
+@_library
+def pin(cartridge_ids: Sequence[str], library: Path | None) -> None:
+    """Keep cartridges: not removed but by force, and in the host's memory once they are there."""
+    with Registry(library_folder(library)) as registry:
+        for cartridge_id in cartridge_ids:
+            registry.pin(cartridge_id)
+            click.echo(f"pinned {cartridge_id}")
+
+
+@cartridge.command()
+@click.argument("cartridge_ids", metavar="ID...", nargs=-1, required=True)
+@_library
+def unpin(cartridge_ids: Sequence[str], library: Path | None) -> None:
+    """Undo kvkeep cartridge pin."""
+    with Registry(library_folder(library)) as registry:
+        for cartridge_id in cartridge_ids:
+            registry.unpin(cartridge_id)
+            click.echo(f"unpinned {cartridge_id}")
+
+
+@cartridge.command()
+@click.argument("target", metavar="FILE|ID")
+@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@_library
+def export(target: str, path: Path, force: bool, library: Path | None) -> None:
+    """Write a cartridge to PATH, every byte checked.
+
+    PATH ends in .safetensors, or in .pt: that is what other programs read, and has neither
+    manifest nor token ids.
+    """
+    source = _find_path(target, library)
+    if source.suffix in SUFFIXES:
+        raise InputError(f"{source} is a .pt file already: register it first, then export that")
+    if path.suffix not in (SUFFIX, *SUFFIXES):
+        raise InputError(f"{path} says no form: let it end in {SUFFIX} or {SUFFIXES[0]}")
+    if path.exists() and not force:
+        raise InputError(f"{path} is there already: name another, or add --force")
+    if path.suffix == SUFFIX:
+        manifest = export_cartridge(source, path).manifest
+    else:
+        loaded = read_cartridge(source)
+        manifest = loaded.head.manifest
+        write_checkpoint(path, loaded.contents)
+    click.echo(f"exported {manifest.cartridge_id}: {manifest.num_tokens} tokens, {path}")
 
 
 # ---- ls, rm
