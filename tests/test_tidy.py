@@ -30,6 +30,8 @@ EXCEPTIONS = {
     # (path or folder, complaint about): reason
     ("src/kvkeep/stack/", "_process_record"): "the record of a process: a noun",
     ("src/kvkeep/connector/plugin.py", "handle_preemptions"): "a hook that vLLM has named",
+    ("src/kvkeep/adapters/lmcache_plugin.py", "contains"): "a method that LMCache has named",
+    ("src/kvkeep/adapters/lmcache_plugin.py", "backend"): "an argument that LMCache has named",
     ("tests/unit/connector/test_signatures.py", "no module"): "tests what vLLM declares",
     ("tests/unit/connector/test_vllm_names.py", "no module"): "tests what vLLM calls things",
 }

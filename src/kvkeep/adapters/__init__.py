@@ -1,0 +1,1 @@
+"""Cartridges for programs that are no engines of kvkeep's; each module needs its program."""
