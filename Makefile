@@ -1,7 +1,7 @@
 # Every target brings what it needs; none needs a step before it. `make help` lists them.
 BIN := .venv/bin
 READY := .venv/.ready
-SETUP_INPUTS := pyproject.toml packages.txt scripts/setup.sh $(shell find src -name '_*.c')
+SETUP_INPUTS := pyproject.toml packages.txt scripts/setup.sh $(shell find src -name '_*.[ch]')
 
 # make test FAST=1 leaves real engines out; NIGHTLY=1 adds the long ones; ARGS go to pytest.
 NOT_FAST := $(if $(FAST),not engine,)

@@ -13,7 +13,6 @@ Prints one JSON object, writes it and all logs under ``--out``, and exits 0 only
 
 import argparse
 import json
-import os
 import random
 import signal
 import statistics
@@ -21,7 +20,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,6 +32,8 @@ from benchmarks.gpu.processes import (
     Engine,
     RunError,
     StartError,
+    add_arguments,
+    kvkeep_connector,
     kvkeep_daemon,
     vllm_server,
     wait_for,
@@ -186,12 +186,13 @@ def run(args: argparse.Namespace, daemon: Daemon | None) -> dict[str, Any]:
     vocabulary = json.loads((args.model / "config.json").read_text())["vocab_size"]
     prompts = make_prompts(args.prompts, (args.tokens_min, args.tokens_max), min(vocabulary, 40000))
     wanted = sum((len(p) - 1) // args.block_tokens * args.block_tokens for p in prompts)
-    socket = None if daemon is None else daemon.socket
+    settings = args.connector_settings
+    connector = None if daemon is None else kvkeep_connector(daemon.socket, settings)
     before = {} if daemon is None else daemon.counters()
-    with vllm_server("engine-1", args, socket) as engine:
+    with vllm_server("engine-1", args, connector) as engine:
         version = engine.http.get("/version").json()["version"]
         phases = first_engine(engine, daemon, prompts, args)
-    with vllm_server("engine-2", args, socket) as engine:
+    with vllm_server("engine-2", args, connector) as engine:
         run_phase(engine, prompts[:1] * 2, ["warm-3", "warm-4"])
         phases["restarted"] = run_phase(engine, prompts, ["s"] * len(prompts))
     after = {} if daemon is None else daemon.counters()
@@ -218,20 +219,10 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config", type=Path, help="folder with config.json and tokenizer files")
-    parser.add_argument("--layers", type=int, default=12, help="layers of the model made from it")
-    parser.add_argument("--model", type=Path, help="a model to use instead")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/kvkeep-answers"))
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results")))
-    parser.add_argument("--pool-gib", type=int, default=24)
-    parser.add_argument("--block-tokens", type=int, default=16)
+    add_arguments(parser)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens-min", type=int, default=1000)
     parser.add_argument("--tokens-max", type=int, default=4000)
-    parser.add_argument("--port", type=int, default=8100)
-    parser.add_argument("--start-s", type=float, default=240.0, help="patience with a server")
-    parser.add_argument("--limit-s", type=int, default=570, help="the whole run ends by then")
-    parser.add_argument("--engine-arg", action="append", default=[], help="for vLLM; repeatable")
     parser.add_argument("--no-batch-invariant", dest="batch_invariant", action="store_false")
     parser.add_argument("--no-kvkeep", action="store_true", help="only vLLM; the run must fail")
     parser.add_argument("--no-copy-limit", action="store_true", help="leave out what copies can do")

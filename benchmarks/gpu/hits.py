@@ -11,7 +11,6 @@ their KV; eight requests for one prompt against one; prompts that nobody sends t
 import argparse
 import copy
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,13 +18,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 
 from benchmarks.figures import Figure, Target, emit
 from benchmarks.gpu.answers import stop_on
-from benchmarks.gpu.processes import Daemon, Engine, kvkeep_daemon, vllm_server, wait_for
+from benchmarks.gpu.processes import (
+    Daemon,
+    Engine,
+    add_arguments,
+    kvkeep_connector,
+    kvkeep_daemon,
+    vllm_server,
+    wait_for,
+)
 from benchmarks.gpu.random_model import make_model
 from benchmarks.ratios import IntervalFigure, paired_figure
 
@@ -33,8 +39,8 @@ SLOWER_MAX = 1.02
 LAST_OF_8_MAX = 1.3
 THROUGHPUT_MIN = 0.99
 SAME_TOKENS = 3000
-DISTINCT_TOKENS = 2000
 DISTINCT_CHUNK = 20
+WHAT = ("distinct", "same", "pool", "disk")
 VOCABULARY = 40_000
 
 
@@ -73,15 +79,19 @@ class Bench:
 
         def is_still() -> bool:
             movement = self.status()["movement"]
+            if movement is None:
+                return True
             tiers = movement["tiers"]
             return not movement["cascades_waiting"] and not any(t["queued_bytes"] for t in tiers)
 
         wait_for("blocks on the disk", is_still, timeout_s=60, every_s=0.05)
 
-    def status(self) -> dict[str, dict[str, list[dict[str, int]]]]:
+    def status(self) -> dict[str, dict[str, list[dict[str, int]]] | None]:
         """What the daemon says of itself."""
         url = f"http://127.0.0.1:{self._daemon.port}/status"
-        found: dict[str, dict[str, list[dict[str, int]]]] = httpx.get(url, timeout=10.0).json()
+        found: dict[str, dict[str, list[dict[str, int]]] | None] = httpx.get(
+            url, timeout=10.0
+        ).json()
         return found
 
     def clear_pool(self) -> None:
@@ -164,11 +174,11 @@ class Bench:
         return [*found, self.paired("same_prompt.on_engine.last_of_8", lambda: on_engine(8),
                                     lambda: on_engine(1), None)]  # fmt: skip
 
-    def distinct(self, count: int) -> IntervalFigure:
+    def distinct(self, count: int, num_tokens: int) -> IntervalFigure:
         """Prompts that nobody sends twice, four at once, in chunks that take turns."""
 
         def run(engine: Engine) -> float:
-            prompts = self.prompts(DISTINCT_TOKENS, DISTINCT_CHUNK)
+            prompts = self.prompts(num_tokens, DISTINCT_CHUNK)
             begun_s = time.perf_counter()
             for start in range(0, DISTINCT_CHUNK, 4):
                 self.ask(engine, prompts[start : start + 4])
@@ -182,12 +192,15 @@ class Bench:
         )  # fmt: skip
 
 
-def measure(bench: Bench, distinct: int) -> None:
+def measure(bench: Bench, args: argparse.Namespace) -> None:
     """Print each figure when it is there: the run may be cut off."""
-    for figure in [bench.distinct(distinct), *bench.same_prompt()]:
-        emit(figure)
+    if "distinct" in args.what:
+        emit(bench.distinct(args.distinct, args.distinct_tokens))
+    if "same" in args.what:
+        for figure in bench.same_prompt():
+            emit(figure)
     for place in ("pool", "disk"):
-        for num_tokens in (128, 512, 2048):
+        for num_tokens in args.lengths if place in args.what else ():
             for num_at_once in (1, 4):
                 emit(bench.point(place, num_tokens, num_at_once))
                 sys.stdout.flush()
@@ -196,21 +209,16 @@ def measure(bench: Bench, distinct: int) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", type=Path, help="folder with config.json and tokenizer files")
-    parser.add_argument("--layers", type=int, default=12, help="layers of the model made from it")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/kvkeep-answers"))
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results")))
-    parser.add_argument("--pool-gib", type=int, default=24)
-    parser.add_argument("--block-tokens", type=int, default=16)
+    add_arguments(parser)
+    parser.add_argument(
+        "--what", nargs="+", choices=WHAT, default=WHAT, help="some of the questions only"
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048])
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--distinct", type=int, default=400, help="prompts sent once, by each")
-    parser.add_argument("--port", type=int, default=8100)
-    parser.add_argument("--start-s", type=float, default=240.0, help="patience with a server")
-    parser.add_argument("--limit-s", type=int, default=570, help="the whole run ends by then")
-    parser.add_argument("--engine-arg", action="append", default=[], help="for vLLM; repeatable")
+    parser.add_argument("--distinct-tokens", type=int, default=2000, help="of each of these")
     args = parser.parse_args()
     args.batch_invariant = False
-    args.model = args.work / "model"
     return args
 
 
@@ -222,19 +230,23 @@ def main() -> int:
     signal.alarm(args.limit_s)
     for folder in (args.work, args.out):
         folder.mkdir(parents=True, exist_ok=True)
-    if not args.model.exists():
+    if args.model is None:
+        args.model = args.work / "model"
         make_model(args.config, args.model, num_layers=args.layers)
     tier = {"kind": "disk", "folder": str(args.work / "disk"), "capacity_bytes": 20 << 30}
     settings = args.work / "daemon.yaml"
-    settings.write_text(json.dumps({"tiers": [tier]}))
+    # Prompts that come once would be measured with the disk's own load.
+    settings.write_text(json.dumps({"tiers": [tier] if {"same", "disk"} & {*args.what} else []}))
     other = copy.copy(args)
     other.port = args.port + 1
     with (
         kvkeep_daemon(args, "--config", str(settings)) as daemon,
-        vllm_server("subject", args, daemon.socket) as subject,
+        vllm_server(
+            "subject", args, kvkeep_connector(daemon.socket, args.connector_settings)
+        ) as subject,
         vllm_server("plain", other, None) as plain,
     ):
-        measure(Bench(subject, plain, daemon, args.pairs), args.distinct)
+        measure(Bench(subject, plain, daemon, args.pairs), args)
     return 0
 
 

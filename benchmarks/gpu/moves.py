@@ -3,7 +3,9 @@
 Both movers, the one over the pinned pool and the one through staging buffers: blocks are stored,
 the pool's bytes and digests compared with the GPU's, loaded into other blocks and compared again;
 one flipped bit must be found, in its block alone. Then loads and stores by number of blocks, each
-over what the host copies in one piece (``benchmarks.gpu.copy_limit``).
+over what the host copies in one piece (``benchmarks.gpu.copy_limit``); loads while this thread
+holds the interpreter's lock, as an engine's does that launches a forward pass; and by how much a
+store slows the GPU's own work down.
 
     PYTHONPATH=/tmp/site:src python3 -m benchmarks.gpu.moves
 """
@@ -13,6 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ import xxhash
 from benchmarks.gpu.copy_limit import copy_limits
 from kvkeep.connector.worker.cuda_mover import CudaMover
 from kvkeep.connector.worker.direct_mover import DirectMover
+from kvkeep.connector.worker.landing import Landing
 from kvkeep.connector.worker.movers import BlockMover, rank_digests
 from kvkeep.connector.worker.views import EngineMemory, view_engine_memory
 from kvkeep.model.layout import KvLayout
@@ -35,6 +39,12 @@ PAGE_BYTES = TOKENS * HEAD_DIM * 2 * 2
 NUM_BLOCKS = 1500
 ROUNDS = 5
 CHECKED_PAGES = 200
+BUSY_SHARE = 0.8
+MATRIX, PRODUCTS = 8192, 360
+"""Half a second of an H200, as the prompt takes whose blocks are stored meanwhile."""
+STORED_BLOCKS, BATCH_BLOCKS = 625, 64
+"""Of a prompt of 10,000 tokens, and of each lease."""
+COST_ROUNDS = 7
 
 
 def make_memory(layout: KvLayout) -> EngineMemory:
@@ -98,10 +108,14 @@ def measure(mover: BlockMover, memory: EngineMemory, pool: PoolView, count: int)
     store_s = seconds(lambda: mover.store(pool, blocks, slots, mover.snapshot()))
     digests = rank_digests(pool, slots, memory)
     load_s = seconds(lambda: mover.load(pool, slots, blocks, digests))
+
+    def begin() -> Landing:
+        return mover.begin_load(pool, slots, blocks, digests)
+
     begun = []
     for _ in range(ROUNDS):
         begun_s = time.perf_counter()
-        landing = mover.begin_load(pool, slots, blocks, digests)
+        landing = begin()
         begun.append(time.perf_counter() - begun_s)
         assert landing.wait().all()
     num_bytes = count * pool.geometry.layout.block_bytes
@@ -111,6 +125,60 @@ def measure(mover: BlockMover, memory: EngineMemory, pool: PoolView, count: int)
         "load_gb_s": round(num_bytes / load_s / 1e9, 2),
         "load_ms": round(load_s * 1e3, 3),
         "begin_ms": round(statistics.median(begun) * 1e3, 3),
+        "busy_ms": round(1e3 * busy_load_s(begin, load_s), 3),
+    }
+
+
+def busy_load_s(begin: Callable[[], Landing], load_s: float) -> float:
+    """Seconds of a load during most of which this thread computes in Python."""
+    found = []
+    for _ in range(ROUNDS):
+        begun_s = time.perf_counter()
+        landing = begin()
+        while time.perf_counter() - begun_s < BUSY_SHARE * load_s:
+            pass
+        assert landing.wait().all()
+        found.append(time.perf_counter() - begun_s)
+    return statistics.median(found)
+
+
+def store_cost(mover: BlockMover, pool: PoolView) -> dict[str, Any]:
+    """Milliseconds that storing a prompt's blocks takes from matrix products meanwhile."""
+    chance = np.random.default_rng(7)
+    blocks = chance.permutation(NUM_BLOCKS)[:STORED_BLOCKS].tolist()
+    slots = chance.permutation(pool.geometry.num_slots)[:STORED_BLOCKS].tolist()
+    left = torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda")
+    product = torch.empty_like(left)
+
+    def compute() -> float:
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        for _ in range(PRODUCTS):
+            torch.mm(left, left, out=product)
+        ended.record()
+        ended.synchronize()
+        return float(begun.elapsed_time(ended))
+
+    def store(after: Any) -> None:
+        for start in range(0, STORED_BLOCKS, BATCH_BLOCKS):
+            batch = slice(start, start + BATCH_BLOCKS)
+            mover.store(pool, blocks[batch], slots[batch], after)
+
+    compute()
+    alone, beside = [], []
+    for _ in range(COST_ROUNDS):
+        alone.append(compute())
+        thread = threading.Thread(target=store, args=(mover.snapshot(),))
+        thread.start()
+        beside.append(compute())
+        thread.join()
+    alone_ms, beside_ms = statistics.median(alone), statistics.median(beside)
+    return {
+        "products_ms": round(alone_ms, 2),
+        "store_costs_ms": round(beside_ms - alone_ms, 2),
+        "store_cost_share": round(beside_ms / alone_ms - 1, 5),
+        "alone_min_max_ms": [round(f(alone), 2) for f in (min, max)],
+        "beside_min_max_ms": [round(f(beside), 2) for f in (min, max)],
     }
 
 
@@ -134,9 +202,11 @@ def main() -> int:
             check(mover, memory, pool, np.random.default_rng(1))
             name = type(mover).__name__
             print(json.dumps({"mover": name, "checked": True, "map_pool_s": pinned_s}), flush=True)
-            for count in (1, 8, 32, 128, 625):
+            for count in (1, 8, 32, 64, 128, 625, 1250):
                 row = {"mover": name} | measure(mover, memory, pool, count)
                 print(json.dumps(row), flush=True)
+            row = {"mover": name} | store_cost(mover, pool)
+            print(json.dumps(row), flush=True)
     return 0
 
 

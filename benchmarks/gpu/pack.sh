@@ -10,7 +10,8 @@ python=${PYTHON:-python3}
 rm -rf "$dest"
 mkdir -p "$dest"
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
-gcc -shared -fPIC -O3 -std=c11 -Wall -Wextra "-I$include" src/kvkeep/transfer/_pages.c \
+gcc -shared -fPIC -O3 -std=c11 -Wall -Wextra "-I$include" \
+    src/kvkeep/transfer/_pages.c src/kvkeep/transfer/_arrivals.c \
     -o "$dest/_pages.abi3.so" -lpthread
 cp /usr/include/xxhash.h "$dest/"
 "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d "$dest" platformdirs

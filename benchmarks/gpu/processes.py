@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -154,6 +155,20 @@ class Engine:
                     answer.top += found.get("top_logprobs") or []
         return answer
 
+    def first_token_s(self, prompt: list[int]) -> float:
+        """Seconds from sending a prompt to the first streamed token, its only one."""
+        body = {
+            "model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0,
+            "ignore_eos": True, "stream": True,
+        }  # fmt: skip
+        first_s, begun = 0.0, time.perf_counter()
+        with self.http.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    first_s = first_s or time.perf_counter() - begun
+        return first_s
+
     def counters(self) -> dict[str, float]:
         """Prompt tokens asked for, hit locally and hit outside the engine, so far."""
         totals = dict.fromkeys(COUNTERS, 0.0)
@@ -240,33 +255,54 @@ def kvkeep_daemon(args: argparse.Namespace, *options: str) -> Iterator[Daemon]:
         pool.unlink(missing_ok=True)
 
 
-def transfer_config(socket: str) -> str:
-    """What makes vLLM load the connector."""
-    return json.dumps(
-        {
-            "kv_connector": "KvkeepConnector",
-            "kv_connector_module_path": "kvkeep.connector.plugin",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "fail",
-            "kv_connector_extra_config": {"socket": socket},
-        }
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every run with engines takes."""
+    parser.add_argument("--config", type=Path, help="folder with config.json and tokenizer files")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the model made from it")
+    parser.add_argument("--model", type=Path, help="a model to use instead")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/kvkeep-answers"))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results")))
+    parser.add_argument("--pool-gib", type=int, default=24)
+    parser.add_argument("--block-tokens", type=int, default=16)
+    parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--port", type=int, default=8100)
+    parser.add_argument("--start-s", type=float, default=240.0, help="patience with a server")
+    parser.add_argument("--limit-s", type=int, default=570, help="the whole run ends by then")
+    parser.add_argument("--engine-arg", action="append", default=[], help="for vLLM; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="connector_settings",
+        help="a setting of kvkeep's connector, such as gpu_copies=direct; repeatable",
+    )  # fmt: skip
+
+
+def kvkeep_connector(socket: str, settings: Sequence[str]) -> dict[str, Any]:
+    """What makes vLLM load the connector, with settings as ``NAME=VALUE``."""
+    named = dict(setting.split("=", 1) for setting in settings)
+    return {
+        "kv_connector": "KvkeepConnector",
+        "kv_connector_module_path": "kvkeep.connector.plugin",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"socket": socket, **named},
+    }
 
 
 @contextmanager
-def vllm_server(name: str, args: argparse.Namespace, socket: str | None) -> Iterator[Engine]:
-    """A vLLM server for the time of the block."""
+def vllm_server(
+    name: str, args: argparse.Namespace, connector: dict[str, Any] | None
+) -> Iterator[Engine]:
+    """A vLLM server for the time of the block, with a ``--kv-transfer-config`` or without."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(args.model),
         "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(args.port),
-        "--max-model-len", "8192", "--max-logprobs", "20", "--block-size", str(args.block_tokens),
-        "--enforce-eager", *args.engine_arg,
+        "--max-model-len", str(args.max_model_len), "--max-logprobs", "20",
+        "--block-size", str(args.block_tokens), "--enforce-eager", *args.engine_arg,
     ]  # fmt: skip
-    if socket is not None:
-        command += ["--kv-transfer-config", transfer_config(socket)]
+    if connector is not None:
+        command += ["--kv-transfer-config", json.dumps(connector)]
     env = {
         "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONHASHSEED": "0",
         "VLLM_BATCH_INVARIANT": str(int(args.batch_invariant)),
     }  # fmt: skip
     with running(Child(name, command, args.out, env)) as child:

@@ -27,7 +27,8 @@ works() {
 }
 if ! works; then
     include=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')
-    gcc -shared -fPIC -O3 -std=c11 "-I$include" "-I$packed" src/kvkeep/transfer/_pages.c \
+    gcc -shared -fPIC -O3 -std=c11 "-I$include" "-I$packed" \
+        src/kvkeep/transfer/_pages.c src/kvkeep/transfer/_arrivals.c \
         -o "$copier" -lpthread && works || {
         rm -f "$copier"
         echo "setup: no compiled copier here; kvkeep copies with numpy" >&2

@@ -23,6 +23,10 @@ HALF_LIFE_STEPS = 4.0
 SAMPLES_MIN = 1 + SURPRISES_MAX
 """Of each kind, before a load is turned down: should the first have met a busy machine, the others
 have taken its place by then."""
+WARM_UP_LOADS = 1
+"""Steps with loads that are not measured: in the first, a GPU's engine loads kernels for a prompt
+whose end alone is computed, and memory is touched that never was. Once in the life of a process,
+and it would have loads turned down that pay."""
 LOAD_SHARE_MAX = 0.9
 """A load has to take at most this share of the time that computing the same tokens takes."""
 LOAD_MIN_S = 1e-4
@@ -67,6 +71,7 @@ class StepCosts:
         """Tokens by seconds."""
         self._loading = MeasuredRate(half_life_samples=HALF_LIFE_STEPS)
         """Blocks of one load by seconds."""
+        self._num_warm_ups = 0
         self._begun: deque[_Step] = deque(maxlen=STEPS_MAX)
         self._ended_s = 0.0
 
@@ -100,6 +105,9 @@ class StepCosts:
     def _take(self, step: _Step, seconds: float, now_s: float) -> None:
         if not step.loads:
             self._computing.add(step.num_tokens, seconds, now_s=now_s)
+            return
+        if self._num_warm_ups < WARM_UP_LOADS:
+            self._num_warm_ups += 1
             return
         speed = self._computing.speed()
         if speed is None:

@@ -11,40 +11,9 @@
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "_pages.h"
 
-#define DIGEST_BYTES 16
-#define THREADS_MAX 16
 #define LINE_BYTES 64
-/* What a thread takes at a time: about 25 us of work, so that no thread waits long for the last. */
-#define CHUNK_BYTES ((size_t)256 << 10)
-/* What a thread must have to do to be worth starting. */
-#define THREAD_CHUNKS 2
-/* How far ahead a page is fetched that is digested where it lies. */
-#define STREAM_DISTANCE 512
-
-/* Everything that touches pages is compiled for AVX2, whatever the build's own flags are; loading
- * the module checks the CPU. Compilers that do not know the pragma build the plain form. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("avx2")
-#define TARGET_PUSHED
-#endif
-
-/* Reading, digesting and writing must overlap, or each waits for the others in turn. A page is
- * fetched into the second-level cache while the one two before it is written, and into the first
- * while the one before it is digested: xxhash.h prefetches XXH_PREFETCH_DIST bytes ahead of what it
- * digests, and that may as well be the next page. Worth a third of a store, a quarter of a load. */
-static _Thread_local ptrdiff_t prefetch_distance;
-#define XXH_PREFETCH_DIST prefetch_distance
-#define XXH_INLINE_ALL
-#include <xxhash.h>
 
 typedef struct job job_t;
 struct job {
@@ -67,16 +36,6 @@ static const char *source_ahead(const job_t *job, size_t page_idx, size_t num_ah
     size_t num_left = job->num_pages - 1 - page_idx;
     size_t ahead_idx = page_idx + (num_ahead < num_left ? num_ahead : num_left);
     return (const char *)(uintptr_t)job->source[ahead_idx];
-}
-
-/* While the page is digested, as many bytes from prefetch_from on are brought into cache. */
-static void digest_page(const char *page, const char *prefetch_from, size_t page_bytes,
-                        uint8_t *out)
-{
-    prefetch_distance = (ptrdiff_t)((uintptr_t)prefetch_from - (uintptr_t)page);
-    XXH128_canonical_t digest;
-    XXH128_canonicalFromHash(&digest, XXH3_128bits(page, page_bytes));
-    memcpy(out, digest.digest, DIGEST_BYTES);
 }
 
 static bool is_expected(const job_t *job, size_t page_idx, const uint8_t *digest)
@@ -188,26 +147,13 @@ static void *work(void *argument)
 #pragma GCC pop_options
 #endif
 
-/* Start a thread on the given CPUs; where the system refuses them, on those of the caller. */
-static bool start_thread(pthread_t *thread, job_t *job, const Py_buffer *cpu_mask)
-{
-    pthread_attr_t attributes;
-    if (pthread_attr_init(&attributes) != 0)
-        return false;
-    int error = pthread_attr_setaffinity_np(&attributes, (size_t)cpu_mask->len, cpu_mask->buf);
-    if (error == 0)
-        error = pthread_create(thread, &attributes, work, job);
-    pthread_attr_destroy(&attributes);
-    return error == 0 || pthread_create(thread, NULL, work, job) == 0;
-}
-
 /* Run a job on the calling thread and on helpers; fewer helpers than asked for only cost time. */
 static void run_job(job_t *job, size_t num_threads, const Py_buffer *cpu_mask)
 {
     pthread_t helpers[THREADS_MAX];
     size_t num_helpers = 0;
     while (num_helpers + 1 < num_threads &&
-           start_thread(&helpers[num_helpers], job, cpu_mask))
+           start_thread(&helpers[num_helpers], work, job, cpu_mask))
         num_helpers++;
     work(job);
     for (size_t helper_idx = 0; helper_idx < num_helpers; helper_idx++)
@@ -370,6 +316,8 @@ static PyMethodDef methods[] = {
     {"load", load, METH_VARARGS, "Copy each page whose bytes match its digest; count the others."},
     {"verify", verify, METH_VARARGS, "Compare pages with their digests; count those that differ."},
     {"digest", digest, METH_VARARGS, "Digest each page where it lies."},
+    {"begin_verify", begin_verify, METH_VARARGS, "Begin to compare pages as gates open."},
+    {"end_verify", end_verify, METH_O, "Wait until all are compared; 0, or a gate's error."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -38,3 +38,17 @@ def digest(
     cpu_mask: bytes,
     /,
 ) -> None: ...
+def begin_verify(
+    starts: Addresses,
+    num_layers: int,
+    layer_stride: int,
+    run_pages: int,
+    page_bytes: int,
+    digests: Digests,
+    ok_out: Flags,
+    gates: Addresses,
+    num_threads: int,
+    cpu_mask: bytes,
+    /,
+) -> object: ...
+def end_verify(verification: object, /) -> int: ...

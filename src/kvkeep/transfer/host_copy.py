@@ -105,7 +105,7 @@ class CompiledCopier:
             raise ValueError(f"num_threads must be 1 to {THREADS_MAX}. num_threads={num_threads}")
         self._pages = _pages
         self._num_threads = num_threads
-        self._cpu_mask = _cpu_mask(cpus)
+        self._cpu_mask = cpu_mask(cpus)
 
     def store(
         self, source: Addresses, target: Addresses, page_bytes: int, digests_out: Digests
@@ -225,7 +225,7 @@ def _digest(page: "ctypes.Array[ctypes.c_uint8]") -> NDArray[np.uint8]:
     return np.frombuffer(xxhash.xxh3_128_digest(page), dtype=np.uint8)
 
 
-def _cpu_mask(cpus: Collection[int] | None) -> bytes:
+def cpu_mask(cpus: Collection[int] | None) -> bytes:
     """Return a ``cpu_set_t``; the kernel takes out what the process's cpuset does not allow."""
     if cpus is None:
         return b"\xff" * (CPUS_MAX // 8)
@@ -255,7 +255,7 @@ def _check_addresses(name: str, pages: Addresses) -> None:
     if not (fits and pages.flags.c_contiguous):
         raise ValueError(
             f"{name} must be uint64 [num_pages], C-contiguous, at most {PAGES_MAX} pages. "
-            f"{name} is {_description(pages)}"
+            f"{name} is {describe_array(pages)}"
         )
 
 
@@ -265,7 +265,7 @@ def _check_digests(name: str, digests: Digests, num_pages: int, *, is_output: bo
         kind = "C-contiguous and writable" if is_output else "C-contiguous"
         raise ValueError(
             f"{name} must be uint8 [{num_pages}, {DIGEST_BYTES}], {kind}. "
-            f"{name} is {_description(digests)}"
+            f"{name} is {describe_array(digests)}"
         )
 
 
@@ -274,11 +274,12 @@ def _check_flags(ok_out: Flags, num_pages: int) -> None:
     if not (fits and ok_out.flags.c_contiguous and ok_out.flags.writeable):
         raise ValueError(
             f"ok_out must be bool or uint8 [{num_pages}], C-contiguous and writable. "
-            f"ok_out is {_description(ok_out)}"
+            f"ok_out is {describe_array(ok_out)}"
         )
 
 
-def _description(array: NDArray[Any]) -> str:
+def describe_array(array: NDArray[Any]) -> str:
+    """Say what an array is that does not fit."""
     contiguous = "C-contiguous" if array.flags.c_contiguous else "not C-contiguous"
     writable = "writable" if array.flags.writeable else "read-only"
     return f"{array.dtype} {list(array.shape)}, {contiguous}, {writable}"

@@ -129,6 +129,31 @@ def test_a_first_load_that_met_a_busy_machine_is_outweighed() -> None:
     assert costs.is_load_worth(2048, now_s=0.0)
 
 
+@pytest.mark.parametrize("slower", [1.5, 2.0, 3.0, 5.0, 10.0, 50.0])
+@pytest.mark.parametrize("lengths", [(2048,), (2048, 128, 512), (3000, 2048), (512, 2048)])
+def test_the_first_load_of_a_process_does_not_have_later_ones_turned_down(
+    slower: float, lengths: tuple[int, ...]
+) -> None:
+    """It meets kernels that are not loaded and memory that was never touched."""
+    costs = engine_that(12, 0)
+    for number in range(12):
+        num_blocks = lengths[number % len(lengths)] // 16
+        load_s = (LOAD_S + num_blocks * BLOCK_S) * (1.0 if number else slower)
+        costs.begun(100 + number, 16, [num_blocks], -(STEP_S + 16 * TOKEN_S + load_s))
+        costs.ended(100 + number, 0.0)
+        costs._ended_s = -1.0
+
+        assert costs.is_load_worth(2048, now_s=0.0)
+
+
+def test_a_load_that_never_pays_is_turned_down_though_the_first_was_not_counted() -> None:
+    """One is left out, not all."""
+    costs = engine_that(12, SAMPLES_MIN)
+    assert costs.is_load_worth(128, now_s=0.0)
+
+    assert not engine_that(12, SAMPLES_MIN + 1).is_load_worth(128, now_s=0.0)
+
+
 def test_what_was_turned_down_for_long_is_tried_again() -> None:
     """It may be faster by now; one load measures it."""
     costs = engine_that(12, 12)
