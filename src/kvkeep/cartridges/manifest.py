@@ -62,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     num_frozen_tokens: Count = 0
     """Leading tokens that training left as they were."""
     has_token_ids: bool = False
-    """Whether it holds its tokens' ids; one that was trained has none."""
+    """Whether it holds its tokens' ids; one that was trained or composed has none."""
     sha256: Sha256
     """Of all bytes behind the file's header."""
     num_bytes: Count

@@ -1,5 +1,6 @@
 """``kvkeep cartridge``: inspect, verify and register cartridges; list, keep and remove them."""
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -32,6 +33,11 @@ from kvkeep.model.clock import wall_clock_s
 from kvkeep.model.errors import CorruptDataError, InputError, RefusedError
 
 EXIT_WRONG = 1
+MAKERS = {
+    "build": "kvkeep.cli.cartridge_build",
+    "compose": "kvkeep.cli.cartridge_compose",
+}
+"""Commands that make cartridges, by name, and the modules that they are in."""
 _STANDINGS = {
     "unsigned": "nobody",
     "unchecked": "{} (not checked: pip install kvkeep[encryption])",
@@ -54,7 +60,23 @@ _trusted: _Option = click.option(
 )
 
 
-@click.group()
+class _Group(click.Group):
+    """Commands of this module, and makers that are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every name, in order."""
+        return sorted({*super().list_commands(ctx), *MAKERS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command; None for a name that is none."""
+        if cmd_name not in MAKERS:
+            return super().get_command(ctx, cmd_name)
+        command = getattr(importlib.import_module(MAKERS[cmd_name]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_Group)
 def cartridge() -> None:
     """Keep a document's KV, computed once, ready for every engine of a host."""
 
@@ -64,8 +86,12 @@ def library_folder(library: Path | None) -> Path:
     return library or platformdirs.user_data_path("kvkeep") / "cartridges"
 
 
-def _find_path(target: str, library: Path | None) -> Path:
-    """The file that is meant: a path, or the id of a registered cartridge."""
+def find_path(target: str, library: Path | None) -> Path:
+    """The file that is meant: a path, or the id of a registered cartridge.
+
+    Raises:
+        InputError: There is no such file and no such cartridge.
+    """
     folder = library_folder(library)
     if not Path(target).exists() and "/" not in target and folder.is_dir():
         with Registry(folder) as registry:
@@ -88,7 +114,7 @@ def _find_path(target: str, library: Path | None) -> Path:
 @_as_json
 def inspect(target: str, library: Path | None, as_json: bool) -> None:
     """Show what a cartridge says of itself; kvkeep cartridge verify checks its KV too."""
-    path = _find_path(target, library)
+    path = find_path(target, library)
     if path.suffix in SUFFIXES:
         facts = facts_of_checkpoint(path, read_checkpoint(path))
     else:
@@ -170,7 +196,7 @@ def verify(
     """
     trusted = [load_public_key(path) for path in trusted_keys]
     results = []
-    for path in [_find_path(target, library) for target in targets]:
+    for path in [find_path(target, library) for target in targets]:
         try:
             sentence = _verified(path, Expected(**wanted), trusted)
             results.append({"path": str(path), "ok": True, "detail": sentence})
@@ -316,7 +342,7 @@ def export(target: str, path: Path, force: bool, library: Path | None) -> None:
     PATH ends in .safetensors, or in .pt: that is what other programs read, and has neither
     manifest nor token ids.
     """
-    source = _find_path(target, library)
+    source = find_path(target, library)
     if source.suffix in SUFFIXES:
         raise InputError(f"{source} is a .pt file already: register it first, then export that")
     if path.suffix not in (SUFFIX, *SUFFIXES):
