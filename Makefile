@@ -6,6 +6,8 @@ SETUP_INPUTS := pyproject.toml packages.txt scripts/setup.sh $(shell find src -n
 # make test FAST=1 leaves real engines out; NIGHTLY=1 adds the long ones; ARGS go to pytest.
 NOT_FAST := $(if $(FAST),not engine,)
 NOT_LONG := $(if $(NIGHTLY),,not nightly)
+# One order for every change, so that each is judged alike; a nightly run draws another.
+ORDER := $(if $(NIGHTLY),,--randomly-seed=1)
 SELECTED := $(if $(and $(NOT_FAST),$(NOT_LONG)),$(NOT_FAST) and $(NOT_LONG),$(NOT_FAST)$(NOT_LONG))
 
 # Engines start twice as fast from bytecode, and it goes into this folder's .venv.
@@ -21,7 +23,7 @@ demo: $(READY)  ## a real vLLM and model: store, reset, load, a second engine, a
 	$(BIN)/python -m kvkeep demo $(ARGS)
 
 test: $(READY)  ## all tests, quick ones first (FAST=1: no engines; NIGHTLY=1: long ones too)
-	$(BIN)/python -m pytest $(if $(SELECTED),-m "$(SELECTED)") $(ARGS)
+	$(BIN)/python -m pytest $(if $(SELECTED),-m "$(SELECTED)") $(ORDER) $(ARGS)
 
 check: $(READY)  ## style, types, layers
 	$(BIN)/ruff check .

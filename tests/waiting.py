@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+HANG_S = 60.0
+"""What takes longer hangs: where there is much to do a process may stand still for seconds."""
+
 
 async def until(
     is_so: Callable[[], bool | Awaitable[bool]],
     what: str = "what the test waits for",
     *,
-    timeout_s: float = 20.0,
+    timeout_s: float = HANG_S,
     pause_s: float = 0.005,
     changed: asyncio.Event | None = None,
 ) -> None:

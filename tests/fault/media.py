@@ -23,28 +23,38 @@ from tests.integration.daemons import (
     running_daemon,
     wait_until,
 )
-from tests.servers.mooncake import MooncakeStore, mooncake_store
+from tests.servers.mooncake import CLIENT_TTL_S, SHORT_TTL_S, MooncakeStore, mooncake_store
 from tests.servers.processes import ServerProcess
 from tests.servers.seaweed import KEY, SECRET, SeaweedServer
 from tests.servers.valkey import ValkeyServer
+from tests.waiting import HANG_S
 
 TIMEOUT_S = 1.0
-"""Of every tier for one call."""
+"""Of a tier for one call, where one that hangs is to be given up."""
+PATIENT = "patient "
+"""Before a kind: a medium of which no call is given up, for a busy machine is no fault."""
 PATIENCE_S = 3.0
 """Beyond what was announced, on a busy machine; far from hung."""
 CONFIG = "daemon.yaml"
 """Name of a daemon's settings file."""
 QUESTIONS = 4
 """Asked of a broken medium: the first is answered late, the last not any more."""
-BACK_TIMEOUT_S = 30.0
+BACK_TIMEOUT_S = 90.0
 """A tier is tried again every two seconds; a store that lost a member takes longest."""
 
 
 class Medium:
     """A medium with a server; a disk has none."""
 
-    def __init__(self, tier: dict[str, object], server: ServerProcess | None = None) -> None:
-        limits = {"deadline_s": 1.5 * TIMEOUT_S}
+    def __init__(
+        self,
+        tier: dict[str, object],
+        server: ServerProcess | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        limits: dict[str, object] = {"deadline_s": 1.5 * timeout_s}
+        if tier["kind"] != "disk":
+            limits["timeout_s"] = timeout_s
         self.tier = tier | limits
         self.server = server
         self.relay: FaultyRelay | None = None
@@ -68,9 +78,9 @@ class S3Medium(Medium):
 class MooncakeMedium(Medium):
     """A Mooncake Store of which one process breaks that holds values."""
 
-    def __init__(self, store: MooncakeStore) -> None:
-        tier = {"kind": "mooncake", "master": store.address, "timeout_s": TIMEOUT_S}
-        super().__init__(tier, store.storages[0])
+    def __init__(self, store: MooncakeStore, timeout_s: float) -> None:
+        tier: dict[str, object] = {"kind": "mooncake", "master": store.address}
+        super().__init__(tier, store.storages[0], timeout_s)
         self._store = store
 
     def restart(self) -> None:
@@ -81,31 +91,40 @@ class MooncakeMedium(Medium):
 @contextlib.contextmanager
 def opened_medium(kind: str, folder: Path) -> Iterator[Medium]:
     """A medium with its server; nothing of it is left."""
+    timeout_s = HANG_S if kind.startswith(PATIENT) else TIMEOUT_S
+    kind = kind.removeprefix(PATIENT)
     with contextlib.ExitStack() as stack:
         if kind == "disk":
-            yield Medium(
-                {"kind": "disk", "folder": str(folder / "disk"), "capacity_bytes": "64MiB"}
-            )
+            folder /= "disk"
+            disk: dict[str, object] = {
+                "kind": "disk",
+                "folder": str(folder),
+                "capacity_bytes": "64MiB",
+            }
+            yield Medium(disk, timeout_s=timeout_s)
         elif kind == "mooncake":
-            yield MooncakeMedium(stack.enter_context(mooncake_store()))
+            ttl_s = SHORT_TTL_S if timeout_s == TIMEOUT_S else CLIENT_TTL_S
+            store = stack.enter_context(mooncake_store(client_ttl_s=ttl_s))
+            yield MooncakeMedium(store, timeout_s)
         else:
-            yield _relayed(kind, stack)
+            yield _relayed(kind, stack, timeout_s)
 
 
-def _relayed(kind: str, stack: contextlib.ExitStack) -> Medium:
+def _relayed(kind: str, stack: contextlib.ExitStack, timeout_s: float) -> Medium:
     """A medium behind a network that breaks."""
     server: ValkeyServer | SeaweedServer
     server = (ValkeyServer() if kind == "valkey" else SeaweedServer()).run()
     stack.callback(server.stop)
     relay = stack.enter_context(FaultyRelay(("127.0.0.1", server.port), seed=7))
-    tier: dict[str, object] = {"kind": kind, "timeout_s": TIMEOUT_S}
+    tier: dict[str, object] = {"kind": kind}
     if kind == "valkey":
-        medium = Medium(tier | {"url": f"valkey://127.0.0.1:{relay.address[1]}"}, server)
+        tier |= {"url": f"valkey://127.0.0.1:{relay.address[1]}"}
+        medium = Medium(tier, server, timeout_s)
     else:
         assert isinstance(server, SeaweedServer)
         endpoint = f"http://127.0.0.1:{relay.address[1]}"
         tier |= {"url": server.settings().url, "endpoint": endpoint}
-        medium = S3Medium(tier, server)
+        medium = S3Medium(tier, server, timeout_s)
     medium.relay = relay
     return medium
 
@@ -148,7 +167,7 @@ class Site:
         """Ask for a prefix and load it; returns how many blocks landed, each with its bytes."""
         question = self.client.ask(NAMESPACE, 0, hashes)
         assert question is not None
-        lease = self.client.answer(question, 10 * CALL_TIMEOUT_S)
+        lease = self.client.answer(question, CALL_TIMEOUT_S)
         assert self.client.num_late == 0, "the daemon broke its word"
         assert self.client.is_connected
         if isinstance(lease, Answer):

@@ -22,9 +22,12 @@ from kvkeep.tiers.memory import MemoryTier
 from kvkeep.tiers.wrappers.wrapper import Wrapper
 from tests.fault.small_disks import filled, lost_end
 from tests.fault.table import NUMBERS, VALUE_BYTES, Chain, Fault, keys_of, value_of
+from tests.waiting import HANG_S
 
 LOCAL_DEADLINE_S = 1.0
-"""Of the queue for one call where there is no server, and so no other limit of time."""
+"""Of the queue for one call that may hang, where there is no server and so no other limit."""
+LATE = (Fault.FROZEN, Fault.SLOW)
+"""Faults in which calls hang there; in others a disk may take its time, on a busy machine."""
 OVERHEAD_BYTES_MAX = 4096
 """What wrappers add to a value; more than they do."""
 MIB = 1 << 20
@@ -188,7 +191,7 @@ class MemoryPlace(Place):
     kind = "memory"
 
     def __init__(self, fault: Fault) -> None:
-        super().__init__(_local_settings("unused"), fault)
+        super().__init__(_local_settings("unused", fault), fault)
         self._memory = MemoryTier(64 * MIB)
 
     def bare(self, settings: AnyTierSettings, value_bytes_max: int) -> Tier:
@@ -211,7 +214,7 @@ class DiskPlace(Place):
 
     def __init__(self, disk: Path, fault: Fault) -> None:
         self._disk, self._folder = disk, disk / "tier"
-        super().__init__(_local_settings(str(self._folder)), fault)
+        super().__init__(_local_settings(str(self._folder), fault), fault)
 
     def bare(self, settings: AnyTierSettings, value_bytes_max: int) -> Tier:
         """In small segments, so that a small disk has room for one and not for all."""
@@ -264,5 +267,6 @@ class DiskPlace(Place):
         return max(NUMBERS, key=lambda number: self._where(*keys_of([number]))[:2])
 
 
-def _local_settings(folder: str) -> DiskTierSettings:
-    return DiskTierSettings(folder=folder, capacity_bytes=64 * MIB, deadline_s=LOCAL_DEADLINE_S)
+def _local_settings(folder: str, fault: Fault) -> DiskTierSettings:
+    deadline_s = LOCAL_DEADLINE_S if fault in LATE else HANG_S
+    return DiskTierSettings(folder=folder, capacity_bytes=64 * MIB, deadline_s=deadline_s)

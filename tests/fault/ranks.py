@@ -17,9 +17,9 @@ from kvkeep.connector.worker.views import view_engine_memory
 from kvkeep.model.clock import SystemClock
 from kvkeep.model.ids import BlockHash
 from tests.integration.daemons import LAYOUT, NAMESPACE, Daemon, payload_of, wait_until
+from tests.waiting import HANG_S
 
 NUM_BLOCKS = 64
-START_WAIT_S = 10.0
 
 
 class HeldMover(HostMover):
@@ -42,7 +42,7 @@ class HeldMover(HostMover):
         if self._is_held[point]:
             self._is_held[point] = False
             self.reached.set()
-            assert self.proceed.wait(60)
+            assert self.proceed.wait(HANG_S)
 
     def store(self, pool: Any, block_ids: Sequence[int], slots: Sequence[int], after: Any) -> Any:
         """See BlockMover."""
@@ -58,7 +58,14 @@ class HeldMover(HostMover):
 class HeldRank:
     """One rank with all heads of ``LAYOUT``; block ``n`` of its engine is free for the taking."""
 
-    def __init__(self, daemon: Daemon, *, engine_id: str = "rank", lease_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        daemon: Daemon,
+        *,
+        engine_id: str = "rank",
+        lease_s: float = 30.0,
+        patience_s: float = HANG_S,
+    ) -> None:
         shape = (LAYOUT.num_layers, NUM_BLOCKS, LAYOUT.num_heads, LAYOUT.block_tokens, 32)
         self.kv = torch.zeros(shape, dtype=torch.bfloat16)
         self.bytes = self.kv.view(torch.uint8).numpy()
@@ -66,7 +73,7 @@ class HeldRank:
         memory = view_engine_memory(tensors, NUM_BLOCKS, LAYOUT, tp_rank=0, tp_size=1)
         self.mover = HeldMover(memory)
         self.attachment = Attachment(daemon.socket, LAYOUT, engine_id)
-        assert self.attachment.link.wait(START_WAIT_S) is not None, self.attachment.link.refusal
+        assert self.attachment.link.wait(HANG_S) is not None, self.attachment.link.refusal
         self.side = WorkerSide(
             namespace=NAMESPACE,
             memory=memory,
@@ -74,6 +81,7 @@ class HeldRank:
             attachment=self.attachment,
             clock=SystemClock(),
             lease_s=lease_s,
+            patience_s=patience_s,
         )
         assert self.side.prove_pool() is not None
         self._ids = itertools.count(1)

@@ -24,18 +24,30 @@ from kvkeep.testing.tcp_proxy import FaultyRelay, NetworkFault
 from kvkeep.tiers.base import Tier
 from tests.fault.places import OVERHEAD_BYTES_MAX, DiskPlace, Kept, MemoryPlace, Place
 from tests.fault.small_disks import failing_disk, small_tmpfs
-from tests.fault.table import BATCH_BYTES, CLOCK, NUMBERS, TICK_S, VALUE_BYTES, Chain, Fault
+from tests.fault.table import (
+    BATCH_BYTES,
+    CLOCK,
+    DAMAGE,
+    NUMBERS,
+    TICK_S,
+    VALUE_BYTES,
+    Chain,
+    Fault,
+)
 from tests.integration.daemons import wait_until
 from tests.servers.hosts import Host
-from tests.servers.mooncake import MooncakeStore, mooncake_store
+from tests.servers.mooncake import SHORT_TTL_S, MooncakeStore, mooncake_store
 from tests.servers.processes import ServerProcess, free_port
 from tests.servers.seaweed import BUCKET, SeaweedServer
 from tests.servers.valkey import ValkeyServer
+from tests.waiting import HANG_S
 
 TIMEOUT_S = 1.0
-"""Of a tier for one request."""
-DEADLINE_S = 5.0
+"""Of a tier for one request, where one that hangs is to be given up."""
+DEADLINE_S = 20.0
 """Of the queue for one call: a read of Mooncake may be three requests, and wait for a lane."""
+ANSWERED = (*DAMAGE, Fault.NO_ROOM, Fault.READ_ONLY)
+"""Faults in which the server answers, however busy the machine is."""
 SLOW_FACTOR = 10
 MID_BYTES = 2 * VALUE_BYTES + VALUE_BYTES // 2
 """In the middle of a value, in the middle of a batch."""
@@ -44,6 +56,13 @@ STORE_BYTES = 16 << 20
 
 _PREFIXES = (f"cell-{number}/" for number in itertools.count())
 """For each cell its own: what others left is not seen."""
+
+
+def limits_of(fault: Fault) -> dict[str, float]:
+    """Of a tier, and of the queue before it."""
+    if fault in ANSWERED:
+        return {"timeout_s": HANG_S, "deadline_s": 2 * HANG_S}
+    return {"timeout_s": TIMEOUT_S, "deadline_s": DEADLINE_S}
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,7 @@ def opened_place(kind: str, fault: Fault, folder: Path, servers: Servers) -> Ite
 def _with_own(kind: str, servers: Servers, stack: contextlib.ExitStack) -> Servers:
     """The same with a server that may be killed."""
     if kind == "mooncake":
-        store = stack.enter_context(mooncake_store(1, STORE_BYTES))
+        store = stack.enter_context(mooncake_store(1, STORE_BYTES, client_ttl_s=SHORT_TTL_S))
         return replace(servers, mooncake=store)
     if kind == "valkey":
         valkey = ValkeyServer()
@@ -180,7 +199,7 @@ class ValkeyPlace(RelayedPlace):
         self._server = servers.valkey
         self._direct = ValkeyTierSettings(url=self._server.url)
         url = f"valkey://127.0.0.1:{relay.address[1]}"
-        settings = ValkeyTierSettings(url=url, timeout_s=TIMEOUT_S, deadline_s=DEADLINE_S)
+        settings = msgspec.structs.replace(ValkeyTierSettings(url=url), **limits_of(fault))
         super().__init__(settings, relay, fault)
 
     def back_door(self) -> contextlib.AbstractContextManager[Tier]:
@@ -249,8 +268,7 @@ class ObjectStorePlace(RelayedPlace):
         settings = msgspec.structs.replace(
             self._direct,
             endpoint=f"http://127.0.0.1:{relay.address[1]}",
-            timeout_s=TIMEOUT_S,
-            deadline_s=DEADLINE_S,
+            **limits_of(fault),
         )
         super().__init__(settings, relay, fault)
 
@@ -301,13 +319,8 @@ class MooncakePlace(Place):
 
     def __init__(self, servers: Servers, fault: Fault) -> None:
         self._store = self.store_of(servers)
-        settings = MooncakeTierSettings(
-            master=self._store.address,
-            prefix=next(_PREFIXES),
-            timeout_s=TIMEOUT_S,
-            deadline_s=DEADLINE_S,
-        )
-        super().__init__(settings, fault)
+        settings = MooncakeTierSettings(master=self._store.address, prefix=next(_PREFIXES))
+        super().__init__(msgspec.structs.replace(settings, **limits_of(fault)), fault)
         # One client for the chain and for what is done behind its back: a start takes a second.
         self._client = self.opened()
 
@@ -373,11 +386,11 @@ class FarMooncakePlace(MooncakePlace):
             finally:
                 near.hurry()
             return
-        # Slow enough to be cut in the middle, and quick enough not to be given up before.
-        near.slow(BATCH_BYTES / (TIMEOUT_S / 2))
+        # Part of a batch comes at once, and the rest would take minutes.
+        near.slow(3 * VALUE_BYTES / 100, at_once_bytes=3 * VALUE_BYTES)
         before = near.received_bytes()
         reading = asyncio.ensure_future(chain.attempt(chain.read(NUMBERS)))
-        while near.received_bytes() < before + MID_BYTES:  # noqa: ASYNC110 - nobody tells
+        while near.received_bytes() < before + 2 * VALUE_BYTES:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(TICK_S / 4)
         near.cut()
         near.hurry()

@@ -26,8 +26,8 @@ NUMBERS = range(8)
 BATCH_BYTES = len(NUMBERS) * VALUE_BYTES
 TICK_S = 0.02
 """A daemon sweeps a few times a second; here a late call is to be seen as such."""
-CLOSE_S = 10.0
-BACK_TIMEOUT_S = 30.0
+CLOSE_S = 60.0
+BACK_TIMEOUT_S = 90.0
 """A tier is tried again every two seconds; a store that lost a member takes longest."""
 CLOCK = SystemClock()
 

@@ -109,7 +109,7 @@ def test_every_bit_of_the_digests_counts(stage: Stage) -> None:
 @settings(
     max_examples=300,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     number=st.integers(0, NUM_BLOCKS - 1),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvkeep.client.prefixes import Answer
+from kvkeep.model.clock import SystemClock
 from kvkeep.model.errors import UnavailableError
 from kvkeep.protocol import messages as m
 from tests.integration.daemons import (
@@ -19,29 +20,26 @@ from tests.integration.daemons import (
     running_daemon,
     wait_until,
 )
+from tests.waiting import HANG_S
 
 PATIENCE_S = 0.25
 WAIT_S = 0.002
-SLACK_S = 0.05
-"""What a busy machine may add to a wait; an engine's step may be late by as much."""
-REATTACH_S = 5.0
 HASHES = hashes_of(0, 100)
 
 
-def longest_s(work: Callable[[], object], until: Callable[[], bool]) -> float:
-    """Call again and again until it is so; returns how long the longest call took."""
-    longest = 0.0
+def repeat(work: Callable[[], object], until: Callable[[], bool]) -> None:
+    """Call again and again until it is so."""
     begun_s = time.perf_counter()
     while not until():
-        assert time.perf_counter() - begun_s < 10 * PATIENCE_S, "it never became so"
-        before_s = time.perf_counter()
+        assert time.perf_counter() - begun_s < HANG_S, "it never became so"
         work()
-        longest = max(longest, time.perf_counter() - before_s)
-    return longest
 
 
-def test_a_frozen_daemon_is_given_up_within_patience_and_never_waited_for() -> None:
-    """No call takes longer than it may; then everything is a miss at once."""
+def test_a_frozen_daemon_is_given_up_within_patience_and_never_waited_for(
+    waits_s: list[float],
+) -> None:
+    """No call waits longer than it may, the first one after patience gives up; then all misses."""
+    clock = SystemClock()
     with (
         running_daemon() as daemon,
         Worker(daemon) as worker,
@@ -52,31 +50,37 @@ def test_a_frozen_daemon_is_given_up_within_patience_and_never_waited_for() -> N
         daemon.signal(signal.SIGSTOP)
         question = client.ask(NAMESPACE, 0, HASHES)
         assert question is not None
-        begun_s = time.perf_counter()
-        longest = longest_s(
-            lambda: client.answer(question, WAIT_S), lambda: not client.is_connected
-        )
+        waits_s.clear()
+        patient_s = [question.asked_s]
 
-        assert time.perf_counter() - begun_s < PATIENCE_S + SLACK_S
-        assert longest < WAIT_S + SLACK_S
+        def look() -> None:
+            begun_s = clock.now_s()
+            if client.answer(question, WAIT_S) is Answer.PENDING:
+                patient_s.append(begun_s)
+
+        repeat(look, lambda: not client.is_connected)
+
+        assert max(patient_s) - question.asked_s < PATIENCE_S
+        assert clock.now_s() - question.asked_s >= PATIENCE_S
+        assert max(waits_s) <= WAIT_S
         assert client.ask(NAMESPACE, 0, HASHES) is None
         assert client.answer(question, WAIT_S) is Answer.NOTHING
         assert client.num_late == 1
 
 
-def test_questions_to_a_frozen_daemon_pile_up_to_a_limit_without_waiting() -> None:
+def test_questions_to_a_frozen_daemon_pile_up_to_a_limit_without_waiting(
+    waits_s: list[float],
+) -> None:
     """However many requests come, asking costs no time, and ends when nobody reads."""
     hashes = hashes_of(0, 5000)
     with running_daemon() as daemon, opened_prefixes(daemon, patience_s=30.0) as client:
         daemon.signal(signal.SIGSTOP)
-        longest = longest_s(
-            lambda: client.ask(NAMESPACE, 0, hashes), lambda: not client.is_connected
-        )
+        repeat(lambda: client.ask(NAMESPACE, 0, hashes), lambda: not client.is_connected)
 
-        assert longest < SLACK_S
+        assert max(waits_s, default=0.0) == 0.0
 
 
-def test_after_it_goes_on_the_client_is_attached_within_seconds() -> None:
+def test_after_it_goes_on_the_client_is_attached_again() -> None:
     """Late answers are nobody's: old questions stay unanswered, old leases are over."""
     with (
         running_daemon() as daemon,
@@ -94,7 +98,7 @@ def test_after_it_goes_on_the_client_is_attached_within_seconds() -> None:
                 pass
         daemon.signal(signal.SIGCONT)
 
-        assert wait_until(lambda: client.is_connected, "attached", REATTACH_S) < REATTACH_S
+        wait_until(lambda: client.is_connected, "attached")
         late = [client.answer(question, 0.1) for question in questions if question is not None]
         assert late == [Answer.NOTHING] * 4
         client.release([kept], num_loaded=1)
@@ -102,28 +106,28 @@ def test_after_it_goes_on_the_client_is_attached_within_seconds() -> None:
         assert load_right_or_not_at_all(worker, client, HASHES) == 100
 
 
-def test_a_killed_daemon_is_noticed_at_once_and_found_again() -> None:
-    """Its end is a miss without any wait; its successor is found within seconds of its start."""
+def test_a_killed_daemon_is_noticed_at_once_and_found_again(waits_s: list[float]) -> None:
+    """Its end is a miss without any wait; its successor is found."""
     with running_daemon() as daemon, opened_prefixes(daemon) as client:
         with Worker(daemon) as worker:
             worker.store(HASHES)
         daemon.kill()
-        begun_s = time.perf_counter()
+        waits_s.clear()
         assert acquire(client, HASHES, WAIT_S) is None
-        assert time.perf_counter() - begun_s < WAIT_S + SLACK_S
+        assert max(waits_s, default=0.0) <= WAIT_S
         daemon.start()
 
-        assert wait_until(lambda: client.is_connected, "attached", REATTACH_S) < REATTACH_S
+        wait_until(lambda: client.is_connected, "attached")
         with Worker(daemon) as worker:
             assert load_right_or_not_at_all(worker, client, HASHES) == 100
 
 
-def test_a_store_to_a_frozen_daemon_ends_in_time() -> None:
+def test_a_store_to_a_frozen_daemon_ends_in_time(waits_s: list[float]) -> None:
     """A call has a deadline; whoever makes it goes on without."""
     with running_daemon() as daemon, Worker(daemon) as worker:
         daemon.signal(signal.SIGSTOP)
-        begun_s = time.perf_counter()
+        waits_s.clear()
         with pytest.raises(UnavailableError, match="no answer within"):
             worker.connection.call(m.Ping(1), m.Pong, PATIENCE_S)
 
-        assert time.perf_counter() - begun_s < PATIENCE_S + SLACK_S
+        assert sum(waits_s) <= 2 * PATIENCE_S

@@ -20,12 +20,12 @@ from kvkeep.tiers.mooncake.tier import MooncakeTier
 from tests.integration.daemons import wait_until
 from tests.servers.listening import children_of
 from tests.servers.mooncake import MooncakeStore, mooncake_store, open_tier
+from tests.waiting import HANG_S
 
 TIMEOUT_S = 1.0
-SLACK_S = 1.0
-"""For two busy cores, and for a killed process to be gone."""
-AT_ONCE_S = 0.1
-BACK_TIMEOUT_S = 20.0
+AT_ONCE_TRIES = 5
+"""Of which each would wait for ``TIMEOUT_S``; on a busy machine any one of them may be late."""
+BACK_TIMEOUT_S = 90.0
 
 
 @pytest.fixture
@@ -60,6 +60,11 @@ def seconds_to_fail(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun_s
 
 
+def is_refused_at_once(call: Callable[[], object]) -> bool:
+    """Whether a call is told without a wait that the store is away."""
+    return min(seconds_to_fail(call) for _ in range(AT_ONCE_TRIES)) < TIMEOUT_S / 2
+
+
 def is_right(tier: MooncakeTier, numbers: Sequence[int]) -> bool:
     """Whether all values are there; one that is there and wrong is a failure of the test."""
     try:
@@ -82,10 +87,9 @@ def works_again(tier: MooncakeTier, number: int) -> Callable[[], bool]:
     return ask
 
 
-def test_a_second_copy_survives_a_killed_storage(store: MooncakeStore) -> None:
+def test_a_second_copy_survives_a_killed_storage() -> None:
     """With two copies of each value every one is read although half the storage is dead."""
-    store.start_storage()
-    with opened(store, replica_num=2) as tier:
+    with mooncake_store(2, client_ttl_s=10) as store, opened(store, replica_num=2) as tier:
         assert write(tier, range(16)) == [True] * 16
         store.storages[0].kill()
 
@@ -100,10 +104,10 @@ def test_a_killed_master_is_noticed_and_found_again(
     write(tier, [1])
     store.master.kill()
 
-    assert seconds_to_fail(lambda: read(tier, keys)) < TIMEOUT_S + SLACK_S
-    assert seconds_to_fail(lambda: write(tier, [2])) < AT_ONCE_S
-    assert seconds_to_fail(lambda: tier.lookup(keys)) < AT_ONCE_S
-    assert seconds_to_fail(lambda: tier.delete(keys)) < AT_ONCE_S
+    assert seconds_to_fail(lambda: read(tier, keys)) < HANG_S
+    assert is_refused_at_once(lambda: write(tier, [2]))
+    assert is_refused_at_once(lambda: tier.lookup(keys))
+    assert is_refused_at_once(lambda: tier.delete(keys))
 
     store.start_master()
     wait_until(works_again(tier, 3), "a value is written and read", BACK_TIMEOUT_S)
@@ -114,8 +118,8 @@ def test_a_frozen_master_hangs_nobody(store: MooncakeStore, tier: MooncakeTier) 
     write(tier, [1])
     store.master.freeze()
     try:
-        assert seconds_to_fail(lambda: read(tier, [block_key(1)])) < TIMEOUT_S + SLACK_S
-        assert seconds_to_fail(lambda: write(tier, [2])) < AT_ONCE_S
+        assert seconds_to_fail(lambda: read(tier, [block_key(1)])) < HANG_S
+        assert is_refused_at_once(lambda: write(tier, [2]))
     finally:
         store.master.thaw()
 
@@ -133,7 +137,7 @@ def test_a_frozen_storage_hangs_nobody(store: MooncakeStore, tier: MooncakeTier)
     finally:
         store.storages[0].thaw()
 
-    assert failing_s < TIMEOUT_S + SLACK_S
+    assert failing_s < HANG_S
     wait_until(works_again(tier, 2), "a value is written and read", BACK_TIMEOUT_S)
     assert room == before
 
@@ -147,7 +151,7 @@ def test_a_killed_or_frozen_client_is_replaced(store: MooncakeStore, tier: Moonc
     (second,) = tier.pids()
     os.kill(second, signal.SIGSTOP)
 
-    assert seconds_to_fail(lambda: read(tier, [block_key(1)])) < TIMEOUT_S + SLACK_S
+    assert seconds_to_fail(lambda: read(tier, [block_key(1)])) < HANG_S
     assert not Path(f"/proc/{second}").exists()
     wait_until(lambda: is_right(tier, [1]), "the value is read", BACK_TIMEOUT_S)
 
@@ -158,7 +162,7 @@ from kvkeep.tiers.mooncake.settings import MooncakeSettings
 from kvkeep.tiers.mooncake.tier import MooncakeTier
 
 tier = MooncakeTier(MooncakeSettings(master=sys.argv[1], segment_bytes=1 << 24))
-assert tier.wait_ready(30)
+assert tier.wait_ready(90)
 print(*tier.pids(), flush=True)
 threading.Event().wait()
 """
@@ -183,7 +187,7 @@ def test_no_client_that_still_starts_outlives_a_killed_owner(
 ) -> None:
     """Nor one that waits for a master that never answers: its library holds the interpreter."""
     store.master.freeze()
-    starting = OWNER.replace("assert tier.wait_ready(30)", "").replace(
+    starting = OWNER.replace("assert tier.wait_ready(90)", "").replace(
         "<< 24", "<< 24, timeout_s=60"
     )
     with subprocess.Popen(
@@ -208,5 +212,5 @@ def is_running(pid: int) -> bool:
     """Whether a process runs; one that nobody has waited for yet does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except OSError:
         return False

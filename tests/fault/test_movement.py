@@ -19,6 +19,7 @@ from kvkeep.testing.tcp_proxy import NetworkFault, Towards
 from tests.fault.media import (
     BACK_TIMEOUT_S,
     CONFIG,
+    PATIENT,
     S3_ENVIRONMENT,
     Medium,
     Site,
@@ -197,7 +198,7 @@ def overwrite(segment: Path, place: int, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("damage", ["bit flip", "zeros", "swap", "cut short"])
-@pytest.mark.parametrize("medium", ["disk"], indirect=True)
+@pytest.mark.parametrize("medium", [PATIENT + "disk"], indirect=True)
 def test_damaged_values_on_the_disk_are_computed_again(
     site: Site, tmp_path: Path, damage: str
 ) -> None:
@@ -249,7 +250,7 @@ def wait_for_reads(site: Site) -> None:
     wait_until(is_reading, "a promotion is under way")
 
 
-@pytest.mark.parametrize("medium", ["valkey"], indirect=True)
+@pytest.mark.parametrize("medium", [PATIENT + "valkey"], indirect=True)
 def test_askers_who_leave_or_forget_cost_the_others_nothing(medium: Medium, site: Site) -> None:
     """Sessions end and questions are forgotten while blocks are on their way: nothing stays."""
     before = site.daemon.counter("blocks_promoted")
@@ -262,7 +263,7 @@ def test_askers_who_leave_or_forget_cost_the_others_nothing(medium: Medium, site
             assert kept is not None
             wait_for_reads(site)
         site.client.forget(forgotten)
-    answer = site.client.answer(kept, 10 * CALL_TIMEOUT_S)
+    answer = site.client.answer(kept, CALL_TIMEOUT_S)
     assert isinstance(answer, PrefixLease)
     site.client.release([answer])
     # The forgotten answer may come behind the other one, and is given back when it is read.
@@ -273,7 +274,7 @@ def test_askers_who_leave_or_forget_cost_the_others_nothing(medium: Medium, site
     assert site.client.num_late == 0
 
 
-@pytest.mark.parametrize("medium", ["valkey"], indirect=True)
+@pytest.mark.parametrize("medium", [PATIENT + "valkey"], indirect=True)
 def test_a_clear_while_blocks_are_on_their_way(medium: Medium, site: Site) -> None:
     """What arrives afterwards is not lent, and its slots are free; the next read is whole."""
     with reading_stopped(medium, site):
@@ -281,7 +282,7 @@ def test_a_clear_while_blocks_are_on_their_way(medium: Medium, site: Site) -> No
         assert question is not None
         wait_for_reads(site)
         site.clear_pool()
-    answer = site.client.answer(question, 10 * CALL_TIMEOUT_S)
+    answer = site.client.answer(question, CALL_TIMEOUT_S)
     if isinstance(answer, PrefixLease):
         site.client.release([answer])
 
@@ -289,7 +290,7 @@ def test_a_clear_while_blocks_are_on_their_way(medium: Medium, site: Site) -> No
 
 
 @pytest.mark.parametrize("is_polite", [True, False])
-@pytest.mark.parametrize("medium", ["valkey"], indirect=True)
+@pytest.mark.parametrize("medium", [PATIENT + "valkey"], indirect=True)
 def test_a_daemon_that_ends_while_blocks_are_on_their_way(
     medium: Medium, site: Site, is_polite: bool
 ) -> None:
@@ -314,7 +315,7 @@ def test_a_daemon_that_ends_while_blocks_are_on_their_way(
 OTHER_TENANT = Namespace(b"m" * 32)
 
 
-@pytest.mark.parametrize("medium", ["disk", *SERVERS], indirect=True)
+@pytest.mark.parametrize("medium", [PATIENT + kind for kind in ("disk", *SERVERS)], indirect=True)
 def test_tenants_do_not_meet_in_any_tier(medium: Medium, site: Site) -> None:
     """The same hashes under another namespace: nothing in the pool, nothing below it."""
     for is_in_pool in (True, False):
@@ -323,6 +324,6 @@ def test_tenants_do_not_meet_in_any_tier(medium: Medium, site: Site) -> None:
             site.clear_pool()
         question = site.client.ask(OTHER_TENANT, 0, HASHES)
         assert question is not None
-        assert site.client.answer(question, 10 * CALL_TIMEOUT_S) is Answer.NOTHING
+        assert site.client.answer(question, CALL_TIMEOUT_S) is Answer.NOTHING
 
     assert site.serve(HASHES) == len(HASHES)

@@ -29,10 +29,9 @@ from tests.integration.sequences import (
     read_answer,
     running_listener,
 )
+from tests.waiting import HANG_S
 
 DEADLINE_S = 2.0
-SLACK_S = 3.0
-"""What a busy machine may add."""
 BEFORE = layers(1, 10)
 BODY_BYTES_MAX = 64 << 20
 BIG = layers(2, 150_000, 2, "float32")
@@ -99,7 +98,7 @@ def test_a_daemon_killed_in_mid_body(write: str) -> None:
     """The client is told at once; the next daemon has nothing, rather than half of something."""
     with (
         running_listener(body_bytes_max=BODY_BYTES_MAX) as daemon,
-        client_of({"one": daemon}, deadline_s=30.0) as client,
+        client_of({"one": daemon}, deadline_s=10 * HANG_S) as client,
         concurrent.futures.ThreadPoolExecutor(1) as threads,
     ):
         client.put("chat", BEFORE)
@@ -107,17 +106,14 @@ def test_a_daemon_killed_in_mid_body(write: str) -> None:
         os.kill(pid, signal.SIGSTOP)
         job = threads.submit(WRITES[write], client, "chat")
         wait_until(lambda: queued_bytes(daemon) > 1 << 16, "the body is on its way")
-        begun_s = time.perf_counter()
         daemon.kill()
-        error = job.exception(DEADLINE_S + SLACK_S)
-        took_s = time.perf_counter() - begun_s
+        error = job.exception(HANG_S)
         wait_until(lambda: is_gone(pid), "the keeper dies with its daemon")
         daemon.start()
         with client_of({"one": daemon}) as again:
             found = again.get("chat")
 
         assert isinstance(error, UnavailableError)
-        assert took_s < DEADLINE_S + SLACK_S
         assert found is None
 
 
@@ -126,7 +122,7 @@ def test_a_keeper_killed_in_mid_body(write: str) -> None:
     """The daemon stays and starts another one: on the same port, with nothing; engines go on."""
     with (
         running_listener(body_bytes_max=BODY_BYTES_MAX) as daemon,
-        client_of({"one": daemon}, deadline_s=30.0) as client,
+        client_of({"one": daemon}, deadline_s=10 * HANG_S) as client,
         concurrent.futures.ThreadPoolExecutor(1) as threads,
     ):
         client.put("chat", BEFORE)
@@ -135,8 +131,8 @@ def test_a_keeper_killed_in_mid_body(write: str) -> None:
         job = threads.submit(WRITES[write], client, "chat")
         wait_until(lambda: queued_bytes(daemon) > 1 << 16, "the body is on its way")
         os.kill(pid, signal.SIGKILL)
-        error = job.exception(DEADLINE_S + SLACK_S)
-        wait_until(lambda: counted(daemon, "sequences_restarts") == 1, "another one", 30.0)
+        error = job.exception(HANG_S)
+        wait_until(lambda: counted(daemon, "sequences_restarts") == 1, "another one")
 
         assert isinstance(error, UnavailableError)
         assert keeper(daemon) != pid
@@ -159,16 +155,19 @@ def test_a_keeper_frozen_in_mid_body(daemon: Daemon, write: str) -> None:
             took_s = time.perf_counter() - begun_s
         wait_until(lambda: counted(daemon, "sequence_transfer_bytes") == 0, "it is let go")
 
-        assert took_s < DEADLINE_S + SLACK_S
+        assert took_s < HANG_S
         assert patient.get(name) in (BEFORE, AFTER[write]())
 
 
 @pytest.mark.parametrize("ask", ["get", "length", "delete"])
 def test_a_frozen_keeper_is_not_waited_for(daemon: Daemon, ask: str) -> None:
     """Nobody waits longer than the deadline, and the daemon tells its status meanwhile."""
-    with client_of({"one": daemon}, deadline_s=0.5) as client:
-        client.put("waited-for", BEFORE)
-        client.put("witness", BEFORE)
+    with (
+        client_of({"one": daemon}) as patient,
+        client_of({"one": daemon}, deadline_s=0.5) as client,
+    ):
+        patient.put("waited-for", BEFORE)
+        patient.put("witness", BEFORE)
         begun_s = time.perf_counter()
         with frozen(keeper(daemon)), pytest.raises(UnavailableError):
             getattr(client, ask)("waited-for")
@@ -176,7 +175,7 @@ def test_a_frozen_keeper_is_not_waited_for(daemon: Daemon, ask: str) -> None:
         with frozen(keeper(daemon)):
             assert counted(daemon, "sequences") > 0
 
-    assert took_s < 0.5 + SLACK_S
+    assert took_s < HANG_S
 
 
 BODY = body_of(MORE)
@@ -232,7 +231,7 @@ def test_a_sequence_deleted_while_it_grows(daemon: Daemon) -> None:
 def test_a_reader_that_stops_reading_keeps_nothing_for_ever() -> None:
     """It is cut off, and what it had been sent is held no longer."""
     with (
-        running_listener(body_bytes_max=BODY_BYTES_MAX, request_s_max=1.0) as daemon,
+        running_listener(body_bytes_max=BODY_BYTES_MAX, request_s_max=5.0) as daemon,
         client_of({"one": daemon}) as client,
     ):
         client.put("big", BIG)
@@ -248,11 +247,11 @@ def test_a_reader_that_stops_reading_keeps_nothing_for_ever() -> None:
 
 @pytest.mark.parametrize(
     "trickle",
-    [b"HTTP/1.1 200 OK\r\n" + b"X-Slow: 1\r\n" * 1000, b"HTTP/1.1 200 OK\r\nContent-Length: 9999"],
+    [b"HTTP/1.1 200 OK\r\n" + b"X-Slow: 1\r\n" * 2000, b"HTTP/1.1 200 OK\r\nContent-Length: 19999"],
 )
 def test_an_answer_that_trickles_is_given_up_at_the_deadline(trickle: bytes) -> None:
     """However often a byte comes: head and body have one deadline together."""
-    trickle = trickle if b"Slow" in trickle else trickle + b"\r\n\r\n" + bytes(9999)
+    trickle = trickle if b"Slow" in trickle else trickle + b"\r\n\r\n" + bytes(19_999)
     ended = threading.Event()
 
     def answer(listener: socket.socket) -> None:
@@ -277,4 +276,4 @@ def test_an_answer_that_trickles_is_given_up_at_the_deadline(trickle: bytes) -> 
         ended.set()
         job.result()
 
-    assert took_s < 1.0 + SLACK_S
+    assert took_s < HANG_S

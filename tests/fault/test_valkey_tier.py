@@ -1,5 +1,6 @@
 """What a Valkey tier's caller sees when the server or the way to it fails."""
 
+import contextlib
 import os
 import threading
 import time
@@ -12,14 +13,13 @@ from kvkeep.testing.tcp_proxy import FaultyRelay, NetworkFault, Towards
 from kvkeep.testing.tier_contract import VALUE_BYTES, block_key, read, value_bytes, write
 from kvkeep.tiers.entry_names import entry_name
 from kvkeep.tiers.valkey import ValkeySettings, ValkeyTier
+from tests.integration.daemons import wait_until
 from tests.servers.valkey import ValkeyServer
 
 TIMEOUT_S = 1.0
 """Of the tests in which it passes."""
 GENEROUS_S = 60.0
 """Of the others, which must not end for want of time on a busy machine."""
-PATIENCE_S = 2 * TIMEOUT_S + 2.0
-"""Two tries and a busy machine: still far from hung."""
 MID_BATCH_BYTES = 2 * VALUE_BYTES + VALUE_BYTES // 2
 PREFIX = "kvkeep/"
 
@@ -53,6 +53,7 @@ def tier(relay: FaultyRelay) -> Iterator[ValkeyTier]:
 
 @pytest.fixture
 def hasty(relay: FaultyRelay) -> Iterator[ValkeyTier]:
+    """The same values, and little time."""
     tier = opened(relay, TIMEOUT_S)
     yield tier
     tier.close()
@@ -82,28 +83,38 @@ def assert_works(tier: ValkeyTier) -> None:
     assert read(tier, [block_key(20)]) == [value_bytes(20)]
 
 
+def works(tier: ValkeyTier) -> bool:
+    """The same of a tier whose calls have little time, and may be too late on a busy machine."""
+    with contextlib.suppress(UnavailableError):
+        assert_works(tier)
+        return True
+    return False
+
+
 @pytest.mark.parametrize("verb", ["write", "read"])
 def test_a_server_killed_in_mid_batch(
-    hasty: ValkeyTier, relay: FaultyRelay, server: ValkeyServer, verb: str
+    tier: ValkeyTier, hasty: ValkeyTier, relay: FaultyRelay, server: ValkeyServer, verb: str
 ) -> None:
     """The batch is an error; a server started again empty is all misses, and works."""
-    write(hasty, range(8))
+    write(tier, range(8))
     towards = Towards.SERVER if verb == "write" else Towards.CLIENT
     reached = relay.strike(NetworkFault.FROZEN, towards=towards, after_bytes=MID_BATCH_BYTES)
     thread, errors = in_background(hasty, verb)
-    assert reached.wait(10)
+    assert reached.wait(GENEROUS_S)
     server.kill()
-    thread.join(PATIENCE_S)
+    thread.join(GENEROUS_S)
     server.run()
     relay.heal()
 
     assert [type(error) for error in errors] == [UnavailableError]
-    assert read(hasty, [block_key(number) for number in range(8)]) == [None] * 8
-    assert_works(hasty)
+    assert read(tier, [block_key(number) for number in range(8)]) == [None] * 8
+    wait_until(lambda: works(hasty), "it works")
 
 
 @pytest.mark.parametrize("verb", ["write", "read", "lookup", "keys", "delete"])
-def test_a_frozen_server(hasty: ValkeyTier, server: ValkeyServer, verb: str) -> None:
+def test_a_frozen_server(
+    tier: ValkeyTier, hasty: ValkeyTier, server: ValkeyServer, verb: str
+) -> None:
     """Every call ends within its time limit, and works when the server goes on."""
     calls: dict[str, Callable[[], object]] = {
         "write": lambda: write(hasty, range(8)),
@@ -112,7 +123,7 @@ def test_a_frozen_server(hasty: ValkeyTier, server: ValkeyServer, verb: str) -> 
         "keys": lambda: list(hasty.keys()),
         "delete": lambda: hasty.delete([block_key(1)]),
     }
-    write(hasty, [1])
+    write(tier, [1])
     server.freeze()
     begun_s = time.perf_counter()
     try:
@@ -122,8 +133,8 @@ def test_a_frozen_server(hasty: ValkeyTier, server: ValkeyServer, verb: str) -> 
     finally:
         server.thaw()
 
-    assert TIMEOUT_S * 0.9 <= took_s < PATIENCE_S
-    assert_works(hasty)
+    assert TIMEOUT_S * 0.9 <= took_s < GENEROUS_S
+    wait_until(lambda: works(hasty), "it works")
 
 
 @pytest.mark.parametrize("after_bytes", [0, 3, 9, 40, 100_000, MID_BATCH_BYTES])
@@ -151,15 +162,16 @@ def test_a_cut_write_is_whole_or_absent(tier: ValkeyTier, relay: FaultyRelay) ->
     assert found == [value_bytes(0), value_bytes(1), *[None] * 6]
 
 
-def test_a_trickling_network(hasty: ValkeyTier, relay: FaultyRelay) -> None:
+def test_a_trickling_network(tier: ValkeyTier, hasty: ValkeyTier, relay: FaultyRelay) -> None:
     """Bytes that keep coming do not stretch the limit."""
-    write(hasty, range(2))
-    relay.strike(NetworkFault.SLOW, bytes_per_s=VALUE_BYTES / (5 * TIMEOUT_S))
+    write(tier, range(2))
+    # At this rate two values take ten times as long as a call that must end may.
+    relay.strike(NetworkFault.SLOW, bytes_per_s=2 * VALUE_BYTES / (10 * GENEROUS_S))
     begun_s = time.perf_counter()
     with pytest.raises(UnavailableError, match="did not finish within"):
         read(hasty, [block_key(0), block_key(1)])
 
-    assert time.perf_counter() - begun_s < PATIENCE_S
+    assert time.perf_counter() - begun_s < GENEROUS_S
 
 
 def test_refused_connections(tier: ValkeyTier, relay: FaultyRelay) -> None:
@@ -237,8 +249,11 @@ def test_connections_that_nobody_needs_are_closed(
 
 
 def _num_sockets() -> int:
-    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
-    return sum(os.readlink(link).startswith("socket:") for link in links if os.path.lexists(link))
+    num_sockets = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            num_sockets += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    return num_sockets
 
 
 def _num_clients(server: ValkeyServer) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 from kvkeep.model.errors import UnavailableError
 from kvkeep.protocol.codec import split_slots
 from tests.integration.daemons import CALL_TIMEOUT_S, Daemon, Worker, hashes_of
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
 FIRST = 700_000
@@ -37,7 +38,7 @@ class Writer:
     def hear(self) -> Any:
         """What it says next."""
         assert self._process.stdout is not None
-        readable, _, _ = select.select([self._process.stdout], [], [], 30.0)
+        readable, _, _ = select.select([self._process.stdout], [], [], HANG_S)
         assert readable, "the writer says nothing"
         return json.loads(self._process.stdout.readline())
 
@@ -54,7 +55,7 @@ class Writer:
     def kill(self) -> None:
         """End it without warning, and wait until the kernel has forgotten it."""
         self._process.kill()
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=HANG_S)
 
 
 @contextlib.contextmanager

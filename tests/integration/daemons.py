@@ -37,19 +37,20 @@ from kvkeep.tiers.pool_inode import FILE_HEADER_BYTES
 from kvkeep.tiers.shared_memory import PoolView
 from kvkeep.tiers.slot_header import DIGEST_BYTES, HEADER_BYTES
 from kvkeep.transfer.host_copy import open_copier
+from tests.waiting import HANG_S
 
 LAYOUT = KvLayout(4, 2, 1024, 16, "bfloat16", "test")
 NAMESPACE = Namespace(b"n" * 32)
 POOL_BYTES = 16 << 20
-START_TIMEOUT_S = 30.0
-CALL_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = HANG_S
 BATCH_BLOCKS = 64
 COMMAND = (sys.executable, "-m", "kvkeep", "daemon")
 
 Bytes = npt.NDArray[np.uint8]
 
 
-def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 10.0) -> float:
+def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = HANG_S) -> float:
     """Look again and again until it is so; returns how long that took in seconds."""
     begun_s = time.perf_counter()
     pause = threading.Event()
@@ -124,7 +125,7 @@ class Daemon:
     def _reap(self) -> int:
         assert self.process is not None
         assert self.process.stdout is not None
-        code = self.process.wait(10)
+        code = self.process.wait(HANG_S)
         self.process.stdout.close()
         self.process = None
         return code

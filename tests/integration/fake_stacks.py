@@ -24,9 +24,10 @@ from kvkeep.stack.engines import Launch, Placement
 from kvkeep.stack.precedence import make_spec
 from kvkeep.stack.spec import EngineSpec
 from kvkeep.stack.supervisor import Stack
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
-STOP_TIMEOUT_S = 40.0
+STOP_TIMEOUT_S = 90.0
 ENGINE = """
 import http.server, json, os, sys, time
 port, name, model = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -80,7 +81,7 @@ class UpStack:
         self.state = self.folder / "state"
         self.state.mkdir()
         own = {"name": "s", "model": str(model), "state_dir": str(self.state)}
-        self.values = own | {"start_timeout_s": 30, "daemon": {"enabled": False}} | values
+        self.values = own | {"start_timeout_s": 90, "daemon": {"enabled": False}} | values
         self._process: subprocess.Popen[str] | None = None
         self._log = (self.folder / "log").open("wb")
         self.told: dict[str, Any] = {}
@@ -108,11 +109,13 @@ class UpStack:
     def ask(self, model: str | None = None, prompt: str = "x") -> httpx.Response:
         named = {} if model is None else {"model": model}
         body = {**named, "prompt": prompt, "max_tokens": 1}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=50, trust_env=False)
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120, trust_env=False)
 
     def workers(self) -> dict[str, Any]:
         url = f"{self.told['router']['admin_url']}/workers"
-        found: dict[str, Any] = httpx.get(url, trust_env=False).raise_for_status().json()
+        found: dict[str, Any] = (
+            httpx.get(url, trust_env=False, timeout=HANG_S).raise_for_status().json()
+        )
         return found
 
     def states(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +19,22 @@ from tests.integration.offering_engine import (
     offering_engine,
 )
 from tests.integration.routers import Announced, router, wait_for, workers
+from tests.waiting import HANG_S
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 PROMPT = "word " * 200
 PATH = "/v1/completions"
-QUICK = {
-    "prefill_timeout_s": 1.0,
-    "decode_timeout_s": 1.0,
+SETTINGS = {
+    "prefill_timeout_s": HANG_S,
+    "decode_timeout_s": HANG_S,
     "transport": "nixl",
     "min_tokens": 64,
 }
+HASTY: dict[str, Any] = {"prefill_timeout_s": 2.5, "decode_timeout_s": 2.5}
+"""For engines that freeze: they are waited for, the others have to answer within it."""
 # Scripts break one response after the other: engines are to be asked all the same.
 PATIENT = {
-    "health": {"interval_s": 0.2, "pause_s": 0.2, "timeout_s": 5.0, "failures_max": 1000},
+    "health": {"interval_s": 0.2, "pause_s": 0.2, "timeout_s": HANG_S, "failures_max": 1000},
     "limits": {"retry_burst": 1000},
     "relay": {"upstream_idle_s": 0.3},
 }
@@ -75,7 +78,7 @@ def fleet(*, is_probed: bool = True, **handoff: Any) -> Iterator[Fleet]:
         decodes = [stack.enter_context(offering_engine(decode)) for _ in range(2)]
         engines = [{"url": each.url, "role": "prefill"} for each in prefills]
         engines += [{"url": each.url, "role": "decode"} for each in decodes]
-        settings = {**PATIENT, "engines": engines, "handoff": {**QUICK, **handoff}}
+        settings = {**PATIENT, "engines": engines, "handoff": {**SETTINGS, **handoff}}
         if not is_probed:
             settings["health"] = {"interval_s": 3600.0, "pause_s": 3600.0}
         process = stack.enter_context(
@@ -113,3 +116,9 @@ def first_of_all(engines: list[OfferingEngine], behaviour: Behaviour) -> None:
 
 def bodies_of(engines: list[OfferingEngine]) -> list[dict[str, Any]]:
     return [json.loads(body) for engine in engines for body in engine.bodies]
+
+
+def is_one_set(events: Iterable[threading.Event]) -> bool:
+    """Whether one of them is set before it would have to be called hung."""
+    watched = list(events)
+    return any(event.wait(0.05) for _ in range(round(HANG_S / 0.05)) for event in watched)

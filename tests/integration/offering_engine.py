@@ -15,7 +15,7 @@ OFFER = (
 )
 """As a prefill engine writes it; how it is written must not change on its way."""
 TICKET = b'{"kvkeep": {"ticket": "t-1",  "tokens": 96}}'
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 Behaviour = Callable[["Handler", dict[str, Any]], None]
 

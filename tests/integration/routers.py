@@ -14,7 +14,9 @@ from typing import Any
 
 import httpx
 
-STOP_TIMEOUT_S = 30.0
+from tests.waiting import HANG_S
+
+STOP_TIMEOUT_S = HANG_S
 ROUTE = (sys.executable, "-m", "kvkeep", "route")
 ENGINE = (sys.executable, "-m", "kvkeep.testing.fake_engine")
 
@@ -77,7 +79,8 @@ def router(urls: Sequence[str], settings: dict[str, Any] | None = None) -> Itera
     """A router before engines, all of them ready."""
     folder = Path(tempfile.mkdtemp(prefix="kvkeep-test-"))
     config = folder / "router.yaml"
-    quick = {"health": {"interval_s": 0.2, "pause_s": 0.2, "timeout_s": 2.0}}
+    # Looked at often, and given up only by who is really gone.
+    quick = {"health": {"interval_s": 0.2, "pause_s": 0.2, "timeout_s": HANG_S}}
     config.write_text(json.dumps({"engines": list(urls), "port": 0} | quick | (settings or {})))
     process = Announced([*ROUTE, "--config", str(config)])
     try:
@@ -90,12 +93,12 @@ def router(urls: Sequence[str], settings: dict[str, Any] | None = None) -> Itera
 
 def workers(process: Announced) -> dict[str, Any]:
     """What ``GET /workers`` answers."""
-    answer = httpx.get(f"{process.ready['admin_url']}/workers", trust_env=False)
+    answer = httpx.get(f"{process.ready['admin_url']}/workers", trust_env=False, timeout=HANG_S)
     found: dict[str, Any] = answer.raise_for_status().json()
     return found
 
 
-def wait_for(process: Announced, is_so: Any, timeout_s: float = 30.0) -> dict[str, Any]:
+def wait_for(process: Announced, is_so: Any, timeout_s: float = HANG_S) -> dict[str, Any]:
     """Ask for the workers until something holds."""
     from tests.integration.daemons import wait_until
 

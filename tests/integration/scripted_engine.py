@@ -10,7 +10,7 @@ EVENT = b'data: {"n": 1}\n\n'
 EVENT_CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 STREAM = OK + b"content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 LARGE_BYTES = 32 << 20
-SOCKET_TIMEOUT_S = 20.0
+SOCKET_TIMEOUT_S = 60.0
 
 
 class ScriptedEngine:

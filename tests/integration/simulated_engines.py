@@ -51,7 +51,7 @@ MODEL = {
     "max_position_embeddings": 4096,
     "torch_dtype": "bfloat16",
 }
-STEPS_MAX = 20_000
+STEPS_MAX = 100_000
 _MODULUS = 19_997
 """Leaves room for what is added per layer, head and element in 16 bits."""
 
@@ -95,7 +95,8 @@ def make_config(
             kv_connector_module_path="kvkeep.connector.plugin",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"socket": socket, **(extra or {})},
+            # A daemon that is slow to answer is waited for: a busy machine costs no hits.
+            kv_connector_extra_config={"socket": socket, "patience_ms": 10_000, **(extra or {})},
         ),
     )
 

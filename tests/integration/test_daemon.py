@@ -7,6 +7,7 @@ import socket
 import stat
 import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,11 +166,10 @@ class TestRefusing:
         """Answers pile up to a limit; others are served meanwhile."""
         before = daemon.counter("sessions_cut")
         deaf = connect(daemon)
-        with pytest.raises(UnavailableError):
-            _ask_without_end(deaf)
+        _ask_until_cut(deaf)
         deaf.close()
 
-        assert daemon.counter("sessions_cut") == before + 1
+        wait_until(lambda: daemon.counter("sessions_cut") == before + 1, "it is counted")
 
     def test_too_many_sessions_are_refused(self, daemon: Daemon) -> None:
         """300 connections do not take the daemon's descriptors; those that stay are served."""
@@ -198,9 +198,16 @@ class TestRefusing:
             assert "serves user 0 only" in _as_nobody(daemon.socket)
 
 
-def _ask_without_end(connection: Connection) -> None:
+def _ask_until_cut(connection: Connection) -> None:
+    """Ask, and read no answer; also while the daemon has not read what was asked before."""
+    pause = threading.Event()
     while True:
-        connection.send(m.GetStatus(1))
+        try:
+            connection.send(m.GetStatus(1))
+        except UnavailableError as error:
+            if "is gone" in str(error):
+                return
+            pause.wait(0.01)
 
 
 def _is_served(daemon: Daemon) -> bool:
@@ -217,12 +224,12 @@ def _as_nobody(path: str) -> str:
         "import os, socket, sys\n"
         "os.setgid(65534); os.setuid(65534)\n"
         "sock = socket.socket(socket.AF_UNIX)\n"
-        "sock.settimeout(10)\n"
+        "sock.settimeout(60)\n"
         f"sock.connect({path!r})\n"
         "print(sock.recv(4096))\n"
     )
     command = [COMMAND[0], "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return done.stdout + done.stderr
 
 
@@ -255,7 +262,7 @@ class TestWatching:
         url = f"http://127.0.0.1:{daemon.ready['metrics_port']}"
         for place in (["--socket", daemon.socket], ["--url", url]):
             command = [*COMMAND[:-1], "status", "--json", *place]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
             assert json.loads(done.stdout)["pool"]["path"] == str(daemon.pool)
 
 
@@ -333,7 +340,7 @@ class TestBadInput:
             [*COMMAND, *arguments(flags)],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
             env=dict(os.environ, **environment),
         )

@@ -22,7 +22,7 @@ from tests.servers.tls import Certificates
 
 PREFIX = "/test/engines/"
 PASSWORDS = {"router": "open, sesame", "engine": "sésame"}
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class Guarded:
@@ -44,7 +44,7 @@ class Guarded:
         good = {
             "urls": [self.server.url],
             "prefix": PREFIX,
-            "timeout_s": 5.0,
+            "timeout_s": 60.0,
             "ca_file": self.files.ca_file,
             "cert_file": self.files.client_file,
             "key_file": self.files.client_key_file,

@@ -25,7 +25,7 @@ from tests.servers.processes import free_port
 from tests.waiting import until
 
 PREFIX = "/test/engines/"
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ async def running(coroutine: Any) -> AsyncIterator["asyncio.Task[None]"]:
 
 
 def settings_of(server: EtcdServer, **more: Any) -> EtcdSettings:
-    values = {"urls": [server.url], "prefix": PREFIX, "timeout_s": 1.0, "resync_s": 3600.0}
+    values = {"urls": [server.url], "prefix": PREFIX, "timeout_s": 60.0, "resync_s": 3600.0}
     return EtcdSettings(**{**values, **more})
 
 
@@ -112,7 +112,7 @@ async def test_engines_join_and_leave_by_their_leases(server: EtcdServer) -> Non
         await fleet.until_names()
         async with running(polite.run()):
             await fleet.until_names("a")
-            lease = await post(server, "lease/grant", {"TTL": "1"})
+            lease = await post(server, "lease/grant", {"TTL": "6"})
             entry = {"key": b64(PREFIX + "b"), "value": b64('{"url": "http://b:1"}')}
             await post(server, "kv/put", {**entry, "lease": lease["ID"]})
             await fleet.until_names("a", "b")
@@ -194,7 +194,7 @@ async def test_a_watch_from_a_compacted_revision_ends(server: EtcdServer) -> Non
 
 async def test_while_etcd_is_away_the_last_known_fleet_stays(mortal: EtcdServer) -> None:
     """And for a while after it is back, even with nothing of what it held."""
-    fleet = Fleet(settings_of(mortal, keep_s=3.0, resync_s=0.2))
+    fleet = Fleet(settings_of(mortal, keep_s=8.0, resync_s=0.2))
     await put(mortal, "a", '{"url": "http://a:1"}')
     async with running(fleet.source.run()):
         await fleet.until_names("a")

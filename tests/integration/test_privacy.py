@@ -16,6 +16,7 @@ import pytest
 from kvkeep.client.connection import Connection
 from kvkeep.model.errors import RefusedError
 from tests.integration.daemons import Daemon, Worker, hashes_of, hello, running_daemon
+from tests.servers.listening import children_of
 
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 """127.0.0.1, ::1 and the one within the other, as /proc/net writes them."""
@@ -42,12 +43,11 @@ def rows_of(pid: int, table: str) -> list[list[str]]:
     return [row for row in rows if row[place] in inodes]
 
 
-def children_of(pid: int) -> list[int]:
+def family_of(pid: int) -> list[int]:
     """Processes that it began, and those that they began."""
     found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *children_of(int(child))]
+    for child in children_of(pid):
+        found += [child, *family_of(child)]
     return found
 
 
@@ -66,7 +66,7 @@ def test_a_daemon_listens_on_its_socket_and_on_loopback_only(daemon: Daemon) -> 
     with Worker(daemon) as worker:
         worker.store(hashes_of(0, 4))
         listening, paths = set(), set()
-        for pid in [daemon.pid, *children_of(daemon.pid)]:
+        for pid in [daemon.pid, *family_of(daemon.pid)]:
             for table in ("tcp", "tcp6"):
                 for row in rows_of(pid, table):
                     address, _, port = row[1].rpartition(":")
@@ -112,7 +112,7 @@ def impostor() -> Iterator[str]:
     command = [sys.executable, "-c", IMPOSTOR, path]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert select.select([process.stdout], [], [], 30.0)[0]
+        assert select.select([process.stdout], [], [], 60.0)[0]
         assert process.stdout.readline() == b"ready\n"
         yield path
         process.send_signal(signal.SIGKILL)
@@ -123,4 +123,4 @@ def impostor() -> Iterator[str]:
 def test_an_engine_trusts_no_daemon_of_another_user(impostor: str) -> None:
     """Whoever sits on the socket's path first is refused before a word is said."""
     with pytest.raises(RefusedError, match="belongs to user 65534"):
-        Connection.open(impostor, hello("scheduler"), 5.0)
+        Connection.open(impostor, hello("scheduler"), 60.0)

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -67,6 +68,19 @@ async def _written() -> dict[str, Any]:
     return {"schema": FORM, "passed": False, "runs": json.loads(json.dumps(runs))}
 
 
+def _set_times(told: Any, chance: Random) -> None:
+    """Have every answer take as long in each run of this test: plots then show the same."""
+    if isinstance(told, list):
+        for each in told:
+            _set_times(each, chance)
+    elif isinstance(told, dict):
+        if told.get("total_s") is not None:
+            told["ttft_s"] = chance.expovariate(20.0) + 0.001
+            told["total_s"] = told["ttft_s"] * chance.uniform(1.5, 9.0)
+        for each in told.values():
+            _set_times(each, chance)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of a report with failures and hostile answers."""
@@ -74,6 +88,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setattr(runner, "SETTLE_PAUSE_S", 0.0)
         patched.setattr(load, "RESET_PAUSE_S", 0.0)
         report = asyncio.run(_written())
+    _set_times(report, Random(5))
     for request in report["runs"][0]["requests"]:
         request["candidate"]["text"] += HOSTILE
         request["prompt_id"] += HOSTILE

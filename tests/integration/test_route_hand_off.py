@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.integration.handing_fleet import (
+    HASTY,
     PATH,
     PROMPT,
     TIMEOUT_S,
@@ -20,6 +21,7 @@ from tests.integration.handing_fleet import (
     bodies_of,
     first_of_all,
     fleet,
+    is_one_set,
     note_of,
     question,
 )
@@ -35,29 +37,44 @@ from tests.integration.offering_engine import (
     refuse,
     stall,
 )
-from tests.integration.routers import workers
+from tests.integration.routers import wait_for, workers
+from tests.waiting import HANG_S
+
+Both = tuple[Fleet, Fleet]
+"""One that waits as long as it takes, and one that does not wait for who freezes."""
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[Fleet]:
+def both_strict() -> Iterator[Both]:
+    with fleet() as patient, fleet(**HASTY) as hasty:
+        yield patient, hasty
+
+
+@pytest.fixture(scope="module")
+def both_lenient() -> Iterator[Both]:
+    lenient: dict[str, Any] = {"fallback": "decode_alone", "prefill_attempts": 1}
+    with fleet(**lenient) as patient, fleet(**lenient, **HASTY) as hasty:
+        yield patient, hasty
+
+
+def _suited(request: pytest.FixtureRequest, both: Both) -> Iterator[Fleet]:
+    call = getattr(request.node, "callspec", None)
+    found = both[call is not None and call.params.get("behaviour") is freeze]
+    yield found
+    for engine in found.engines:
+        engine.forget()
+
+
+@pytest.fixture
+def strict(request: pytest.FixtureRequest, both_strict: Both) -> Iterator[Fleet]:
     """A fleet that answers with an error where a hand-off fails."""
-    with fleet() as found:
-        yield found
+    yield from _suited(request, both_strict)
 
 
-@pytest.fixture(scope="module")
-def lenient() -> Iterator[Fleet]:
+@pytest.fixture
+def lenient(request: pytest.FixtureRequest, both_lenient: Both) -> Iterator[Fleet]:
     """A fleet that falls back."""
-    with fleet(fallback="decode_alone", prefill_attempts=1) as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def _forget(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    for name in {"strict", "lenient"} & set(request.fixturenames):
-        for engine in request.getfixturevalue(name).engines:
-            engine.forget()
+    yield from _suited(request, both_lenient)
 
 
 # ---- the main path
@@ -336,6 +353,7 @@ def test_an_offer_nobody_fetches_is_released() -> None:
             engine.shutdown()
             engine.socket.close()
         answer = asked(found, question())
+        wait_for(found.process, lambda told: told["handoff"]["unreleased"] == 1)
         told = found.told()
 
     assert answer.status_code == 502
@@ -359,9 +377,9 @@ def test_a_client_that_leaves_takes_its_engine_along(strict: Fleet, where: str) 
         sock.sendall(head.encode() + body)
         if where == "stream":
             assert sock.recv(12) == b"HTTP/1.1 200"
-        assert any(engine.begun.wait(0.05) for _ in range(200) for engine in role)
+        assert is_one_set(engine.begun for engine in role)
 
-    assert any(engine.left.wait(0.05) for _ in range(200) for engine in role)
+    assert is_one_set(engine.left for engine in role)
     strict.settled("aborted", before)
 
 
@@ -382,9 +400,9 @@ def test_a_hand_off_in_progress_survives_a_drain() -> None:
         answers: list[Any] = []
         thread = threading.Thread(target=lambda: answers.append(asked(found, question())))
         thread.start()
-        assert any(e.begun.wait(0.05) for _ in range(200) for e in found.prefills)
+        assert is_one_set(engine.begun for engine in found.prefills)
         found.process.terminate()
-        with httpx.Client(trust_env=False) as client:
+        with httpx.Client(trust_env=False, timeout=HANG_S) as client:
             while client.get(f"{found.url}/health").status_code != 503:
                 pass
         for engine in found.prefills:
@@ -400,7 +418,7 @@ def test_a_hand_off_in_progress_survives_a_drain() -> None:
 def test_health_asks_for_both_roles() -> None:
     """Without a prefill engine that is ready, a load balancer is sent elsewhere."""
     with fleet() as found:
-        with httpx.Client(trust_env=False) as client:
+        with httpx.Client(trust_env=False, timeout=HANG_S) as client:
             before = client.get(f"{found.url}/health").status_code
             for engine in found.prefills:
                 url = f"{found.process.ready['admin_url']}/workers/{engine.name}"
@@ -418,14 +436,15 @@ def test_it_is_counted_shown_and_explained(lenient: Fleet) -> None:
     before = workers(lenient.process)
     for _ in range(3):
         assert asked(lenient, question()).status_code == 200
-    told = workers(lenient.process)
+    done = before["total"]["requests_done"] + 3
+    told = wait_for(lenient.process, lambda told: told["total"]["requests_done"] >= done)
     admin = lenient.process.ready["admin_url"]
-    with httpx.Client(trust_env=False) as client:
+    with httpx.Client(trust_env=False, timeout=HANG_S) as client:
         text = client.get(f"{admin}/metrics").text
         explained = client.post(f"{admin}/explain?path={PATH}", json=question()).json()
         short = client.post(f"{admin}/explain?path={PATH}", json={"prompt": "a"}).json()
 
-    assert told["total"]["requests_done"] - before["total"]["requests_done"] == 3
+    assert told["total"]["requests_done"] == done
     assert told["handoff"]["seconds"]["prefill_sent"] > 0
     assert 'kvkeep_router_handoffs_total{outcome="handed_off",transport="nixl"}' in text
     assert 'kvkeep_router_handoff_seconds_total{state="prefill_sent"}' in text

@@ -23,8 +23,10 @@ from tests.integration.routers import (
     wait_for,
     workers,
 )
+from tests.servers.processes import free_port
+from tests.waiting import HANG_S
 
-PATIENCE_S = 50.0
+PATIENCE_S = 120.0
 
 
 def states(told: dict[str, Any]) -> Counter[str]:
@@ -86,9 +88,9 @@ def test_totals_are_what_clients_counted() -> None:
 def test_an_engine_that_dies_is_routed_around_and_comes_back() -> None:
     """No request fails for it, from the first one on; back on its port it is asked again."""
     # Probes alone would not find out in time: requests do.
-    settings = {"health": {"interval_s": 3600.0, "pause_s": 0.2}}
+    settings = {"health": {"interval_s": 3600.0, "pause_s": 0.2, "timeout_s": HANG_S}}
     with engines(1) as urls, contextlib.ExitStack() as stack:
-        mortal = Announced([*ENGINE])
+        mortal = Announced([*ENGINE, "--port", str(free_port())])
         stack.callback(mortal.stop)
         process = stack.enter_context(router([*urls, mortal.ready["url"]], settings))
         url, port = process.ready["url"], mortal.ready["url"].rpartition(":")[2]
@@ -160,18 +162,24 @@ async def post(url: str, body: dict[str, Any]) -> int:
 def test_the_file_of_engines_may_change(tmp_path: Path) -> None:
     """One leaves, another joins; a broken file changes nothing and is shown in the metrics."""
     fleet = tmp_path / "fleet.json"
+
+    def write(text: str) -> None:
+        # At once: the router must not find a file that is begun, which would be a broken one.
+        (whole := tmp_path / "whole").write_text(text)
+        whole.replace(fleet)
+
     with engines(2) as urls:
-        fleet.write_text(json.dumps({"engines": [{"url": urls[0], "name": "first"}]}))
+        write(json.dumps({"engines": [{"url": urls[0], "name": "first"}]}))
         with router([], {"engines_file": str(fleet)}) as process:
             wait_for(process, lambda found: states(found)["ready"] == 1)
-            fleet.write_text(json.dumps({"engines": [{"url": urls[1], "name": "second"}]}))
+            write(json.dumps({"engines": [{"url": urls[1], "name": "second"}]}))
             wait_for(
                 process,
                 lambda found: (
                     [(w["name"], w["state"]) for w in found["workers"]] == [("second", "ready")]
                 ),
             )
-            fleet.write_text("engines: [")
+            write("engines: [")
             told = wait_for(process, lambda found: not found["gauges"]["is_engines_file_good"])
             (got,) = asyncio.run(ask(process.ready["url"], 1))
 

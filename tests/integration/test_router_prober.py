@@ -5,6 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -14,8 +15,9 @@ from kvkeep.router.health.prober import MODELS_BYTES_MAX, Prober
 from kvkeep.router.snapshot import Endpoint, EndpointState, Fleet
 from tests.waiting import until
 
-SETTINGS = HealthSettings(interval_s=0.05, timeout_s=0.3, failures_max=2, pause_s=0.05)
-PATIENCE_S = 20.0
+SETTINGS = HealthSettings(interval_s=0.05, timeout_s=60.0, failures_max=2, pause_s=0.05)
+HASTY = msgspec.structs.replace(SETTINGS, timeout_s=0.3)
+PATIENCE_S = 60.0
 
 
 class Server:
@@ -63,7 +65,13 @@ class Scene:
 
 
 @pytest.fixture
-async def scene() -> AsyncIterator[Scene]:
+def settings() -> HealthSettings:
+    """A server that answers late is well; see HASTY."""
+    return SETTINGS
+
+
+@pytest.fixture
+async def scene(settings: HealthSettings) -> AsyncIterator[Scene]:
     server, fleet = Server(), Watched()
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", server.answer)
@@ -71,11 +79,11 @@ async def scene() -> AsyncIterator[Scene]:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     endpoint = Endpoint("e", "127.0.0.1", runner.addresses[0][1])
-    book = HealthBook(fleet, SETTINGS)
+    book = HealthBook(fleet, settings)
     fleet.join(endpoint)
     clock = SystemClock()
     book.join(endpoint, clock.now_s())
-    probing = asyncio.create_task(Prober(book, SETTINGS, clock).run())
+    probing = asyncio.create_task(Prober(book, settings, clock).run())
     scene = Scene(fleet, endpoint, server)
     scene.shut = runner.cleanup
     yield scene
@@ -104,6 +112,7 @@ async def test_a_server_that_is_ill_is_left_alone_until_it_is_well(scene: Scene)
     await scene.until_state(EndpointState.READY)
 
 
+@pytest.mark.parametrize("settings", [HASTY], ids=["hasty"])
 async def test_a_server_that_hangs_is_left_alone(scene: Scene) -> None:
     """A probe has a time limit, and one that hangs is one only."""
     await scene.until_state(EndpointState.READY)

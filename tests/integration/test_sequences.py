@@ -50,7 +50,7 @@ def three() -> Iterator[Mapping[str, Daemon]]:
 @pytest.fixture(scope="module")
 def small() -> Iterator[Daemon]:
     """One daemon with little room, and no key."""
-    with running_listener(request_s_max=1.0, **cast("Any", SMALL)) as daemon:
+    with running_listener(**cast("Any", SMALL)) as daemon:
         yield daemon
 
 
@@ -342,14 +342,14 @@ class TestBounds:
             assert client.get("slow") is None
             assert client.put("x", layers(1, 14_000, 2)).length == 14_000
 
-    def test_a_body_that_does_not_come_is_given_up(self, small: Daemon) -> None:
+    def test_a_body_that_does_not_come_is_given_up(self) -> None:
         """After as long as a request may take."""
-        with raw_connection(small) as sock:
+        with running_listener(request_s_max=1.0) as hasty, raw_connection(hasty) as sock:
             sock.sendall(head_of("PUT", "/v1/sequences/never", 1000) + b"12345")
             status, _ = read_answer(sock)
 
-        assert status == 408
-        assert counted(small, "sequence_transfer_bytes") == 0
+            assert status == 408
+            assert counted(hasty, "sequence_transfer_bytes") == 0
 
     def test_connections_are_counted_and_engines_are_not_kept_out(self, small: Daemon) -> None:
         """One too many is closed at once."""

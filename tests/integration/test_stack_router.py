@@ -16,6 +16,7 @@ from kvkeep.stack.programs.reaper import start_ticks
 from kvkeep.stack.record import bring_down, read_record
 from tests.integration.daemons import wait_until
 from tests.integration.fake_stacks import UpStack, up_stack
+from tests.waiting import HANG_S
 
 QUICK = {"settings": {"health": {"interval_s": 0.2, "pause_s": 0.2}}}
 
@@ -42,10 +43,16 @@ def stack() -> Iterator[UpStack]:
 
 
 def pid_of(stack: UpStack, name: str) -> int:
+    """0 while it is started again."""
     record = read_record(stack.state)
     assert record is not None
-    (found,) = [entry.process.pid for entry in record.processes if entry.name == name]
-    return found
+    return next((entry.process.pid for entry in record.processes if entry.name == name), 0)
+
+
+def in_flight(stack: UpStack, name: str) -> int:
+    """Requests that an engine works on."""
+    found = {each["name"]: each["in_flight"] for each in stack.workers()["workers"]}
+    return int(found.get(name, 0))
 
 
 def is_all_ready(stack: UpStack) -> bool:
@@ -101,7 +108,7 @@ def test_a_killed_router_comes_back_at_its_address(stack: UpStack) -> None:
     starts = (stack.starts("a"), stack.starts("b"))
     before = pid_of(stack, "router")
     os.kill(before, signal.SIGKILL)
-    wait_until(lambda: pid_of(stack, "router") != before, "the router is started again")
+    wait_until(lambda: pid_of(stack, "router") not in (0, before), "the router is started again")
     wait_until(lambda: is_all_ready(stack), "it has found its engines")
 
     assert stack.ask("m").status_code == 200
@@ -110,7 +117,7 @@ def test_a_killed_router_comes_back_at_its_address(stack: UpStack) -> None:
 
 def test_models_are_known_before_they_run(stack: UpStack) -> None:
     """Clients find them in the list; one that is in no engine is a clear 404 and starts nothing."""
-    models = httpx.get(f"{stack.url}/v1/models", trust_env=False).json()["data"]
+    models = httpx.get(f"{stack.url}/v1/models", trust_env=False, timeout=HANG_S).json()["data"]
     unknown = stack.ask("nothing")
 
     assert {each["id"] for each in models} >= {"m", "later", "broken", "slow"}
@@ -123,8 +130,14 @@ def test_the_first_requests_start_one_engine(stack: UpStack) -> None:
     """All of them are answered by it; it stops when it is idle, and starts again when asked."""
     wait_until(lambda: stack.states()["c"] == "stopped", "what another test had started is gone")
     before = len(stack.starts("c"))
+    # Answered when all of them are there: between two of them the engine would be idle.
+    hold = stack.file("c.hold")
+    hold.touch()
     with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(lambda _: stack.ask("later"), range(8)))
+        asked = [threads.submit(stack.ask, "later", "hold") for _ in range(8)]
+        wait_until(lambda: in_flight(stack, "c") == 8, "all of them are with the engine")
+        hold.unlink()
+        answers = [each.result() for each in asked]
     starts = stack.starts("c")[before:]
     wait_until(lambda: stack.states()["c"] == "stopped", "the idle engine is stopped")
     is_gone = start_ticks(starts[0]) is None
@@ -141,6 +154,7 @@ def test_the_first_requests_start_one_engine(stack: UpStack) -> None:
 def test_an_engine_with_a_request_is_not_stopped(stack: UpStack) -> None:
     """It may take much longer than the time after which an idle one is stopped."""
     hold, holds = stack.file("c.hold"), stack.file("c.holds")
+    holds.unlink(missing_ok=True)
     hold.touch()
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(stack.ask, "later", "hold")
@@ -222,7 +236,9 @@ def test_down_lets_requests_come_to_their_end() -> None:
             down = threads.submit(bring_down, stack.state)
             admin = stack.told["router"]["admin_url"]
             wait_until(
-                lambda: httpx.get(f"{admin}/ready", trust_env=False).status_code == 503,
+                lambda: (
+                    httpx.get(f"{admin}/ready", trust_env=False, timeout=HANG_S).status_code == 503
+                ),
                 "the router takes nothing new",
             )
             stack.file("a.hold").unlink()

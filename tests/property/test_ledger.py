@@ -343,7 +343,7 @@ def run(max_examples: int, *, seeded: bool = False) -> None:
             stateful_step_count=40,
             deadline=None,
             database=None,
-            derandomize=seeded,
+            derandomize=seeded or settings().derandomize,
             report_multiple_bugs=False,
             phases=[Phase.generate] if seeded else list(Phase),
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+HANG_MS = 120_000.0
 SWITCHES = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
@@ -27,7 +28,9 @@ def chromium() -> str:
 def running_browser() -> Iterator[Browser]:
     """A browser without a window."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=list(SWITCHES))
+        browser = playwright.chromium.launch(
+            executable_path=chromium(), args=list(SWITCHES), timeout=HANG_MS
+        )
         try:
             yield browser
         finally:
@@ -49,6 +52,7 @@ class Opened:
 def opened(browser: Browser, file: Path, width: int, height: int = 900) -> Iterator[Opened]:
     """Open a file in a window of this size."""
     context = browser.new_context(viewport={"width": width, "height": height})
+    context.set_default_timeout(HANG_MS)
     seen = Opened(context.new_page())
     seen.page.on("console", lambda message: seen.said.append(message.text))
     seen.page.on("pageerror", lambda error: seen.said.append(str(error)))

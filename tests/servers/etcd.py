@@ -73,7 +73,7 @@ class EtcdServer(ServerProcess):
             )
         body = json.dumps(request).encode()
         with urllib.request.urlopen(
-            f"{self.url}/v3/{what}", data=body, timeout=10, context=context
+            f"{self.url}/v3/{what}", data=body, timeout=60, context=context
         ) as answer:
             answer.read()
 

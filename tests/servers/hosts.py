@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.waiting import HANG_S
+
 CLONE_NEWNET = 0x40000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -22,7 +24,7 @@ def _ip(*words: str) -> None:
 
 
 def _run(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, f"{' '.join(words)}: {done.stderr.strip()}"
     return done.stdout
 
@@ -52,9 +54,15 @@ class Host:
         """Put it back."""
         _ip("-n", self.name, "link", "set", "cable", "up")
 
-    def slow(self, bytes_per_s: float) -> None:
-        """Let no more than this arrive at the host, in bytes a second, until ``hurry``."""
-        rate = ("rate", f"{max(1, round(8 * bytes_per_s))}bit", "burst", "32kb", "latency", "2s")
+    def slow(self, bytes_per_s: float, at_once_bytes: int = 32 << 10) -> None:
+        """Let no more than this arrive at the host, in bytes a second, until ``hurry``.
+
+        Args:
+            bytes_per_s: In the long run.
+            at_once_bytes: What may come without delay, once.
+        """
+        speed = f"{max(1, round(8 * bytes_per_s))}bit"
+        rate = ("rate", speed, "burst", str(at_once_bytes), "latency", "2s")
         _run("tc", "-n", self.switch, "qdisc", "replace", "dev", self.port, "root", "tbf", *rate)
 
     def hurry(self) -> None:

@@ -13,8 +13,11 @@ _LISTEN = "0A"
 
 def children_of(pid: int) -> list[int]:
     """Pids of a process's children."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in files for child in file.read_text().split()]
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found += map(int, file.read_text().split())
+    return found
 
 
 def listening_addresses(pid: int) -> list[str]:

@@ -13,8 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-START_TIMEOUT_S = 40.0
-STOP_TIMEOUT_S = 10.0
+from tests.waiting import HANG_S
+
+START_TIMEOUT_S = 90.0
+POLITE_S = 10.0
+"""So long a server may take to end by itself, before it is killed."""
 
 
 PORTS = range(20_000, 32_000)
@@ -82,7 +85,7 @@ class ServerProcess:
         begun_s = time.perf_counter()
         pause = threading.Event()
         while self._states() != {"T"}:
-            assert time.perf_counter() - begun_s < STOP_TIMEOUT_S, f"{self.what} does not stop"
+            assert time.perf_counter() - begun_s < HANG_S, f"{self.what} does not stop"
             pause.wait(0.01)
 
     def _states(self) -> set[str]:
@@ -98,7 +101,7 @@ class ServerProcess:
         """End it without warning."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait(STOP_TIMEOUT_S)
+            self.process.wait(HANG_S)
             self.process = None
 
     def stop(self) -> None:
@@ -108,6 +111,6 @@ class ServerProcess:
                 self.thaw()
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_TIMEOUT_S)
+                self.process.wait(POLITE_S)
             self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -152,7 +152,7 @@ class SeaweedServer(ServerProcess):
         return self.takes_values()
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> None:
-        connection = http.client.HTTPConnection(self._host, self._ports["filer.port"], timeout=5)
+        connection = http.client.HTTPConnection(self._host, self._ports["filer.port"], timeout=20)
         try:
             connection.request(method, path, body)
             connection.getresponse().read()

@@ -5,7 +5,7 @@ import http.client
 from typing import Literal
 
 from tests.servers.hosts import Host
-from tests.servers.mooncake import MIB, MooncakeStore
+from tests.servers.mooncake import MIB, SHORT_TTL_S, MooncakeStore
 from tests.servers.seaweed import BUCKET, SeaweedServer
 
 Kind = Literal["object_store", "mooncake"]
@@ -19,7 +19,7 @@ class RemoteSeaweed(SeaweedServer):
         try:
             self._ask("POST", f"/buckets/{BUCKET}/")
             self._ask("POST", f"/buckets/{BUCKET}/ready")
-            listing = http.client.HTTPConnection(self._host, self.port, timeout=5)
+            listing = http.client.HTTPConnection(self._host, self.port, timeout=20)
             with contextlib.closing(listing):
                 listing.request("GET", "/")
                 return listing.getresponse().status in (200, 403)
@@ -34,7 +34,9 @@ class SharedStore:
         self._host = host
         self._kind = kind
         self._segment_bytes = segment_bytes
-        self._mooncake = MooncakeStore(host=host.address, within=host.within)
+        self._mooncake = MooncakeStore(
+            host=host.address, within=host.within, client_ttl_s=SHORT_TTL_S
+        )
         self._seaweed = RemoteSeaweed(host=host.address, within=host.within)
 
     def start(self) -> None:

@@ -32,6 +32,10 @@ class TierServer:
         self._start()
 
 
+PATIENT: dict[str, object] = {"timeout_s": 30.0, "deadline_s": 60.0}
+"""A server that does not answer for a while is well: a busy machine is no fault."""
+
+
 @contextlib.contextmanager
 def tier_server(kind: str, *, num_storages: int = 1) -> Iterator[TierServer]:
     """A server that is gone afterwards.
@@ -42,15 +46,15 @@ def tier_server(kind: str, *, num_storages: int = 1) -> Iterator[TierServer]:
     """
     if kind == "mooncake":
         with mooncake_store(num_storages) as store:
-            tier: dict[str, object] = {"kind": kind, "master": store.address}
+            tier: dict[str, object] = {"kind": kind, "master": store.address, **PATIENT}
             yield TierServer(tier, store.master, store.start_master)
         return
     if kind == "valkey":
         valkey = ValkeyServer()
-        tier, process, start = {"kind": kind, "url": valkey.url}, valkey, valkey.run
+        tier, process, start = {"kind": kind, "url": valkey.url, **PATIENT}, valkey, valkey.run
     else:
         weed = SeaweedServer()
-        tier = {"kind": kind, "url": f"s3://{BUCKET}", "endpoint": weed.endpoint}
+        tier = {"kind": kind, "url": f"s3://{BUCKET}", "endpoint": weed.endpoint, **PATIENT}
         process, start = weed, weed.run  # type: ignore[assignment]
     try:
         start()

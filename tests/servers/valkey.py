@@ -51,7 +51,7 @@ class ValkeyServer(ServerProcess):
     def command(self, *words: str | bytes) -> bytes:
         """Send one command past all of kvkeep; returns the first bytes of the reply."""
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(5)
+            sock.settimeout(30)
             sock.connect(self.unix_path)
             data = [word.encode() if isinstance(word, str) else word for word in words]
             parts = [b"*%d\r\n" % len(data), *(b"$%d\r\n%s\r\n" % (len(w), w) for w in data)]

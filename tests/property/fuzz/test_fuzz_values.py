@@ -224,7 +224,9 @@ def use_valkey(tier: ValkeyTier) -> Iterator[object]:
 
 
 @given(data=st.data())
-@settings(examples(80), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    examples(80), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_any_answer_of_a_server_is_a_value_or_a_miss(
     answering: Callable[[bytes], ValkeyTier], data: st.DataObject
 ) -> None:
@@ -238,7 +240,9 @@ def test_any_answer_of_a_server_is_a_value_or_a_miss(
 
 
 @given(st.binary(min_size=HEAD_BYTES, max_size=HEAD_BYTES))
-@settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_a_strangers_short_value_is_a_miss(
     answering: Callable[[bytes], ValkeyTier], content: bytes
 ) -> None:

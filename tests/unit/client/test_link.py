@@ -12,7 +12,7 @@ from kvkeep.model.errors import RefusedError, UnavailableError
 from kvkeep.protocol import messages as m
 
 HELLO = m.Hello(1, "tool", "test")
-LONG_S = 10.0
+LONG_S = 60.0
 
 
 class Closing:

@@ -16,7 +16,7 @@ LENGTH = 3000
 NUMBERS = range(20)
 KEYS = [block_key(number, namespace=1 + number % 2) for number in NUMBERS]
 VALUES = [value_bytes(number, LENGTH) for number in NUMBERS]
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def filled(chances: dict[TierFault, float], seed: int = 1) -> FaultyTier:

@@ -15,7 +15,7 @@ from kvkeep.tiers.io_queue import Outcome, QueueLimits, TierQueue
 from kvkeep.tiers.memory import MemoryTier
 from kvkeep.tiers.wrappers.metered import MeteredTier
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """For what happens at once unless it never does."""
 LENGTH = 100
 

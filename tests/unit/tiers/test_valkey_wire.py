@@ -151,7 +151,7 @@ def test_silence_ends_in_time(ends: Ends) -> None:
     with pytest.raises(TimeoutError):
         connection.read_into(memoryview(bytearray(100)), SystemClock().now_s() + 0.05)
 
-    assert 0.04 < time.perf_counter() - begun_s < 5
+    assert 0.04 < time.perf_counter() - begun_s < 60
 
 
 def test_nobody_reading_ends_in_time(ends: Ends) -> None:

@@ -33,8 +33,9 @@ ORPHAN_GRACE_S = 5.0
 """Time to end well where the owner is dead: nobody waits for the result."""
 SETTLE_S = 1.0
 """Time that the command's descendants have to end well once it is gone itself."""
-TRACKER_GRACE_S = 2.0
-"""Time that Python's resource trackers have after that to remove what the killed left."""
+TRACKER_GRACE_S = 6.0
+"""Time that Python's resource trackers have after that to remove what the killed left; they take
+milliseconds, where the machine is not busy."""
 SWEEP_S = 0.05
 CHECK_OWNER_S = 1.0
 """The channel tells at once; the owner's pid is asked as well, for a fork may hold the channel."""

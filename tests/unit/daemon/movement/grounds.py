@@ -35,7 +35,7 @@ LAYOUT = KvLayout(2, 2, 512, 16, "bfloat16", "test")
 POOL_BYTES = 3 << 20
 NAMESPACE = Namespace(b"n" * 32)
 CAPACITY_BYTES = 64 << 20
-WAIT_S = 10.0
+WAIT_S = 60.0
 """Far more than anything here takes."""
 ENGINE = Holder(7, 1 << 21)
 """Of a process that can't exist."""

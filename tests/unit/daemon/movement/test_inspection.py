@@ -31,7 +31,7 @@ from kvkeep.tiers.shared_memory import PoolFile
 LAYOUT = KvLayout(2, 2, 512, 16, "bfloat16", "test")
 NAMESPACE = Namespace(b"n" * 32)
 ENGINE = Holder(1, 1)
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class GatedTier(MemoryTier):

@@ -26,14 +26,14 @@ async def test_output_and_code_are_kept() -> None:
     """Both streams, and the exit code."""
     text = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
 
-    ran = await run_program([sys.executable, "-c", text], timeout_s=30.0)
+    ran = await run_program([sys.executable, "-c", text], timeout_s=60.0)
 
     assert (ran.code, sorted(ran.lines), ran.last_words) == (3, ["err", "out"], ran.lines[-1])
 
 
 async def test_a_missing_program_is_a_result() -> None:
     """It can't be started: a code and a sentence, no exception."""
-    ran = await run_program(["/no/such/program"], timeout_s=1.0)
+    ran = await run_program(["/no/such/program"], timeout_s=60.0)
 
     assert ran.code == 127
     assert "can't be started" in ran.last_words
