@@ -59,6 +59,7 @@ async def run(context: Context) -> list[SuiteReport]:
                 return [report]
             results[name] = result
             _check_whole(report, name, result, length)
+        _check_alike(report, results)
         theirs, ours = (_tokens_per_s(results[name]) for name in (BASELINE_FILE, CACHED))
         ratios.append(ours / theirs if theirs else 0.0)
         report.numbers |= {"baseline_tokens_per_s": theirs, "tokens_per_s": ours}
@@ -141,6 +142,13 @@ def _check_whole(report: SuiteReport, name: str, result: dict[str, Any], length:
         abs(tokens - wanted) <= LENGTH_SLACK * wanted,
         f"{tokens} of {wanted}",
     )
+
+
+def _check_alike(report: SuiteReport, results: dict[str, dict[str, Any]]) -> None:
+    """Both engines got the same prompts, to the token: else their times say nothing."""
+    tokens = {name: result.get("total_input_tokens") for name, result in results.items()}
+    told = ", ".join(f"{name} {number}" for name, number in tokens.items())
+    report.check("equal input tokens", len(set(tokens.values())) == 1, told)
 
 
 def _judge(report: SuiteReport, ratios: list[float]) -> None:

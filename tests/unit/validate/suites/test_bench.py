@@ -23,7 +23,8 @@ print("ran with seed", given["--seed"])
 if "{fault}" == name:
     sys.exit("no server answers")
 rate = 1000.0 * {{"baseline.json": 1.0, "lmcache.json": {ratio}}}[name]
-result = {{"total_input_tokens": num * length, "completed": num, "total_token_throughput": rate}}
+tokens = num * length + ({more} if name == "lmcache.json" else 0)
+result = {{"total_input_tokens": tokens, "completed": num, "total_token_throughput": rate}}
 open(given["--result-dir"] + "/" + name, "w").write(json.dumps(result))
 """
 
@@ -32,10 +33,11 @@ open(given["--result-dir"] + "/" + name, "w").write(json.dumps(result))
 def environment(tmp_path: Path) -> Any:
     """Makes a Python environment whose interpreter stands for vLLM's benchmark."""
 
-    def make(ratio: float = 1.0, fault: str = "") -> CheckSettings:
+    def make(ratio: float = 1.0, fault: str = "", more: int = 0) -> CheckSettings:
         program = tmp_path / "venv/bin/python"
         program.parent.mkdir(parents=True)
-        program.write_text(PROGRAM.format(python=sys.executable, ratio=ratio, fault=fault))
+        text = PROGRAM.format(python=sys.executable, ratio=ratio, fault=fault, more=more)
+        program.write_text(text)
         program.chmod(0o755)
         return CheckSettings(
             venv_dir=str(tmp_path / "venv"), num_prompts=4, random_input_len=300, random_seed=5
@@ -78,6 +80,15 @@ async def test_lost_throughput_fails(
     assert broken(report) == {"throughput"}
     assert report.numbers["throughput_ratio"] == pytest.approx(0.97)
     assert report.numbers["rounds"] == 3
+
+
+async def test_unequal_prompts_fail(
+    make_context: MakeContext, connect: Connect, environment: Any
+) -> None:
+    """One token more than the baseline had: the two did not do the same work."""
+    report = await checked(make_context, connect, environment(more=1))
+
+    assert broken(report) == {"equal input tokens"}
 
 
 async def test_a_run_that_broke_down_is_said(
