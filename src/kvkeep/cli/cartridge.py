@@ -36,6 +36,7 @@ EXIT_WRONG = 1
 MAKERS = {
     "build": "kvkeep.cli.cartridge_build",
     "compose": "kvkeep.cli.cartridge_compose",
+    "train": "kvkeep.cli.cartridge_train",
 }
 """Commands that make cartridges, by name, and the modules that they are in."""
 _STANDINGS = {

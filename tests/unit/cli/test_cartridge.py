@@ -57,7 +57,7 @@ def test_the_group_has_its_commands_and_no_stubs() -> None:
     output = CliRunner().invoke(main, ["cartridge", "--help"]).output
 
     listed = [line.split()[0] for line in output.partition("Commands:")[2].splitlines() if line]
-    making, keeping = ["build", "compose"], ["export", "pin", "register", "rm", "unpin"]
+    making, keeping = ["build", "compose", "train"], ["export", "pin", "register", "rm", "unpin"]
     assert listed == sorted([*making, *keeping, "inspect", "ls", "verify"])
 
 

@@ -1,4 +1,4 @@
-"""Four kinds of plot as inline SVG: no script, no font, no image, nothing to fetch.
+"""Five kinds of plot as inline SVG: no script, no font, no image, nothing to fetch.
 
 Each is drawn at the width of a telephone and grows with its place, so that its texts stay legible.
 Colors are classes (``s0`` .. ``s7`` for series, ``v-...`` for verdicts) that the page's style knows
@@ -144,6 +144,20 @@ def scatter(label: str, series: Mapping[str, Points], across: str) -> Element:
             )
             told = f"{name}: {text_of(length)} {across}, {text_of(seconds)} s"
             picture.append(_told(dot, told))
+    return picture
+
+
+def curves(label: str, series: Mapping[str, Points], across: str) -> Element:
+    """One line for each series: values (upwards) by a number (to the right)."""
+    points = [point for each in series.values() for point in each]
+    x = Axis.over([point[0] for point in points], LEFT, WIDTH - RIGHT, may_log=False)
+    y = Axis.over([point[1] for point in points], HEIGHT - BOTTOM, TOP, may_log=True)
+    picture = _frame(label, (x, text_of), (y, text_of), across)
+    for number, (name, line) in enumerate(series.items()):
+        shown = line[:: len(line) // POINTS_MAX + 1]
+        places = " ".join(f"{x.at(along)},{y.at(value)}" for along, value in shown)
+        drawn = mark("polyline", points=places, class_=f"line s{number % SERIES_MAX}")
+        picture.append(_told(drawn, name))
     return picture
 
 

@@ -11,6 +11,7 @@ from kvkeep.validate.report.charts import (
     TOP,
     WIDTH,
     Axis,
+    curves,
     distribution,
     legend,
     scatter,
@@ -52,6 +53,20 @@ def test_a_dot_for_each_request() -> None:
     assert float(short.get("cx", "")) < float(long.get("cx", ""))
     assert float(short.get("cy", "")) > float(long.get("cy", ""))
     assert short[0].text == "p: 10 tokens, 1 s"
+
+
+def test_a_curve_goes_through_its_points() -> None:
+    """Larger values lie higher, later ones further right; each line says whose it is."""
+    first, second = of_class(
+        curves("c", {"p": [(0, 4.0), (10, 1.0)], "q": [(5, 2.0)]}, "step"), "line"
+    )
+
+    (left, high), (right, low) = (
+        map(float, pair.split(",")) for pair in (first.get("points") or "").split()
+    )
+    assert (left, right) == (LEFT, WIDTH - RIGHT)
+    assert TOP <= high < low <= HEIGHT - BOTTOM
+    assert (first[0].text, second[0].text) == ("p", "q")
 
 
 def test_bars_are_cut_by_share() -> None:

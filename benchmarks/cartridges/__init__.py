@@ -1,0 +1,1 @@
+"""What cartridges are worth."""
