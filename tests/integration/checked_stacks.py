@@ -36,7 +36,7 @@ name: checked
 model: {folder}/model
 served_model_name: fake-model
 state_dir: {folder}/state
-start_timeout_s: 50
+start_timeout_s: 90
 daemon: {{pool_bytes: 64MiB}}
 engines: [{{name: a}}, {{name: b}}]
 """

@@ -57,7 +57,7 @@ def test_processes_do_not_lose_each_other_s_cartridges(tmp_path: Path) -> None:
                 text=True,
             )
         )
-    told = [process.communicate(timeout=50) for process in processes]
+    told = [process.communicate(timeout=150) for process in processes]
 
     assert [error for _, error in told] == [""] * 4
     assert [json.loads(out) for out, _ in told] == [[True] * ROUNDS] * 4
@@ -80,10 +80,10 @@ def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> No
             assert registry.collect_garbage() == []
             (part,) = os.listdir(tmp_path / FILES)
             process.send_signal(signal.SIGKILL)
-            process.wait(timeout=30)
+            process.wait(timeout=60)
 
             assert registry.collect_garbage() == [part]
             assert os.listdir(tmp_path / FILES) == []
     finally:
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)

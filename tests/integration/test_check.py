@@ -16,6 +16,7 @@ from kvkeep.cli.check import check
 from kvkeep.validate import load, runner
 from kvkeep.validate.settings import ENVIRONMENT
 from kvkeep.validate.suite.registry import suites
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.kvbm
 
@@ -38,7 +39,7 @@ def start_all() -> Iterator[Callable[..., list[str]]]:
     yield launch
     for process in started:
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(HANG_S) == 0
         assert process.stdout is not None
         process.stdout.close()
 

@@ -76,7 +76,7 @@ def check_interrupted(stack: CheckedStack, number: signal.Signals, seed: int) ->
     assert all(run["outcome"] for run in stack.runs())
 
 
-@pytest.mark.timeout(120, func_only=True)
+@pytest.mark.timeout(300, func_only=True)
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: str(number.name))
 def test_an_interrupted_group_leaves_nothing(
     stack: CheckedStack, number: signal.Signals, seed: int

@@ -12,7 +12,7 @@ from tests.integration.daemons import Daemon, Worker, hashes_of, running_daemon,
 from tests.integration.test_movement import store_sequence, wait_for_tiers
 from tests.servers.tier_server import S3_ENVIRONMENT, SERVER_KINDS, tier_server
 
-BACK_TIMEOUT_S = 30.0
+BACK_TIMEOUT_S = 90.0
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def write_config(folder: Path, tier: dict[str, object], socket: str = "") -> Pat
         "socket": socket or str(folder / "d.sock"),
         "pool": str(folder / "pool"),
         "pool_bytes": 1 << 24,
-        "tiers": [tier | ({} if tier["kind"] == "disk" else {"timeout_s": 1.0, "deadline_s": 2.0})],
+        "tiers": [tier | ({} if tier["kind"] == "disk" else {"timeout_s": 4.0, "deadline_s": 8.0})],
     }
     file.write_text(json.dumps(told))
     return file
@@ -95,7 +95,9 @@ def test_a_daemon_is_asked_about_its_server(kind: str, tmp_path: Path) -> None:
             wait_for_tiers(daemon)
             wait_until(lambda: is_found(daemon, worker, config, kind, "ok"), "ok", BACK_TIMEOUT_S)
             server.kill()
-            wait_until(lambda: is_found(daemon, worker, config, kind, "fail"), "fail")
+            wait_until(
+                lambda: is_found(daemon, worker, config, kind, "fail"), "fail", BACK_TIMEOUT_S
+            )
             server.start_again()
             wait_until(lambda: is_found(daemon, worker, config, kind, "ok"), "ok", BACK_TIMEOUT_S)
 

@@ -15,6 +15,7 @@ import zmq.asyncio
 
 from tests.integration.routers import ROUTE, Announced, engines, environment, router, wait_for
 from tests.integration.test_router_events import Publisher
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
@@ -51,7 +52,7 @@ class Telling:
         return publisher
 
     def _call(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(HANG_S)
 
     def stored(self, words: Sequence[str]) -> None:
         """The engine stored these words' blocks, all of one prompt."""
@@ -78,7 +79,7 @@ class Telling:
         """End without a word."""
         self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
+        self._thread.join(HANG_S)
         self._loop.close()
 
 
@@ -107,6 +108,7 @@ def explained(process: Announced, words: Sequence[str] = PROMPT) -> tuple[str, s
         f"{process.ready['admin_url']}/explain?path=/v1/completions",
         json={"prompt": " ".join(words)},
         trust_env=False,
+        timeout=HANG_S,
     )
     found = answer.raise_for_status().json()
     return found["endpoint"], found["reason"]
@@ -149,6 +151,7 @@ def test_requests_are_relayed_by_their_tokens(model: Path) -> None:
                     f"{process.ready['url']}/v1/completions",
                     json={"prompt": " ".join(PROMPT), "max_tokens": 2},
                     trust_env=False,
+                    timeout=HANG_S,
                 )
                 for _ in range(3)
             ]
@@ -165,11 +168,15 @@ def test_engines_are_heard_as_long_as_they_are_in(model: Path) -> None:
         with router(urls[:1], exact(model, urls[0])) as process:
             admin = process.ready["admin_url"]
             for _ in range(2):
-                joined = httpx.post(f"{admin}/workers", json=member(urls[1], told), trust_env=False)
+                joined = httpx.post(
+                    f"{admin}/workers", json=member(urls[1], told), trust_env=False, timeout=HANG_S
+                )
                 until_told(process, 4)
                 wait_for(process, lambda told: told["gauges"]["endpoints_ready"] == 2)
                 at = explained(process)
-                httpx.delete(f"{admin}/workers/told", trust_env=False).raise_for_status()
+                httpx.delete(
+                    f"{admin}/workers/told", trust_env=False, timeout=HANG_S
+                ).raise_for_status()
                 left = wait_for(process, lambda told: len(told["workers"]) == 1)
 
                 assert joined.status_code == 201
@@ -215,7 +222,7 @@ def test_settings_that_can_not_work_are_refused(
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

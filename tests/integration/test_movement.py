@@ -29,6 +29,7 @@ from tests.integration.daemons import (
 )
 from tests.servers.seaweed import KEY, SECRET, SeaweedServer
 from tests.servers.valkey import ValkeyServer
+from tests.waiting import HANG_S
 
 NUM_SEQUENCES = 80
 SEQUENCE_BLOCKS = 250
@@ -40,8 +41,9 @@ PREFILL_TOKENS_S = 200
 
 
 def disk_in(folder: Path) -> dict[str, object]:
-    """A disk tier as a settings file says it."""
-    return {"kind": "disk", "folder": str(folder), "capacity_bytes": "1GiB"}
+    """A disk tier as a settings file says it; one that is busy is not left alone."""
+    where = {"folder": str(folder), "capacity_bytes": "1GiB"}
+    return {"kind": "disk", "deadline_s": HANG_S, **where}
 
 
 @contextlib.contextmanager
@@ -86,6 +88,12 @@ def serve(worker: Worker, client: PrefixClient, hashes: list[BlockHash]) -> int:
     return sum(landed)
 
 
+def replay(worker: Worker, client: PrefixClient, sequences: list[list[BlockHash]]) -> None:
+    """Acquire and load each sequence whole; again where blocks came too late to wait for them."""
+    for hashes in sequences:
+        wait_until(lambda: serve(worker, client, hashes) == len(hashes), "served whole")  # noqa: B023
+
+
 def num_values(server: ValkeyServer) -> int:
     """How many values a server has."""
     return int(server.command("DBSIZE").strip()[1:])
@@ -105,9 +113,8 @@ def test_a_replay_of_ten_times_the_pool_is_served(tmp_path: Path) -> None:
             for hashes in sequences:
                 store_sequence(daemon, worker, hashes)
             assert daemon.gauge("slots") * 10 <= NUM_SEQUENCES * SEQUENCE_BLOCKS
-            served = sum(serve(worker, client, hashes) for hashes in sequences)
-            assert served >= 0.98 * NUM_SEQUENCES * SEQUENCE_BLOCKS
-            assert daemon.counter("blocks_promoted") > 0.8 * served
+            replay(worker, client, sequences)
+            assert daemon.counter("blocks_promoted") > 0.8 * NUM_SEQUENCES * SEQUENCE_BLOCKS
         daemon.kill()
         daemon.pool.unlink()
     with (
@@ -116,8 +123,7 @@ def test_a_replay_of_ten_times_the_pool_is_served(tmp_path: Path) -> None:
         opened_prefixes(daemon) as client,
     ):
         wait_for_tiers(daemon)
-        served = sum(serve(worker, client, hashes) for hashes in sequences)
-        assert served >= 0.98 * NUM_SEQUENCES * SEQUENCE_BLOCKS
+        replay(worker, client, sequences)
         wait_until(lambda: daemon.gauge("read_leases") == 0, "leases given back")
         assert daemon.gauge("write_leases") == 1  # the canary's
 
@@ -133,7 +139,7 @@ def test_the_same_blocks_are_read_once_for_all_who_wait(tmp_path: Path) -> None:
             questions = [client.ask(b"n" * 32, 0, hashes) for _ in range(8)]  # type: ignore[arg-type]
             for question in questions:
                 assert question is not None
-                lease = client.answer(question, 10.0)
+                lease = client.answer(question, CALL_TIMEOUT_S)
                 assert len(lease.slots) == 200  # type: ignore[union-attr]
         assert daemon.counter("blocks_promoted") == 200
 
@@ -227,10 +233,10 @@ def test_a_server_that_was_started_again_empty_gets_the_pool_again(tmp_path: Pat
             server.kill()
             server.run()
             assert num_values(server) == 0
-            wait_until(lambda: num_values(server) == len(hashes), "filled again", 30.0)
+            wait_until(lambda: num_values(server) == len(hashes), "filled again")
 
             clear_pool(daemon)
-            assert serve(worker, client, hashes) == len(hashes)
+            wait_until(lambda: serve(worker, client, hashes) == len(hashes), "served by it")
     finally:
         server.stop()
 
@@ -264,14 +270,14 @@ def test_a_server_that_stands_still_is_waited_for_by_few(
         }
         with daemon_with(tmp_path, store, planner=planner) as daemon, Worker(daemon) as worker:
             store_sequence(daemon, worker, hashes)
-            assert announced_wait_us(daemon, hashes)
+            wait_until(lambda: announced_wait_us(daemon, hashes) > 0, "asked for")
             server.freeze()
-            wait_until(lambda: not announced_wait_us(daemon, hashes), "nobody waits", 20.0)
+            wait_until(lambda: not announced_wait_us(daemon, hashes), "nobody waits")
             assert daemon.status()["movement"]["tiers"][0]["breaker"] == "closed"
             assert not announced_wait_us(daemon, hashes)
             server.thaw()
 
-            wait_until(lambda: announced_wait_us(daemon, hashes) > 0, "asked again", 20.0)
+            wait_until(lambda: announced_wait_us(daemon, hashes) > 0, "asked again")
     finally:
         server.stop()
 

@@ -17,7 +17,7 @@ TOKENS = list(range(100, 112))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("salt", [None, "tenant"])
 @pytest.mark.parametrize("lora", [None, "adapter"])
 def test_names_arrive_at_the_router(salt: str | None, lora: str | None) -> None:

@@ -136,7 +136,7 @@ async def test_an_engine_is_heard_through_the_stream(server: NatsServer) -> None
         await publisher.publish(stored(FIRST, 11), is_lost=True)
         forwarder = Forwarder(address)
         forwarding = asyncio.create_task(forwarder.run([publisher.address]))
-        await asyncio.wait_for(forwarder.forwarding.wait(), 30)
+        await asyncio.wait_for(forwarder.forwarding.wait(), 60)
         index = PrefixIndex(BLOCK_TOKENS)
         following = asyncio.create_task(NatsSource(NAME, address, index).run())
         await until(lambda: held(index, FIRST) == 1)
@@ -211,10 +211,10 @@ def test_the_command_says_when_it_forwards(server: NatsServer) -> None:
         process.send_signal(signal.SIGTERM)
 
         assert line == {"event": "forwarding", "subject": "kvkeep.events.engine-1"}
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(60)
         process.stdout.close()
 
 
@@ -233,7 +233,7 @@ def test_bad_input_is_one_sentence(arguments: list[str], said: str) -> None:
         [sys.executable, "-m", "kvkeep", "forward", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

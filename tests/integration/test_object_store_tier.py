@@ -40,7 +40,7 @@ def prefix() -> str:
 
 @pytest.fixture
 def tier(server: SeaweedServer, prefix: str) -> Iterator[ObjectStoreTier]:
-    tier = ObjectStoreTier(server.settings(prefix=prefix))
+    tier = ObjectStoreTier(server.settings(prefix=prefix, timeout_s=60.0))
     yield tier
     tier.close()
 
@@ -48,7 +48,7 @@ def tier(server: SeaweedServer, prefix: str) -> Iterator[ObjectStoreTier]:
 class TestObjectStoreTier(TierContract):
     @pytest.fixture
     def tier(self, server: SeaweedServer, prefix: str) -> Iterator[Tier]:
-        tier = ObjectStoreTier(server.settings(prefix=prefix))
+        tier = ObjectStoreTier(server.settings(prefix=prefix, timeout_s=60.0))
         yield tier
         tier.close()
 

@@ -134,7 +134,7 @@ def _ended_at_start() -> subprocess.CompletedProcess[str]:
         [*command, "--pool-bytes=16MiB"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     daemon.pool.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.integration.scripted_engine import EVENT, LARGE_BYTES, ScriptedEngine, scripted_engine
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from tests.integration.routers import Announced, router, workers
 
 SECRET = "sk-0123456789abcdef"
 RUNNING_MAX, WAITING_MAX = 100, 100
-PATIENCE_S = 50.0
+PATIENCE_S = 120.0
 
 
 class Scene:

@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from tests.integration.routers import Announced, engines, router, workers
+from tests.waiting import HANG_S
 
-PATIENCE_S = 50.0
+PATIENCE_S = 120.0
 BURSTS = (15, 2, 20, 3)
 PROMPT_WORDS, ANSWER_TOKENS = (3, 40, 900, 150), (1, 64, 8)
 STEADY_PER_S, STEADY_S = 2, 30
@@ -121,7 +122,7 @@ def test_a_steady_load_completes() -> None:
 def homes(process: Announced) -> dict[str, str]:
     """The engine that each of many keys is sent to."""
     found = {}
-    with httpx.Client(base_url=process.ready["url"], trust_env=False) as client:
+    with httpx.Client(base_url=process.ready["url"], trust_env=False, timeout=HANG_S) as client:
         for number in range(NUM_KEYS):
             answer = client.post(
                 "/v1/completions",

@@ -40,7 +40,7 @@ def test_a_wrong_duration_is_one_sentence() -> None:
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
 

@@ -23,6 +23,7 @@ from kvkeep.stack.record import bring_down, clear, read_record
 from kvkeep.stack.servers.ports import HeldPorts
 from kvkeep.stack.spec import EngineSpec, StackSpec
 from kvkeep.stack.supervisor import Stack
+from tests.waiting import HANG_S
 
 # An HTTP server with a child of its own in a session of its own, as far from its owner as a
 # process can go; the child ignores SIGTERM.
@@ -86,7 +87,7 @@ def spec_of(tmp_path: Path, model: Path, more: dict[str, Any]) -> StackSpec:
         "name": "s",
         "model": str(model),
         "state_dir": str(tmp_path / "state"),
-        "start_timeout_s": 30,
+        "start_timeout_s": 90,
         "daemon": {"pool_bytes": "16MiB"},
         "engines": [
             {"name": "a", "kv_cache_bytes": "1MiB"},
@@ -123,8 +124,10 @@ def test_a_stack_is_up_while_it_is_entered(spec: StackSpec) -> None:
     """Daemon and engines answer inside the block; outside of it nothing is left."""
     with fake_stack(spec) as stack:
         urls = [engine.url for engine in stack.engines.values()]
-        answers = [httpx.get(f"{url}/health", trust_env=False).status_code for url in urls]
-        status = httpx.get(f"{stack.daemon.metrics_url}/status", trust_env=False)
+        answers = [
+            httpx.get(f"{url}/health", trust_env=False, timeout=HANG_S).status_code for url in urls
+        ]
+        status = httpx.get(f"{stack.daemon.metrics_url}/status", trust_env=False, timeout=HANG_S)
         record = read_record(stack.folder)
         pool = Path(stack.daemon.pool)
         assert record is not None
@@ -160,7 +163,7 @@ def test_parts_are_restarted_where_they_were(spec: StackSpec) -> None:
         assert engine.pid != pids[0]
         assert daemon.pid != pids[1]
         assert {entry.process.pid for entry in record.processes} >= {engine.pid, daemon.pid}
-        assert httpx.get(f"{engine.url}/health", trust_env=False).status_code == 200
+        assert httpx.get(f"{engine.url}/health", trust_env=False, timeout=HANG_S).status_code == 200
 
 
 @pytest.mark.fault
@@ -240,14 +243,14 @@ def make_folder(path: Path) -> Path:
     [
         (
             BROKEN_ENGINE,
-            30,
+            90,
             r"engine [ab] ended while it started: ValueError: this machine has no such thing "
             r"\(log: .*/state/logs/[ab]\.log\)",
         ),
         (
             SILENT_ENGINE,
-            1,
-            r"engine a was not ready after 1 s \(loading libraries\); raise start_timeout_s, or "
+            4,
+            r"engine a was not ready after 4 s \(loading libraries\); raise start_timeout_s, or "
             r"mend: INFO still loading \(log: .*/state/logs/a\.log\)",
         ),
     ],
@@ -337,7 +340,7 @@ def kvkeep(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=150,
     )
 
 
@@ -346,7 +349,7 @@ def test_a_detached_stack_runs_until_it_is_brought_down(stack_file: Path) -> Non
     up = kvkeep("up", str(stack_file), "--detach", "--json", "--quiet")
     assert (up.returncode, up.stderr) == (0, "")
     found = json.loads(up.stdout)
-    metrics = httpx.get(f"{found['daemon']['metrics_url']}/health", trust_env=False)
+    metrics = httpx.get(f"{found['daemon']['metrics_url']}/health", trust_env=False, timeout=HANG_S)
     wait = kvkeep("wait", str(stack_file), "--json", "--quiet")
     again = kvkeep("up", str(stack_file), "--detach", "--quiet")
     down = kvkeep("down", str(stack_file), "--json")
@@ -404,7 +407,9 @@ def test_a_killed_daemon_is_restarted_by_up(stack_file: Path) -> None:
         if now is not None and now.processes[0].process != before.processes[0].process:
             break
         time.sleep(0.02)
-    with httpx.Client(transport=httpx.HTTPTransport(retries=10), trust_env=False) as client:
+    with httpx.Client(
+        transport=httpx.HTTPTransport(retries=10), trust_env=False, timeout=HANG_S
+    ) as client:
         status = client.get(f"{found['daemon']['metrics_url']}/health")
 
     assert status.status_code == 200

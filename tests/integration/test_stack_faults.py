@@ -26,6 +26,7 @@ from kvkeep.stack.record import (
 from kvkeep.stack.spec import StackSpec
 from kvkeep.stack.supervisor import Stack
 from tests.integration.test_stack import BROKEN_ENGINE, fake_stack, kvkeep, running, spec_of
+from tests.waiting import HANG_S
 
 # A program whose child, in the same session, holds the shared memory that the program made.
 SHARER = """
@@ -58,7 +59,7 @@ def outside_file(tmp_path: Path, model: Path, *, daemon: str = "pool_bytes: 16Mi
     file = tmp_path / "s.yaml"
     file.write_text(
         f"model: {model}\nstate_dir: {tmp_path}/state\ndaemon: {{{daemon}}}\n"
-        "start_timeout_s: 40\nengines: [{name: a, url: 'http://127.0.0.1:9'}]\n"
+        "start_timeout_s: 90\nengines: [{name: a, url: 'http://127.0.0.1:9'}]\n"
     )
     return file
 
@@ -132,7 +133,9 @@ def test_a_restarted_daemon_takes_another_port_if_its_own_is_taken(spec: StackSp
             other.bind(("127.0.0.1", int(before.rpartition(":")[2])))
             other.listen()
             stack.daemon.restart()
-            health = httpx.get(f"{stack.daemon.metrics_url}/health", trust_env=False)
+            health = httpx.get(
+                f"{stack.daemon.metrics_url}/health", trust_env=False, timeout=HANG_S
+            )
         record = read_record(stack.folder)
 
         assert health.status_code == 200

@@ -26,6 +26,7 @@ from tests.integration.daemons import (
     wait_until,
 )
 from tests.integration.test_stack import fake_stack, spec_of
+from tests.waiting import HANG_S
 
 NUM_BLOCKS = 24
 TIERS: dict[str, dict[str, object]] = {
@@ -62,7 +63,7 @@ def status(stack: Stack) -> dict[str, Any]:
 def opened_worker(stack: Stack) -> Iterator[Worker]:
     """A worker, with the daemon's tiers open."""
     with Worker(cast(Daemon, stack.daemon)) as worker:
-        wait_until(lambda: status(stack)["movement"]["is_open"], "tiers open", 20.0)
+        wait_until(lambda: status(stack)["movement"]["is_open"], "tiers open")
         yield worker
 
 
@@ -77,7 +78,7 @@ def store(stack: Stack, worker: Worker, first: int = 0) -> None:
             assert load_right_or_not_at_all(worker, client, hashes) == NUM_BLOCKS
             return num_cascaded(stack) >= goal
 
-        wait_until(is_kept, "cascaded", 30.0)
+        wait_until(is_kept, "cascaded")
 
 
 def num_cascaded(stack: Stack) -> int:
@@ -93,9 +94,7 @@ def is_served_from_tier(stack: Stack, worker: Worker) -> bool:
     hashes = hashes_of(0, NUM_BLOCKS)
     before = int(status(stack)["counters"]["blocks_promoted"])
     with opened_prefixes(cast(Daemon, stack.daemon), patience_s=5.0) as client:
-        wait_until(
-            lambda: load_right_or_not_at_all(worker, client, hashes) == NUM_BLOCKS, "served", 30.0
-        )
+        wait_until(lambda: load_right_or_not_at_all(worker, client, hashes) == NUM_BLOCKS, "served")
     return int(status(stack)["counters"]["blocks_promoted"]) >= before + NUM_BLOCKS
 
 
@@ -162,10 +161,10 @@ def test_strangers_are_refused(tmp_path: Path, model: Path) -> None:
     daemon = {"pool_bytes": "16MiB", "tiers": tiers}
     with fake_stack(spec_of(tmp_path, model, {"daemon": daemon})) as stack:
         valkey, objects = stack.servers
-        with socket.create_connection(("127.0.0.1", valkey.server.port), 5.0) as connection:
+        with socket.create_connection(("127.0.0.1", valkey.server.port), HANG_S) as connection:
             connection.sendall(b"DBSIZE\r\n")
             assert connection.recv(100).startswith(b"-NOAUTH")
-        answer = httpx.get(f"http://{objects.address}/kvkeep/", trust_env=False)
+        answer = httpx.get(f"http://{objects.address}/kvkeep/", trust_env=False, timeout=HANG_S)
         assert answer.status_code == 403
 
 
@@ -178,16 +177,16 @@ def test_a_server_that_the_file_names_lives_with_the_stack(tmp_path: Path, model
     with fake_stack(spec_of(tmp_path, model, values)) as stack:
         (web,) = stack.named_servers
         url = f"http://127.0.0.1:{web.server.ports['pages']}/"
-        assert httpx.get(url, trust_env=False).status_code == 200
+        assert httpx.get(url, trust_env=False, timeout=HANG_S).status_code == 200
         assert stack.record().processes[0].name == "server web"
         web.process.kill()
         assert stack.ended() == [web]
         web.begin_again()
         wait_until(web.is_restarted, "restarted")
-        assert httpx.get(url, trust_env=False).status_code == 200
+        assert httpx.get(url, trust_env=False, timeout=HANG_S).status_code == 200
     assert not (stack.folder / "servers" / "web").exists()
     with pytest.raises(httpx.ConnectError):
-        httpx.get(url, trust_env=False)
+        httpx.get(url, trust_env=False, timeout=HANG_S)
 
 
 def test_a_server_that_ends_at_once_stops_the_start(tmp_path: Path, model: Path) -> None:

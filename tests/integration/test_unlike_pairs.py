@@ -13,7 +13,7 @@ import pytest
 from tests.integration.routers import ROUTE, Announced, environment
 from tests.servers.processes import free_port
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def prefix() -> str:
 
 @pytest.fixture
 def tier(server: ValkeyServer, prefix: str) -> Iterator[ValkeyTier]:
-    tier = ValkeyTier(ValkeySettings(url=server.url, prefix=prefix))
+    tier = ValkeyTier(ValkeySettings(url=server.url, prefix=prefix, timeout_s=60.0))
     yield tier
     tier.close()
 
@@ -56,7 +56,7 @@ def tier(server: ValkeyServer, prefix: str) -> Iterator[ValkeyTier]:
 class TestValkeyTier(TierContract):
     @pytest.fixture
     def tier(self, server: ValkeyServer, prefix: str) -> Iterator[Tier]:
-        tier = ValkeyTier(ValkeySettings(url=server.url, prefix=prefix))
+        tier = ValkeyTier(ValkeySettings(url=server.url, prefix=prefix, timeout_s=60.0))
         yield tier
         tier.close()
 
@@ -64,7 +64,9 @@ class TestValkeyTier(TierContract):
 class TestValkeyTierOnUnixSocket(TierContract):
     @pytest.fixture
     def tier(self, server: ValkeyServer, prefix: str) -> Iterator[Tier]:
-        tier = ValkeyTier(ValkeySettings(url=f"unix://{server.unix_path}", prefix=prefix))
+        tier = ValkeyTier(
+            ValkeySettings(url=f"unix://{server.unix_path}", prefix=prefix, timeout_s=60.0)
+        )
         yield tier
         tier.close()
 
@@ -81,7 +83,9 @@ class TestValkeyTierOverTls(TierContract):
     @pytest.fixture
     def tier(self, door: TlsDoor, prefix: str) -> Iterator[Tier]:
         url = f"valkeys://127.0.0.1:{door.port}"
-        tier = ValkeyTier(ValkeySettings(url=url, ca_file=door.ca_file, prefix=prefix))
+        tier = ValkeyTier(
+            ValkeySettings(url=url, ca_file=door.ca_file, prefix=prefix, timeout_s=60.0)
+        )
         yield tier
         tier.close()
 
