@@ -256,10 +256,19 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model.pass_time(self.model.now_s + seconds)
         self.handle(on.TimePassed())
 
-    @rule(document=st.sampled_from(DOCUMENTS), num_blocks=st.integers(1, 4))
-    def corrupt(self, document: list[int], num_blocks: int) -> None:
+    @rule(
+        document=st.sampled_from(DOCUMENTS),
+        num_blocks=st.integers(1, 4),
+        event=st.sampled_from([on.BlocksFoundCorrupt, on.BlocksDropped]),
+    )
+    def corrupt(
+        self,
+        document: list[int],
+        num_blocks: int,
+        event: type[on.BlocksFoundCorrupt] | type[on.BlocksDropped],
+    ) -> None:
         idxs = document[:num_blocks]
-        self.handle(on.BlocksFoundCorrupt(NAMESPACE, 0, [HASHES[idx] for idx in idxs]))
+        self.handle(event(NAMESPACE, 0, [HASHES[idx] for idx in idxs]))
         for cell in [self.model.find(KEYS[idx]) for idx in idxs]:
             if cell is not None and cell.is_ready:
                 cell.unlist()

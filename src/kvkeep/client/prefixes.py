@@ -280,6 +280,24 @@ class PrefixClient:
         """Tell the daemon how a handoff to or from this engine went."""
         self._send(m.ReportHandoff(outcome, num_missed, wait_us))
 
+    @property
+    def session(self) -> object:
+        """What changes when the daemon has to be told everything anew; None without one."""
+        return self._current()
+
+    def keep_cartridge(
+        self,
+        cartridge_id: str,
+        digest: str,
+        namespace: Namespace,
+        hashes: Sequence[BlockHash],
+        *,
+        is_pinned: bool,
+    ) -> None:
+        """Tell the daemon that these are a cartridge's blocks, and whether they are to stay."""
+        joined = codec.join_hashes(hashes[: m.HASHES_MAX])
+        self._send(m.KeepCartridge(cartridge_id, digest, namespace, 0, joined, is_pinned))
+
     def _send(self, message: m.Message) -> None:
         connection = self._current()
         if connection is None:

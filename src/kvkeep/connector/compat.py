@@ -132,6 +132,51 @@ def new_block_ids(scheduler_output: Any) -> Mapping[str, tuple[bool, tuple[list[
     return found
 
 
+def input_processor() -> Any:
+    """The class that every rendered prompt passes in the front-end; None where there is none."""
+    try:
+        from vllm.v1.engine.input_processor import InputProcessor
+    except ImportError:
+        return None
+    return InputProcessor
+
+
+def client_error(sentence: str) -> Exception:
+    """What vLLM answers with status 400 and this sentence: in 0.32 no ``ValueError`` any more."""
+    try:
+        from vllm.exceptions import VLLMValidationError
+    except ImportError:
+        return ValueError(sentence)
+    error: Exception = VLLMValidationError(sentence)
+    return error
+
+
+def attention_layers(vllm_config: Any) -> Mapping[str, Any]:
+    """The engine's attention layers by name, in the model's order.
+
+    vllm 0.26 to 0.33: every attention layer registers itself there when it is made
+    (model_executor/layers/attention).
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    return {name: layers[name] for name in sorted(layers, key=_numbers_in)}
+
+
+def _numbers_in(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in name.split(".") if part.isdigit())
+
+
+def salt(request: Any, value: str | None) -> None:
+    """Give a request another salt in vLLM's own prefix cache, before its next lookup there."""
+    request.cache_salt = value
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def read_cache(request: Any) -> None:
+    """Have vLLM ask the connector also for a request that is to compute its whole prompt."""
+    request.skip_reading_prefix_cache = False
+
+
 def is_finished_well(request: Any) -> bool:
     """Whether a request that ended was answered: not aborted, not given up."""
     return request.status.name in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")

@@ -39,6 +39,28 @@ class StoreJob:
 
 
 @dataclass(slots=True)
+class DepositJob:
+    """Leading blocks of a cartridge that every rank brings to the pool, its heads of them."""
+
+    job_id: int
+    path: str
+    """Of its file."""
+    digest: str
+    """Of its manifest; a file with another is not used."""
+    hashes: bytes
+    """Names of the blocks, from the first on."""
+
+
+@dataclass(slots=True)
+class DepositResult:
+    """How a deposit went on some ranks."""
+
+    num_ranks: int
+    error: str = ""
+    """Why it did not, in words."""
+
+
+@dataclass(slots=True)
 class StepMetadata(KVConnectorMetadata):
     """From the scheduler side to every rank."""
 
@@ -56,6 +78,8 @@ class StepMetadata(KVConnectorMetadata):
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreJob] = field(default_factory=list)
     """Blocks of earlier steps."""
+    deposits: list[DepositJob] = field(default_factory=list)
+    """Cartridges that requests wait for."""
 
 
 @dataclass(slots=True)
@@ -80,6 +104,8 @@ class StepReport(KVConnectorWorkerMetadata):
     """By request id; a block counts as loaded only if every rank loaded it."""
     finished_stores: dict[int, int] = field(default_factory=dict)
     """Job id to the number of ranks that are done with its blocks."""
+    deposits: dict[int, DepositResult] = field(default_factory=dict)
+    """By job id; of the ranks that are done with it."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         """Merge another rank's report into this one."""
@@ -87,10 +113,17 @@ class StepReport(KVConnectorWorkerMetadata):
         self.step = max(self.step, other.step)
         for job_id, num_ranks in other.finished_stores.items():
             self.finished_stores[job_id] = self.finished_stores.get(job_id, 0) + num_ranks
+        for job_id, deposit in other.deposits.items():
+            known = self.deposits.get(job_id)
+            self.deposits[job_id] = deposit if known is None else _join(known, deposit)
         for req_id, result in other.loads.items():
             mine = self.loads.get(req_id)
             self.loads[req_id] = result if mine is None else _merge(mine, result)
         return self
+
+
+def _join(mine: DepositResult, other: DepositResult) -> DepositResult:
+    return DepositResult(mine.num_ranks + other.num_ranks, mine.error or other.error)
 
 
 def _merge(mine: LoadResult, other: LoadResult) -> LoadResult:

@@ -5,6 +5,7 @@ here, the engine answers as if kvkeep were not there. Importing this module star
 vLLM imports it in its front-end process too.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -14,6 +15,11 @@ import vllm.distributed.kv_transfer.kv_connector.v1.base as base
 from kvkeep.client.link import Link
 from kvkeep.client.prefixes import PrefixClient
 from kvkeep.connector import compat
+from kvkeep.connector.cartridges.depositor import Depositor
+from kvkeep.connector.cartridges.insertion import install
+from kvkeep.connector.cartridges.parts import make_depositor, make_library
+from kvkeep.connector.cartridges.serving_side import ServingSide
+from kvkeep.connector.cartridges.uses import claim_to_fail
 from kvkeep.connector.identity import (
     Unsupported,
     check_policy,
@@ -84,6 +90,10 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             self._layout = stored_layout(self._engine_layout, self._form)
             self._namespace = derive(vllm_config, self._layout, self._settings, self._secret)
         except Unsupported as reason:
+            if self._settings.cartridges:
+                raise InputError(
+                    f"this engine can't serve cartridges ({reason}): leave cartridges out"
+                ) from reason
             log.error("kvkeep is switched off for this engine: %s", reason)  # noqa: TRY400
             return
         if role == base.KVConnectorRole.SCHEDULER:
@@ -102,7 +112,11 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             lease_s=self._settings.lease_s,
             patience_s=self._settings.patience_ms / 1e3,
         )
-        side = SchedulerSide(
+        make_side: Callable[..., SchedulerSide] = SchedulerSide
+        if self._settings.serves_cartridges:
+            library = make_library(self._config, self._cache_config, self._settings, words)
+            make_side = functools.partial(ServingSide, library=library)
+        side = make_side(
             namespace=namespace,
             block_tokens=self._layout.block_tokens,
             num_ranks=self._config.parallel_config.tensor_parallel_size,
@@ -149,7 +163,11 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
-        """Head-major, so that a head of a block is one run of bytes."""
+        """Head-major, so that a head of a block is one run of bytes.
+
+        vLLM asks this in its front-end too, also where no entry point of ours was run.
+        """
+        install()
         return compat.head_major_layout()
 
     # ---- scheduler side
@@ -173,6 +191,8 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         if side is None:
             return 0, False
         miss: int | None = 0
+        if self._settings.cartridges:
+            miss = claim_to_fail(request, self._layout.block_tokens)
         found = self._guard(lambda: side.match(request, num_computed_tokens), miss)
         return found, False
 
@@ -299,6 +319,8 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
             lease_s=self._settings.lease_s,
             patience_s=self._settings.patience_ms / 1e3,
         )
+        if self._settings.serves_cartridges:
+            worker.depositor = self._make_depositor(memory, attachment)
         self._worker = worker
         if found is None:
             log.warning("no kvkeep daemon at %s: the engine serves without, and joins it later",
@@ -306,7 +328,17 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
         elif self._guard(worker.prove_pool, None) is not None:
             log.info("kvkeep serves: layers, heads and pool proven by the start-up canary")
 
-    def _make_mover(self, memory: Any) -> BlockMover:
+    def _make_depositor(self, memory: Any, attachment: Attachment) -> Depositor:
+        return make_depositor(
+            attachment,
+            memory,
+            functools.partial(self._make_mover, may_read_pool=False),
+            layers=compat.attention_layers(self._config),
+            clock=self._clock,
+            settings=self._settings,
+        )
+
+    def _make_mover(self, memory: Any, *, may_read_pool: bool = True) -> BlockMover:
         if memory.device.type == "cpu":
             if self._form is not None:
                 return FormMover(memory, self._form)
@@ -316,7 +348,7 @@ class KvkeepConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignor
                 f"kv_form {self._settings.kv_form} needs an engine whose KV lies in host memory, "
                 f"and this one's lies on {memory.device.type}: leave kv_form out"
             )
-        if self._settings.gpu_copies == "direct":
+        if self._settings.gpu_copies == "direct" and may_read_pool:
             from kvkeep.connector.worker.direct_mover import DirectMover
 
             if DirectMover.fits(memory):

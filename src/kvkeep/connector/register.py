@@ -4,12 +4,15 @@ NAME = "KvkeepConnector"
 
 
 def register() -> None:
-    """Make the connector known by name; safe to call again.
+    """Make the connector known by name, and cartridges to the front-end; safe to call again.
 
     MultiConnector looks children up by their registered class name (vllm 0.32,
     multi_connector.py), so the name is registered even for users of the module path.
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
+    from kvkeep.connector.cartridges.insertion import install
+
     if NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(NAME, "kvkeep.connector.plugin", NAME)
+    install()

@@ -106,7 +106,7 @@ class SchedulerSide:
         """A request arrived: ask for its prefix, so that the answer is there when it runs."""
         leg = self._handoffs.find_leg(request)
         try:
-            extras = find_extras(request, self._adapters)
+            extras = self._extras_of(request)
         except Unsupported as reason:
             log.info("kvkeep passes request %s by: %s", request.request_id, reason)
             if leg is not None:
@@ -124,6 +124,9 @@ class SchedulerSide:
             state.is_handed = state.awaited is not None
         self._requests[request.request_id] = state
         self._ask(state)
+
+    def _extras_of(self, request: Any) -> dict[str, str]:
+        return find_extras(request, self._adapters)
 
     def _ask(self, state: RequestState) -> None:
         state.is_asked = True

@@ -1,10 +1,12 @@
 """What ``kv_connector_extra_config`` may hold."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from kvkeep.cartridges.store.library import default_folder
 from kvkeep.model.errors import InputError
 from kvkeep.model.settings.wording import wording_of
 
@@ -26,7 +28,15 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """How blocks are stored: ``exact``, to the bit, or ``int8``, in half the bytes, with values off
     by up to a 127th of the largest among 64. Part of the namespace; engines on CPUs only."""
     cartridges: bool = False
-    """This engine serves prepended cartridges: failed loads must fail the request."""
+    """This engine serves cartridges, also those that are put in front of prompts: a request that
+    can't have its cartridge fails, so kv_load_failure_policy has to be ``fail``."""
+    cartridge_library: str = ""
+    """Folder of the registry whose cartridges requests may name; empty: this user's own, if
+    ``cartridges`` is set. Alone it serves those whose text the prompt holds; where one can't be
+    had the text is computed."""
+    cartridge_keys: list[str] = []
+    """Files with public keys in PEM, one of which has to have signed a cartridge; none: it need
+    not be signed."""
     store: bool = True
     """Whether blocks are stored."""
     load: bool = True
@@ -55,6 +65,17 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     layer by layer under the forward pass (docs/performance.md says what was measured)."""
     store_jobs_max: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
     """Store jobs in flight; further blocks are not stored."""
+
+    @property
+    def serves_cartridges(self) -> bool:
+        """Whether requests may name cartridges."""
+        return self.cartridges or bool(self.cartridge_library)
+
+    @property
+    def library_folder(self) -> Path:
+        """Where the registry lies whose cartridges requests may name."""
+        named = self.cartridge_library
+        return Path(named).expanduser() if named else default_folder()
 
 
 def load_settings(extra: Mapping[str, Any]) -> ConnectorSettings:

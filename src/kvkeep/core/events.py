@@ -91,6 +91,15 @@ class BlocksFoundCorrupt:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksDropped:
+    """Someone wants these blocks gone; those that are lent go when their leases end."""
+
+    namespace: Namespace
+    group_idx: int
+    hashes: Sequence[BlockHash]
+
+
+@dataclass(frozen=True, slots=True)
 class HolderLeft:
     """A session ended. Its process may still run, and its copies with it."""
 
@@ -153,6 +162,7 @@ Event = (
     | StoreAsked
     | StoreFinished
     | BlocksFoundCorrupt
+    | BlocksDropped
     | HolderLeft
     | HolderQuiet
     | BlockRecovered

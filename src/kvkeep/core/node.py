@@ -69,6 +69,7 @@ class NodeState:
             on.StoreAsked: self._store_asked,
             on.StoreFinished: self._store_finished,
             on.BlocksFoundCorrupt: self._blocks_found_corrupt,
+            on.BlocksDropped: self._blocks_dropped,
             on.HolderLeft: self._holder_left,
             on.HolderQuiet: self._holder_quiet,
             on.BlockRecovered: self._block_recovered,
@@ -346,12 +347,18 @@ class NodeState:
             effects.append(do.MarkFree(idx))
         return effects
 
-    def _blocks_found_corrupt(self, event: on.BlocksFoundCorrupt, _now_s: float) -> list[do.Effect]:
+    def _ready_of(self, event: on.BlocksFoundCorrupt | on.BlocksDropped) -> list[Slot]:
         hashes = dict.fromkeys(event.hashes)
         found = [self.ledger.find(BlockKey(event.namespace, h, event.group_idx)) for h in hashes]
-        bad = [slot for slot in found if slot is not None and slot.state is BlockState.READY]
+        return [slot for slot in found if slot is not None and slot.state is BlockState.READY]
+
+    def _blocks_found_corrupt(self, event: on.BlocksFoundCorrupt, _now_s: float) -> list[do.Effect]:
+        bad = self._ready_of(event)
         self.counters["blocks_corrupt"] += len(bad)
         return self._doom(bad)
+
+    def _blocks_dropped(self, event: on.BlocksDropped, _now_s: float) -> list[do.Effect]:
+        return self._doom(self._ready_of(event))
 
     def _clear_asked(self, event: on.ClearAsked, _now_s: float) -> list[do.Effect]:
         ready = self.ledger.ready_slots()

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 import kvkeep
+from kvkeep.daemon.cartridges.residents import Residents
 from kvkeep.daemon.movement.movement import Movement
 from kvkeep.daemon.sequences.listener import SequenceListener
 from kvkeep.daemon.shell import Shell
@@ -93,6 +94,7 @@ class Metrics(Collector):
         self._own = dict.fromkeys(COUNTERS, 0)
         self.movement: Movement | None = None
         self.sequences: SequenceListener | None = None
+        self.residents = Residents(shell)
         self.num_sessions = 0
         """Kept by the server."""
 
@@ -178,6 +180,7 @@ class Metrics(Collector):
             "sequences": None if self.sequences is None else self.sequences.status(),
             "workers": self._shell.num_workers,
             "tenants": self.tenants(),
+            "cartridges": self.residents.describe(),
             "gauges": self.gauges(),
             "counters": self.counters(),
         }

@@ -16,6 +16,7 @@ from typing import cast
 
 from kvkeep.core import effects as do
 from kvkeep.core import events as on
+from kvkeep.daemon.cartridges.residents import Resident
 from kvkeep.daemon.metrics import Metrics
 from kvkeep.daemon.misses import Misses
 from kvkeep.daemon.movement.inspection import Inspection
@@ -66,6 +67,7 @@ class Server:
         self.movement = movement
         self.inspection = Inspection(shell, movement)
         self.misses = Misses(shell, movement, clock)
+        self.residents = metrics.residents
         self.sessions: set[SessionProtocol] = set()
         self.num_questions = 0
         """About tiers, that are being answered."""
@@ -194,6 +196,10 @@ class SessionProtocol(asyncio.Protocol):
                 self._explain(message)
             case m.Prefetch():
                 self._prefetch(message)
+            case m.KeepCartridge():
+                self._keep_cartridge(message)
+            case m.DropCartridge():
+                self._drop_cartridge(message)
 
     def _deadline_s(self, lease_s: float) -> float:
         lease_s_max = self._server.settings.lease_s_max
@@ -415,6 +421,7 @@ class SessionProtocol(asyncio.Protocol):
         )
         self._send(m.Cleared(message.request_id, cleared, kept))
         self._server.misses.cleared()
+        self._server.residents.cleared()
 
     # ---- questions of people
 
@@ -450,7 +457,29 @@ class SessionProtocol(asyncio.Protocol):
         async for part in self._server.inspection.clear(message.tiers):
             if part["tier"] == POOL:
                 self._server.misses.cleared()
+                self._server.residents.cleared()
             yield part
+
+    def _keep_cartridge(self, message: m.KeepCartridge) -> None:
+        hashes = codec.split_hashes(message.hashes)
+        told = Resident(
+            message.cartridge_id,
+            message.digest,
+            Namespace(message.namespace),
+            message.group_idx,
+            hashes,
+        )
+        self._server.residents.keep(told, is_pinned=message.is_pinned)
+
+    def _drop_cartridge(self, message: m.DropCartridge) -> None:
+        try:
+            num_blocks = self._server.residents.drop(
+                message.cartridge_id, is_forced=message.is_forced
+            )
+        except (InputError, RefusedError) as error:
+            self._tell(message.request_id, {"error": str(error)})
+            return
+        self._tell(message.request_id, {"dropped": num_blocks})
 
     def _explain(self, message: m.Explain) -> None:
         misses = self._server.misses

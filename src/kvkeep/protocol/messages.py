@@ -219,6 +219,29 @@ class ReportHandoff(Message, frozen=True, tag=15):
     """Microseconds from the first look for the blocks to the last."""
 
 
+class KeepCartridge(Message, frozen=True, tag=16):
+    """These blocks are a cartridge's. No answer."""
+
+    cartridge_id: Name
+    digest: Name
+    """Of its manifest."""
+    namespace: Namespace
+    group_idx: GroupIdx
+    hashes: Hashes
+    """From its first block on."""
+    is_pinned: bool
+    """Whether they are to stay in the pool."""
+
+
+class DropCartridge(Message, frozen=True, tag=17):
+    """Forget a cartridge's blocks. Answer: Told."""
+
+    request_id: Id
+    cartridge_id: Name
+    is_forced: bool
+    """Also if it is in use, or pinned."""
+
+
 # ---- to the client
 
 
@@ -331,6 +354,8 @@ ToDaemon = (
     | Explain
     | Prefetch
     | ReportHandoff
+    | KeepCartridge
+    | DropCartridge
 )
 ToClient = (
     Welcome

@@ -29,6 +29,8 @@ _REQUESTS: tuple[type[m.Message], ...] = (
     m.Explain,
     m.Prefetch,
     m.ReportHandoff,
+    m.KeepCartridge,
+    m.DropCartridge,
 )
 
 TRANSITIONS: dict[SessionState, dict[type[m.Message], SessionState]] = {

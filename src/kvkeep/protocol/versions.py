@@ -1,9 +1,9 @@
 """Versions of the wire format, and what each one changed."""
 
-VERSION = 3
+VERSION = 4
 """What this code speaks."""
 
-SUPPORTED = frozenset({3})
+SUPPORTED = frozenset({4})
 """What this code understands. A peer that speaks another is refused by name."""
 
 CHANGES = {
@@ -11,4 +11,5 @@ CHANGES = {
     2: "Welcome names the longest lease; an Acquire is answered again when blocks are on their "
     "way; tiers can be listed, verified and cleared, misses explained, and prefixes prefetched",
     3: "engines report how handoffs through the pool went",
+    4: "engines say which blocks are a cartridge's; tools list and drop resident cartridges",
 }

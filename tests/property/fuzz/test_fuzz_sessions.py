@@ -49,6 +49,9 @@ MESSAGES = st.one_of(
     st.builds(
         m.ReportHandoff, st.sampled_from(get_args(m.HandoffOutcome)) | st.just("x"), IDS, IDS
     ),
+    st.builds(m.KeepCartridge, st.sampled_from(["a", "b", ""]), st.just("d"), NAMESPACES, IDS,
+              HASH_TEXTS, st.booleans()),
+    st.builds(m.DropCartridge, IDS, st.sampled_from(["a", "b", ""]), st.booleans()),
     st.builds(m.Ping, IDS), st.builds(m.GetStatus, IDS), st.builds(m.Clear, IDS),
 )  # fmt: skip
 HELLO = m.Hello(VERSION, "worker", "one", WIRE_LAYOUT)

@@ -158,6 +158,17 @@ def test_a_block_found_corrupt_is_not_lent_again(host: Host) -> None:
     assert host.node.counters["blocks_corrupt"] == 1
 
 
+def test_a_dropped_block_is_gone_and_not_called_corrupt(host: Host) -> None:
+    """It may be stored anew; whoever reads it ends in peace."""
+    host.store(0)
+
+    host.handle(on.BlocksDropped(NAMESPACE, 0, [HASHES[0], HASHES[5]]))
+
+    assert host.read(0).lease_id == 0
+    assert host.node.ledger.num_free == 4
+    assert host.node.counters["blocks_corrupt"] == 0
+
+
 # ---- storing
 
 

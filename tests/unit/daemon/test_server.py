@@ -341,3 +341,19 @@ async def test_questions_about_tiers_have_a_limit(server: Server) -> None:
     assert server.num_questions == 0
     assert client.say(m.VerifyTier(100, "pool")) == []
     await asyncio.gather(*client.session._waits)
+
+
+async def test_cartridges_are_told_of_and_dropped(server: Server) -> None:
+    """An engine names its blocks; a tool drops them, once."""
+    engine, tool = Client(server), Client(server)
+    engine.greet()
+    tool.greet("tool")
+    told = m.KeepCartridge("ships", "d" * 64, NAMESPACE, 0, HASHES, is_pinned=True)
+
+    assert engine.say(told) == []
+    (resident,) = server.metrics.residents.describe()
+    assert (resident["cartridge_id"], resident["state"]) == ("ships", "absent")
+    assert tool.say(m.DropCartridge(1, "ships", False)) == [m.Told(1, True, '{"dropped": 0}')]
+    (answer,) = tool.say(m.DropCartridge(2, "ships", False))
+    assert isinstance(answer, m.Told)
+    assert "no engine has brought" in answer.text

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvkeep.connector.metadata import LoadJob, LoadResult, StepMetadata, StepReport
+from kvkeep.connector.cartridges.depositor import NO_DEPOSITS, Depositor
+from kvkeep.connector.metadata import (
+    DepositResult,
+    LoadJob,
+    LoadResult,
+    StepMetadata,
+    StepReport,
+)
 from kvkeep.connector.worker.attachment import Attachment, MappedPool
 from kvkeep.connector.worker.canary import run_canary
 from kvkeep.connector.worker.landing import Landing
@@ -80,6 +87,8 @@ class WorkerSide:
         self._done: StepMetadata | None = None
         self._failed_pool: MappedPool | None = None
         self._loading: _Loading | None = None
+        self.depositor: Depositor | None = None
+        """Brings cartridges to the pool; set before the first step."""
 
     # ---- the pool
 
@@ -238,6 +247,7 @@ class WorkerSide:
         Returns:
             True: every store is queued, or skipped and will be reported.
         """
+        self._deposit(metadata)
         if not metadata.stores:
             return True
         after = self._mover.snapshot()
@@ -246,6 +256,17 @@ class WorkerSide:
         while metadata.stores:
             self._stores.submit(metadata.stores.pop(0), metadata.namespace, after)
         return True
+
+    def _deposit(self, metadata: StepMetadata) -> None:
+        while metadata.deposits:
+            job = metadata.deposits.pop(0)
+            is_mine = metadata.base_namespace == self._namespace
+            if self.depositor is None or not is_mine:
+                self._report.deposits[job.job_id] = DepositResult(1, NO_DEPOSITS)
+            elif not self._memory.is_writer:
+                self._report.deposits[job.job_id] = DepositResult(1)
+            else:
+                self.depositor.submit(job, metadata.namespace)
 
     def store_urgent(self, metadata: StepMetadata) -> bool:
         """Queue what another engine waits for; for the begin of a step.
@@ -274,11 +295,16 @@ class WorkerSide:
         report, self._report = self._report, StepReport(self._report.step)
         for job_id in self._stores.poll():
             report.finished_stores[job_id] = 1
+        if self.depositor is not None:
+            report.deposits |= self.depositor.poll()
         is_awaited = self._done is not None and self._done.is_awaited
-        return report if report.loads or report.finished_stores or is_awaited else None
+        is_news = report.loads or report.finished_stores or report.deposits
+        return report if is_news or is_awaited else None
 
     def close(self) -> None:
         """Stop copying and end the session."""
+        if self.depositor is not None:
+            self.depositor.close()
         self._stores.close()
         self._attachment.close()
 
@@ -327,7 +353,9 @@ class IdleWorkerSide:
         """Report every store as over, once."""
         for job in metadata.stores:
             self._report.finished_stores[job.job_id] = 1
-        metadata.stores = []
+        for deposit in metadata.deposits:
+            self._report.deposits[deposit.job_id] = DepositResult(1, NO_DEPOSITS)
+        metadata.stores, metadata.deposits = [], []
 
     def take_bad_block_ids(self) -> set[int]:
         """Engine blocks that vLLM must compute."""
@@ -337,7 +365,7 @@ class IdleWorkerSide:
     def take_report(self) -> StepReport | None:
         """What was declined since the last report."""
         report, self._report = self._report, StepReport(self._report.step)
-        is_news = report.loads or report.finished_stores or self._is_awaited
+        is_news = report.loads or report.finished_stores or report.deposits or self._is_awaited
         return report if is_news else None
 
     def close(self) -> None:

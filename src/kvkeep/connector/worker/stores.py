@@ -44,6 +44,101 @@ class _Queued:
     after: Any
 
 
+class Batches:
+    """Stores blocks of one rank's memory, a lease at a time; the caller's thread waits."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        mover: BlockMover,
+        memory: EngineMemory,
+        clock: Clock,
+        *,
+        lease_s: float,
+        timeout_s: float,
+    ) -> None:
+        self._attachment = attachment
+        self._mover = mover
+        self._memory = memory
+        self._clock = clock
+        self._lease_s = lease_s
+        self._call_timeout_s = timeout_s
+        self.num_declined = 0
+        """Blocks that have no form in which they could be stored."""
+
+    def store(
+        self,
+        connection: Connection,
+        pool: MappedPool,
+        namespace: bytes,
+        hashes: bytes,
+        block_ids: Sequence[int],
+        after: Any,
+    ) -> None:
+        """Store ``BATCH_BLOCKS`` blocks at most; those that are there already are left as they are.
+
+        Args:
+            connection: To the daemon that lent ``pool``.
+            pool: Where to.
+            namespace: Of the blocks.
+            hashes: Of the blocks.
+            block_ids: Where they lie in this rank's memory.
+            after: What the mover's ``snapshot`` returned when they were computed.
+
+        Raises:
+            UnavailableError, RefusedError: The daemon was lost.
+        """
+        asked_s = self._clock.now_s()
+        lease_s = connection.lease_s(self._lease_s)
+        reserved = connection.call(
+            m.Reserve(
+                connection.next_request_id(), namespace, 0, hashes,
+                self._memory.first_head, self._memory.num_heads, lease_s,
+            ),
+            m.Reserved,
+            self._call_timeout_s,
+        )  # fmt: skip
+        if not reserved.lease_id:
+            return
+        slots = split_slots(reserved.slots)
+        granted = [
+            (block_id, slot)
+            for block_id, slot in zip(block_ids, slots, strict=True)
+            if slot != NO_SLOT
+        ]
+        begun_s = self._clock.now_s()
+        is_stored = np.zeros(len(granted), dtype=np.bool_)
+        with self._attachment.copying(connection) as may_begin:
+            # A copy that begins late could still run when the lease is over; a fence would catch
+            # it, but the slots would be out of use until this process says that it is quiet.
+            is_timely = begun_s - asked_s < lease_s / 2
+            is_copied = may_begin and is_timely and pool.view.is_whole()
+            if is_copied:
+                is_stored = self._mover.store(
+                    pool.view, [b for b, _ in granted], [s for _, s in granted], after
+                )
+                self._count_declined(len(granted) - int(np.count_nonzero(is_stored)))
+        store_us = int((self._clock.now_s() - begun_s) * 1e6)
+        committed = connection.call(
+            m.Commit(
+                connection.next_request_id(), reserved.lease_id, is_stored.tobytes(), store_us
+            ),
+            m.Committed,
+            self._call_timeout_s,
+        )
+        if committed.is_fenced:
+            log.warning("kvkeep: a store came too late and was refused. blocks=%d", len(granted))
+
+    def _count_declined(self, num_blocks: int) -> None:
+        if num_blocks:
+            self.num_declined += num_blocks
+            log.warning(
+                "kvkeep: blocks with values that are not finite are not stored. blocks=%d total=%d",
+                num_blocks,
+                self.num_declined,
+            )
+
+
 class StoreThread:
     """Works through store jobs in order."""
 
@@ -58,19 +153,21 @@ class StoreThread:
         patience_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._attachment = attachment
-        self._mover = mover
-        self._memory = memory
-        self._clock = clock
-        self._lease_s = lease_s
         self._call_timeout_s = max(CALL_TIMEOUT_S, patience_s)
-        self.num_declined = 0
-        """Blocks that have no form in which they could be stored."""
+        self._batches = Batches(
+            attachment, mover, memory, clock, lease_s=lease_s, timeout_s=self._call_timeout_s
+        )
         # Bounded by the scheduler side, which counts the jobs in flight (store_jobs_max).
         self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
         self._finished: deque[int] = deque()
         self._has_news = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvkeep-store", daemon=True)
         self._thread.start()
+
+    @property
+    def num_declined(self) -> int:
+        """Blocks that have no form in which they could be stored."""
+        return self._batches.num_declined
 
     def submit(self, job: StoreJob, namespace: bytes, after: Any) -> None:
         """Queue a job; ``poll`` will name it exactly once."""
@@ -128,65 +225,9 @@ class StoreThread:
             if connection is None or pool is None or not pool.is_proven:
                 return
             try:
-                self._store_batch(connection, pool, queued, hashes, block_ids)
+                self._batches.store(
+                    connection, pool, queued.namespace, hashes, block_ids, queued.after
+                )
             except (UnavailableError, RefusedError) as error:
                 self._attachment.link.lost(connection, error)
                 return
-
-    def _store_batch(
-        self,
-        connection: Connection,
-        pool: MappedPool,
-        queued: _Queued,
-        hashes: bytes,
-        block_ids: Sequence[int],
-    ) -> None:
-        asked_s = self._clock.now_s()
-        lease_s = connection.lease_s(self._lease_s)
-        reserved = connection.call(
-            m.Reserve(
-                connection.next_request_id(), queued.namespace, 0, hashes,
-                self._memory.first_head, self._memory.num_heads, lease_s,
-            ),
-            m.Reserved,
-            self._call_timeout_s,
-        )  # fmt: skip
-        if not reserved.lease_id:
-            return
-        slots = split_slots(reserved.slots)
-        granted = [
-            (block_id, slot)
-            for block_id, slot in zip(block_ids, slots, strict=True)
-            if slot != NO_SLOT
-        ]
-        begun_s = self._clock.now_s()
-        is_stored = np.zeros(len(granted), dtype=np.bool_)
-        with self._attachment.copying(connection) as may_begin:
-            # A copy that begins late could still run when the lease is over; a fence would catch
-            # it, but the slots would be out of use until this process says that it is quiet.
-            is_timely = begun_s - asked_s < lease_s / 2
-            is_copied = may_begin and is_timely and pool.view.is_whole()
-            if is_copied:
-                is_stored = self._mover.store(
-                    pool.view, [b for b, _ in granted], [s for _, s in granted], queued.after
-                )
-                self._count_declined(len(granted) - int(np.count_nonzero(is_stored)))
-        store_us = int((self._clock.now_s() - begun_s) * 1e6)
-        committed = connection.call(
-            m.Commit(
-                connection.next_request_id(), reserved.lease_id, is_stored.tobytes(), store_us
-            ),
-            m.Committed,
-            self._call_timeout_s,
-        )
-        if committed.is_fenced:
-            log.warning("kvkeep: a store came too late and was refused. blocks=%d", len(granted))
-
-    def _count_declined(self, num_blocks: int) -> None:
-        if num_blocks:
-            self.num_declined += num_blocks
-            log.warning(
-                "kvkeep: blocks with values that are not finite are not stored. blocks=%d total=%d",
-                num_blocks,
-                self.num_declined,
-            )

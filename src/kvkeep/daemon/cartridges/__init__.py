@@ -1,0 +1,1 @@
+"""Which blocks of the pool are cartridges, and which of these stay."""
