@@ -55,7 +55,8 @@ REST_S = 2.0
 
 def bytes_per_token(config: dict[str, Any]) -> int:
     """KV of a token, all layers, in bf16."""
-    heads, size = config["num_key_value_heads"], config["head_dim"]
+    heads = config["num_key_value_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return int(config["num_hidden_layers"] * heads * size * 2 * 2)
 
 
