@@ -12,6 +12,14 @@ from kvkeep.model.errors import InputError
 PREFIX: Final = "kvkeep-cartridge:"
 
 
+def client_part(digest: str, salt: str | None) -> str | None:
+    """What a client itself said, of a salt into which a router may have put its cartridge."""
+    whole = PREFIX + digest
+    if not salt or salt == whole:
+        return None
+    return salt.removeprefix(f"{whole}:") or None
+
+
 def salted(digest: str, own: str | None = None) -> str:
     """The salt of a request that gets a cartridge; a salt that says so already stays as it is.
 

@@ -11,6 +11,7 @@ import logging
 from concurrent.futures import Future
 from typing import Any
 
+from kvkeep.cartridges.dispatch.salting import client_part
 from kvkeep.cartridges.store.claims import Asked, claim, find_asked
 from kvkeep.cartridges.store.library import Checked, Library
 from kvkeep.connector import compat
@@ -117,8 +118,9 @@ class ServingSide(SchedulerSide):
         if use is None or use.checked is None:
             return extras
         extras.pop("salt", None)
-        if use.own_salt:
-            extras["salt"] = use.own_salt
+        own = client_part(use.checked.digest, use.own_salt)
+        if own:
+            extras["salt"] = own
         # A tag of its own: no client can write it, whatever salt it sends.
         return extras | {"cartridge": use.checked.digest}
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvkeep.cartridges.dispatch.salting import PREFIX, client_part
 from kvkeep.cartridges.store.claims import FIELD, INSERTED, MODE, Asked, Claim
 from kvkeep.cartridges.store.library import Checked
 from kvkeep.connector import compat
@@ -17,7 +18,7 @@ from kvkeep.connector.metadata import DepositJob, DepositResult
 from kvkeep.model.clock import Clock
 from kvkeep.model.ids import BlockHash
 
-SALT = "kvkeep-cartridge:"
+SALT = PREFIX
 """How the salt of a request begins that runs on a cartridge, in the engine's own prefix cache."""
 CLIENT_SALT = "kvkeep-client:"
 """Put before a client's own salt that looks like one of ours."""
@@ -117,10 +118,8 @@ class Deposits:
 
 def salt_of(digest: str, own_salt: str | None) -> str:
     """Under what a request's blocks lie in the engine's own prefix cache."""
-    whole = SALT + digest
-    if not own_salt or own_salt == whole:
-        return whole
-    return own_salt if own_salt.startswith(f"{whole}:") else f"{whole}:{own_salt}"
+    own = client_part(digest, own_salt)
+    return f"{SALT}{digest}:{own}" if own else SALT + digest
 
 
 def keep_apart(request: Any) -> None:

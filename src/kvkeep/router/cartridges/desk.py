@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import platformdirs
 
 from kvkeep.cartridges.dispatch.asked import EXTRA_BODY, PARAMS, Asked, of_body
 from kvkeep.cartridges.dispatch.catalogue import Catalogue, Known, read_catalogue
@@ -19,6 +18,7 @@ from kvkeep.cartridges.dispatch.dispatcher import Dispatcher, UnknownCartridgeEr
 from kvkeep.cartridges.dispatch.rules import ID_KEY, headers_of
 from kvkeep.cartridges.dispatch.salting import salted
 from kvkeep.cartridges.registry import Registry
+from kvkeep.cartridges.store.library import default_folder
 from kvkeep.model.errors import InputError, UnavailableError
 from kvkeep.router.cartridges.holders import Holders
 from kvkeep.router.cartridges.outcomes import FOUND, DispatchRefusal
@@ -45,9 +45,7 @@ _decoder = msgspec.json.Decoder(_Fields)
 
 def library_folder(settings: CartridgeSettings) -> Path:
     """Folder of the registry, default applied."""
-    if settings.library:
-        return Path(settings.library)
-    return platformdirs.user_data_path("kvkeep") / "cartridges"
+    return Path(settings.library) if settings.library else default_folder()
 
 
 class CartridgeDesk:

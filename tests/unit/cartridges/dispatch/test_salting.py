@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvkeep.cartridges.dispatch.salting import salted
+from kvkeep.cartridges.dispatch.salting import client_part, salted
 from kvkeep.model.errors import InputError
 
 
@@ -30,3 +30,11 @@ def test_the_salt_of_another_cartridge_is_refused() -> None:
     for stolen in ("kvkeep-cartridge:d2", "kvkeep-cartridge:d1x", "kvkeep-cartridge:"):
         with pytest.raises(InputError, match="leave it out"):
             salted("d1", stolen)
+
+
+def test_what_a_client_said_is_found_again() -> None:
+    """In a salt that a router made, and in one that none did."""
+    for own in (None, "alice", "alice:d1"):
+        assert client_part("d1", salted("d1", own)) == own
+        assert client_part("d1", own) == own
+    assert client_part("d1", "") is None

@@ -87,6 +87,16 @@ def test_the_engines_own_cache_keeps_cartridges_apart() -> None:
     assert engine.fake.asked[1] == cartridge_hashes(4, salt="own")
 
 
+@pytest.mark.parametrize(("own", "suffix"), [(None, ""), ("own", ":own")])
+def test_behind_a_router_that_salts_its_blocks_are_the_same(own: str | None, suffix: str) -> None:
+    """A cartridge lies in the pool once, whether its requests came past a router or not."""
+    engine = stocked()
+    request = engine.ask("a", salt=f"{SALT}{DIGEST}{suffix}")
+
+    assert request.cache_salt == f"{SALT}{DIGEST}{suffix}"
+    assert engine.fake.asked == [cartridge_hashes(4, **({"salt": own} if own else {}))]
+
+
 @pytest.mark.parametrize("salt", [f"{SALT}{DIGEST}", f"{SALT}{DIGEST}:own", f"{CLIENT_SALT}x"])
 def test_no_client_names_a_cartridges_blocks_by_a_salt(salt: str) -> None:
     """A request that names no cartridge, and sends its salt, meets neither it nor another."""
