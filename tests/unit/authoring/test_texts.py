@@ -33,6 +33,7 @@ def test_a_chat_that_begins_with_the_text_begins_with_its_ids(role: str) -> None
     [
         (None, "a", "has no chat template: build without --role"),
         ("{{ messages[0]['content'] | trim | upper }}", "a", "does not keep a user's text"),
+        ("{{ messages[0]['content'] | replace('x', 'y') }}", "x", "does not keep a user's text"),
         ("{{ raise_exception('no') }}", "a", "refuses the text"),
         ("{{ messages[0]['content'] }}", "a\u2402seam\u2402", "which kvkeep needs itself"),
     ],

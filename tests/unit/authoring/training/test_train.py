@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from kvkeep.authoring.training.distill import lessons_of_step
+from kvkeep.authoring.training.folder import opened
 from kvkeep.authoring.training.settings import TrainingSettings
+from kvkeep.authoring.training.teacher import answer_loss
 from kvkeep.authoring.training.train import Course, Stopped, train
 from kvkeep.model.errors import InputError, RefusedError
 from tests.unit.authoring.tiny import TEXT, tiny_author, tiny_model
@@ -62,6 +65,32 @@ def test_a_stopped_training_goes_on_to_the_same_end(tmp_path: Path, after: str) 
 
     assert list(gone_on.built.contents.layers) == list(straight.built.contents.layers)
     assert gone_on.record == straight.record
+
+
+def test_what_is_held_out_is_never_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every eighth conversation is judged alone, and all others are learnt."""
+    learnt: list[list[int]] = []
+    judged: list[list[int]] = []
+
+    def chosen(lessons: Any, *args: Any) -> Any:
+        learnt.extend(each.token_ids for each in lessons)
+        return lessons_of_step(lessons, *args)
+
+    def reckoned(model: Any, layers: Any, asked: Any) -> float:
+        judged.extend(each.token_ids for each in asked)
+        return answer_loss(model, layers, asked)
+
+    monkeypatch.setattr("kvkeep.authoring.training.train.lessons_of_step", chosen)
+    monkeypatch.setattr("kvkeep.authoring.training.train.answer_loss", reckoned)
+    train(course(), tmp_path)
+    with opened(tmp_path) as folder:
+        made = [each.token_ids for each in folder.conversations()]
+
+    held_out = made[7::8]
+    assert [each for each in made if each in judged] == held_out
+    assert [each for each in made if each not in learnt] == held_out
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
