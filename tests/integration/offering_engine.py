@@ -35,7 +35,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Do what the engine is told to."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        if len(body) < length:
+            return  # whoever sent it left, and no engine takes a part for the whole
         engine = self.server
         with engine.lock:
             engine.bodies.append(body)

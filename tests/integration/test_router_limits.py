@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.gated_engine import Gate, Got, chat, gated_engines
 from tests.integration.routers import Announced, router, workers
+from tests.waiting import HANG_S
 
 SECRET = "sk-0123456789abcdef"
 RUNNING_MAX, WAITING_MAX = 100, 100
@@ -137,6 +138,24 @@ async def test_keys_have_limits_of_their_own(tmp_path: Path) -> None:
         check_refused(got, 429)
     assert (unknown.status, unknown.retry_after) == (401, None)
     assert unknown.error is not None
+
+
+async def test_strangers_are_told_before_they_have_sent_it_all(tmp_path: Path) -> None:
+    """The head is enough for a 401: nothing of a body is kept for who may not ask."""
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps([{"name": "one", "key": SECRET + "-one"}]))
+    keys.chmod(0o600)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n{"
+    async with opened({"keys_file": str(keys)}) as scene:
+        port = int(scene.process.ready["url"].rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HANG_S)
+        writer.close()
+        refused = (await asyncio.to_thread(workers, scene.process))["refused"]
+
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert refused["invalid_api_key"] == 1
 
 
 async def test_prompt_tokens_have_a_rate_of_their_own(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from kvkeep.router.handoff.machine import HandOff
 from kvkeep.router.handoff.plan import (
     PATHS,
     Facts,
+    ParamsGuard,
     PlanError,
     estimate_tokens,
+    refuse_params,
     why_not_possible,
     why_not_worth,
 )
@@ -54,6 +56,41 @@ def make_transport(settings: HandOffSettings) -> Transport:
 def new_id() -> str:
     """An id for a request that came without one."""
     return secrets.token_hex(ID_BYTES)
+
+
+class GuardedExchange(Exchange):
+    """Passes on a body that comes in pieces, unless one of them names parameters of a hand-off."""
+
+    __slots__ = ("_connected_client", "_guard")
+
+    def __init__(
+        self,
+        client: "ClientConnection",
+        request: Request,
+        view: RequestView,
+        note: str,
+        guard: ParamsGuard,
+    ) -> None:
+        """Be new.
+
+        Args:
+            client: Who gets the response.
+            request: What is asked; not whole.
+            view: What policies see of it.
+            note: What else the header X-Kvkeep-Route says.
+            guard: Has seen what there is of the body.
+        """
+        super().__init__(client, request, view, note=note)
+        self._connected_client, self._guard = client, guard
+
+    def take_body(self, payload: bytes, is_over: bool) -> None:
+        """More of the body; an engine never gets the end of one that is refused."""
+        try:
+            self._guard.take(payload)
+        except PlanError as error:
+            self._connected_client.refuse_body(400, str(error))
+            return
+        super().take_body(payload, is_over)
 
 
 class HandOffDesk:
@@ -119,8 +156,7 @@ class HandOffDesk:
         try:
             body, reason = self._look_at(request)
         except (SpliceError, PlanError) as error:
-            self.counts.outcomes["refused"] += 1
-            client.refuse(400, str(error))
+            self._refuse(client, str(error))
             return
         if body is not None and not reason:
             reason = why_not_worth(self.facts_of(view, body), self.settings)
@@ -140,6 +176,9 @@ class HandOffDesk:
         """
         head = request.head
         if head.method != b"POST" or head.target.partition(b"?")[0] not in PATHS:
+            # Engines know these parameters in other forms of requests too, and spell paths freely.
+            if self._refuses_params and request.is_whole:
+                refuse_params(request.body)
             return None, "path"
         if not request.is_whole:
             return None, "size"
@@ -179,10 +218,28 @@ class HandOffDesk:
     def _skip(
         self, client: "ClientConnection", request: Request, view: RequestView, reason: str
     ) -> None:
+        note = f"skipped={reason}"
+        if self._refuses_params and not request.is_whole:
+            guard = ParamsGuard()
+            try:
+                guard.take(request.body)
+            except PlanError as error:
+                self._refuse(client, str(error))
+                return
+            exchange: Exchange = GuardedExchange(client, request, view, note, guard)
+        else:
+            exchange = Exchange(client, request, view, note=note)
         self.counts.skips[reason] += 1
-        exchange = Exchange(client, request, view, note=f"skipped={reason}")
         client.serve(exchange)
         exchange.begin()
+
+    @property
+    def _refuses_params(self) -> bool:
+        return self.settings.client_params == "refuse"
+
+    def _refuse(self, client: "ClientConnection", message: str) -> None:
+        self.counts.outcomes["refused"] += 1
+        client.refuse(400, message)
 
     # --- Offers that nobody wants -----------------------------------------------------------------
 

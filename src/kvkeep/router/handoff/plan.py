@@ -4,6 +4,7 @@ Only what one prefill engine can compute, and one decode engine can take over, i
 answer to it, nothing asked about the prompt itself.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,6 +34,12 @@ BYTES_PER_TOKEN: Final = 4
 """Of text, roughly."""
 BYTES_PER_MESSAGE: Final = 32
 """What JSON adds to a message's text, roughly."""
+
+
+# The name, or a letter of it that JSON spells by its number.
+_SPELT: Final = re.compile(rb"kv_transfer_params|\\u00(?:5[fF]|6[1356bBdDeE]|7[02346])")
+_SPELT_BYTES_MAX: Final = len(PARAMS)
+_REFUSED: Final = f"{PARAMS} is set by this router: leave it out"
 
 
 class PlanError(Exception):
@@ -70,6 +77,57 @@ def why_not_worth(facts: Facts, settings: HandOffSettings) -> str:
     return "warm" if facts.num_uncached < settings.min_tokens else ""
 
 
+def refuse_params(body: bytes) -> None:
+    """Look for the parameters in a whole body of any form, at any depth.
+
+    Raises:
+        PlanError: They are there; or might be, in a body that can't be read as JSON in UTF-8.
+    """
+    if not _is_spelt(body):
+        return
+    try:
+        is_named = _is_named(msgspec.json.decode(body))
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        is_named = True
+    if is_named:
+        raise PlanError(_REFUSED)
+
+
+class ParamsGuard:
+    """Looks for the parameters in a body that comes in pieces, and is not kept.
+
+    It can't tell a name from a text that spells it: both are refused.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        """Have seen nothing."""
+        self._last = b""
+
+    def take(self, piece: bytes) -> None:
+        """Look at the next piece.
+
+        Raises:
+            PlanError: The name of the parameters is there.
+        """
+        seen = self._last + piece.replace(b"\0", b"")
+        if _is_spelt(seen):
+            raise PlanError(_REFUSED)
+        self._last = seen[-_SPELT_BYTES_MAX:]
+
+
+def _is_spelt(body: bytes) -> bool:
+    # Parsers take UTF-16 and UTF-32 for JSON as well: every other byte of the name is zero there.
+    return _SPELT.search(body.replace(b"\0", b"")) is not None
+
+
+def _is_named(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get(PARAMS) is not None or any(map(_is_named, value.values()))
+    return isinstance(value, list) and any(map(_is_named, value))
+
+
 def why_not_possible(body: JsonObject, settings: HandOffSettings) -> str:
     """Why a request can't be handed off: a key of ``SKIPS``, or empty if it can.
 
@@ -78,7 +136,7 @@ def why_not_possible(body: JsonObject, settings: HandOffSettings) -> str:
     """
     if _value(body, PARAMS) is not None:
         if settings.client_params == "refuse":
-            raise PlanError(f"{PARAMS} is set by this router: leave it out")
+            raise PlanError(_REFUSED)
         return "client_params"
     if _is_batch(_value(body, "prompt")) or _value(body, "prompt_embeds") is not None:
         return "batch"

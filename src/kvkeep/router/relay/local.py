@@ -55,7 +55,7 @@ class LocalAnswers:
         client.answer(whole, keeps=keeps)
 
     def _answer_models(self, client: "ClientConnection", request: Request) -> None:
-        found = self._relay.gate.identify(self._relay.find_authorization(request))
+        found = self._relay.gate.identify(self._relay.find_authorization(request.head))
         if isinstance(found, Refusal):
             client.refuse(found.status, found.message)
             return

@@ -110,6 +110,11 @@ class RequestReader:
         """Whether the head of the request that has begun is over."""
         return self._head is not None
 
+    @property
+    def head(self) -> RequestHead | None:
+        """Of the request whose body is being gathered, or handed on in pieces."""
+        return self._head
+
     def feed(self, data: bytes) -> None:
         """More bytes came."""
         self._data = self._data + data if self._data else data

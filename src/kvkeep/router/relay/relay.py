@@ -8,6 +8,7 @@ from kvkeep.model.clock import Clock
 from kvkeep.router.limits.gate import Gate
 from kvkeep.router.on_demand.desk import StartDesk
 from kvkeep.router.policies.base import Choice, Needs
+from kvkeep.router.relay.framing import RequestHead
 from kvkeep.router.relay.local import LocalAnswers
 from kvkeep.router.relay.reader import Request
 from kvkeep.router.relay.server import ClientConnection
@@ -137,9 +138,9 @@ class Relay:
         """Prompts that had to be routed by load."""
         return 0 if self._prefixes_of is None else self._prefixes_of.num_missing
 
-    def find_authorization(self, request: Request) -> bytes | None:
+    def find_authorization(self, head: RequestHead) -> bytes | None:
         """The header that the gate asks for, if it asks."""
-        return request.head.field(b"authorization") if self._asks_keys else None
+        return head.field(b"authorization") if self._asks_keys else None
 
     def estimate_tokens(self, request: Request) -> int:
         """About how many tokens a prompt has, before anybody looked at it; 0 if nobody asks."""

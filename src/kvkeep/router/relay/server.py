@@ -14,7 +14,7 @@ from kvkeep.router.limits.admission import Visit, VisitState
 from kvkeep.router.limits.gate import Refusal
 from kvkeep.router.relay.errors import error_response
 from kvkeep.router.relay.exchange import Exchange
-from kvkeep.router.relay.framing import FramingError
+from kvkeep.router.relay.framing import FramingError, RequestHead
 from kvkeep.router.relay.reader import Request, RequestReader
 from kvkeep.router.relay.waiting import WaitingForEngine, WaitingForPrefix
 from kvkeep.router.request import RequestView
@@ -22,6 +22,8 @@ from kvkeep.router.request import RequestView
 if TYPE_CHECKING:
     from kvkeep.router.relay.relay import Relay
 
+UNAUTHORIZED: Final = 401
+UNAVAILABLE: Final = 503
 PIPELINED_BYTES_MAX: Final = 256 << 10
 """Of requests behind the one that is served; then the connection is not read for a while."""
 LINGER_BYTES_MAX: Final = 64 << 20
@@ -76,6 +78,7 @@ class ClientConnection(asyncio.Protocol):
         "_is_closing",
         "_is_read",
         "_is_reading",
+        "_known",
         "_lingered_bytes",
         "_reader",
         "_request",
@@ -96,6 +99,8 @@ class ClientConnection(asyncio.Protocol):
         self._reader = RequestReader(settings.gathered_bytes_max, settings.body_bytes_max)
         self._request: Request | None = None
         """The request that is served."""
+        self._known: RequestHead | None = None
+        """Of the request whose body is being gathered, once its key was looked at."""
         self._served: Served | None = None
         """Who serves it."""
         self._visit: Visit | None = None
@@ -180,6 +185,7 @@ class ClientConnection(asyncio.Protocol):
             while self._request is None and not self._is_closing and not self.is_stalled:
                 request = self._reader.take()
                 if request is None:
+                    self._turn_strangers_away()
                     break
                 self._request, self._is_read = request, request.is_whole
                 self._is_body_wanted = True
@@ -192,13 +198,24 @@ class ClientConnection(asyncio.Protocol):
             self._reader.is_continue_due = False
             self.transport.write(CONTINUE)
 
+    def _turn_strangers_away(self) -> None:
+        """Answer a request whose key is wrong before its body is gathered."""
+        head = self._reader.head
+        if head is None or head is self._known or not self.relay.is_relayed(head.target):
+            return
+        self._known = head
+        found = self.relay.gate.identify(self.relay.find_authorization(head))
+        if isinstance(found, Refusal):
+            self.relay.num_refused += 1
+            self._refuse_connection(found.status, found.message)
+
     def _admit(self, request: Request) -> None:
         """Serve a request at once, or when it is its turn, or say why not."""
         relay = self.relay
         if relay.answer_locally(self, request):
             return
         found = relay.gate.arrive(
-            relay.find_authorization(request),
+            relay.find_authorization(request.head),
             relay.clock.now_s(),
             self._decided,
             relay.estimate_tokens(request),
@@ -264,15 +281,16 @@ class ClientConnection(asyncio.Protocol):
         try:
             payload, is_over = self._reader.take_more()
         except FramingError as error:
-            self._refuse_body(self._served, error.status, error.message)
+            self.refuse_body(error.status, error.message)
             return
         self._since_s = self.relay.now_s
         self._is_read = is_over
         if payload or is_over:
             self._served.take_body(payload, is_over)
 
-    def _refuse_body(self, served: Served | None, status: int, message: str) -> None:
+    def refuse_body(self, status: int, message: str) -> None:
         """Give up a request whose body can't be read on; the engine's connection is closed."""
+        served = self._served
         is_answered = served is not None and served.is_answered
         if served is not None:
             served.client_lost()
@@ -359,7 +377,7 @@ class ClientConnection(asyncio.Protocol):
         self, status: int, message: str, retry_after_s: int | None = None
     ) -> None:
         """Answer bytes that are no request; what follows them can't be understood either."""
-        self.relay.num_malformed += status != 503
+        self.relay.num_malformed += status not in (UNAUTHORIZED, UNAVAILABLE)
         response = error_response(status, message, retry_after_s=retry_after_s, is_persistent=False)
         self._request = self._served = None
         self._leave()
@@ -436,7 +454,7 @@ class ClientConnection(asyncio.Protocol):
     def _look_at_body(self, waited_s: float) -> None:
         if waited_s <= self.relay.settings.body_silence_s:
             return
-        self._refuse_body(self._served, 408, "the request body took too long")
+        self.refuse_body(408, "the request body took too long")
 
     def stop(self, message: str) -> None:
         """The router ends: what runs is told, and the connection closed."""

@@ -7,8 +7,10 @@ import pytest
 
 from kvkeep.router.handoff.plan import (
     Facts,
+    ParamsGuard,
     PlanError,
     estimate_tokens,
+    refuse_params,
     why_not_possible,
     why_not_worth,
 )
@@ -99,3 +101,45 @@ def test_a_chat_is_estimated_by_its_messages() -> None:
     chat = JsonObject(json.dumps({"messages": messages}).encode())
 
     assert 450 <= estimate_tokens(chat) <= 600
+
+
+NAMED = '{"a": [{"kv_transfer_params": {"remote_host": "10.0.0.9"}}]}'
+NAMING = [
+    NAMED.encode(),
+    NAMED.encode("utf-16"),
+    NAMED.encode("utf-32-le"),
+    NAMED.replace("kv", "\\u006B\\u0076").replace("_", "\\u005f").encode(),
+    b'{"x": NaN, "kv_transfer_params": {}}',
+    b'{"kv_transfer_params": {}',
+]
+
+
+def _take_in_pieces(body: bytes, size: int) -> None:
+    guard = ParamsGuard()
+    for at in range(0, len(body), size):
+        guard.take(body[at : at + size])
+
+
+@pytest.mark.parametrize("body", NAMING)
+def test_parameters_are_found_however_they_are_spelt(body: bytes) -> None:
+    """At any depth, in any encoding that engines' parsers know, and in what this one can't read."""
+    with pytest.raises(PlanError, match="leave it out"):
+        refuse_params(body)
+    for size in (1, 7, len(body)):
+        with pytest.raises(PlanError, match="leave it out"):
+            _take_in_pieces(body, size)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff\xfe\x00 no text",
+        b'{"prompt": "what is \\"kv_transfer_params\\": {} for?"}',
+        b'{"kv_transfer_params": null}',
+        b'{"prompt": "\\u006b\\u0065y"}',
+    ],
+)
+def test_a_text_about_parameters_names_none(body: bytes) -> None:
+    """Nor does what sets nothing."""
+    refuse_params(body)
