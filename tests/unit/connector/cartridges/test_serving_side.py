@@ -108,6 +108,25 @@ def test_no_client_names_a_cartridges_blocks_by_a_salt(salt: str) -> None:
     assert not set(engine.fake.asked[0]) & set(cartridge_hashes(4))
 
 
+def test_a_router_s_salt_names_the_same_blocks() -> None:
+    """They are not brought and kept twice."""
+    engine = stocked()
+    request = engine.ask(salt=f"{SALT}{DIGEST}")
+
+    assert request.cache_salt == f"{SALT}{DIGEST}"
+    assert engine.side.match(request, 0) == 64
+
+
+def test_a_request_that_is_computed_after_all_names_no_cartridge_s_blocks() -> None:
+    """Whatever salt it came with: what it computes would be another request's cartridge."""
+    engine = ServingEngine()
+    engine.fake.is_connected = False
+    request = engine.ask(salt=f"{SALT}{'e' * 64}")
+
+    assert engine.side.match(request, 0) is None
+    assert request.cache_salt == f"{CLIENT_SALT}{SALT}{'e' * 64}"
+
+
 def test_until_it_is_known_a_request_shares_nothing() -> None:
     """Its salt is its own alone, and vLLM is to ask again when that has changed."""
     engine = stocked()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.connector.cartridges.uses import SALT, claim_to_fail, salt_of
+from kvkeep.connector.cartridges.uses import SALT, claim_to_fail, own_of, salt_of
 from tests.unit.connector.engines import make_request
 
 
@@ -28,8 +28,10 @@ def test_only_placeholders_are_kept_from_being_computed(params: Any, claim: int)
 
 
 def test_a_salt_is_made_once() -> None:
-    """A router that has written it already is left alone."""
-    assert salt_of("d", None) == f"{SALT}d"
-    assert salt_of("d", f"{SALT}d") == f"{SALT}d"
-    assert salt_of("d", f"{SALT}d:own") == f"{SALT}d:own"
-    assert salt_of("d", f"{SALT}e") == f"{SALT}d:{SALT}e"
+    """What a router has written is the same as what the engine would."""
+    for own in (None, "own", f"{SALT}e"):
+        whole = salt_of("d", own)
+        assert own_of("d", whole) == own
+        assert salt_of("d", own_of("d", whole)) == whole
+    assert own_of("d", "own") == "own"
+    assert own_of("d", f"{SALT}de") == f"{SALT}de"
