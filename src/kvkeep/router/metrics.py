@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kvkeep.router.run import Parts
 
 TRAFFIC = {
-    "num_done": ("requests_done", "requests that an engine answered, whatever it said"),
-    "num_failed": ("requests_failed", "requests that an engine failed or that did not reach it"),
+    "num_done": ("requests_done", "requests that were answered with a status below 500"),
+    "num_failed": ("requests_failed", "requests answered with another status, or not to the end"),
     "num_left": ("requests_left", "requests whose client left before the response was over"),
     "num_untold": ("requests_untold", "requests answered without a word about tokens (usage)"),
     "prompt_tokens": ("prompt_tokens", "prompt tokens, as engines reported them"),
@@ -32,10 +32,14 @@ TRAFFIC = {
     "request_bytes": ("request_bytes", "bytes of request bodies sent to engines"),
     "response_bytes": ("response_bytes", "bytes of responses that came from engines"),
 }
-"""Field of `Traffic` to name and help text; in total, and of each endpoint."""
+"""Field of `Traffic` to name and help text.
+
+In total each request of a client that was let in counts once, by what the client got; of an
+endpoint, each time that something was sent there, retries and prefills among it.
+"""
 
 COUNTERS = {
-    "retries": "requests sent to a second engine, under the retry budget",
+    "retries": "times at which a request went to a further engine, under the retry budget",
     "malformed": "connections that sent what is not HTTP, or not as it is accepted here",
     "etcd_outages": "times at which etcd stopped answering",
     "etcd_entries_bad": "entries of etcd that were no engine",
@@ -267,7 +271,8 @@ def metrics_table() -> str:
         lines.append(f"| `kvkeep_router_{name}` | gauge | {text} |")
     for name, _ in TRAFFIC.values():
         lines.append(
-            f"| `kvkeep_router_endpoint_{name}_total{{endpoint}}` | counter | the same, of one |"
+            f"| `kvkeep_router_endpoint_{name}_total{{endpoint}}` | counter "
+            "| the same of what was sent to one engine, each attempt for itself |"
         )
     for name, text in ENDPOINT_GAUGES.items():
         lines.append(f"| `kvkeep_router_endpoint_{name}{{endpoint}}` | gauge | {text} |")

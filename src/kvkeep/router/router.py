@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kvkeep.router.cartridges.holders import Holders
-from kvkeep.router.health.book import FAILURES, HealthBook, Outcome
+from kvkeep.router.health.book import HealthBook, Outcome
 from kvkeep.router.limits.bucket import RetryBudget
 from kvkeep.router.policies.base import NO_ENDPOINT, Choice, Learns, Needs, Policy
 from kvkeep.router.request import RequestView
@@ -72,7 +72,7 @@ class Router:
         self.holders: Holders | None = None
         """Who has which cartridges in memory; None: that does not count."""
         self.total = Traffic()
-        """Of all endpoints, those that left among them."""
+        """What clients got: each of their requests once, however often it was tried."""
         self.num_retries = 0
         self._models: frozenset[str] = frozenset()
         self._is_open_to_any = True
@@ -175,26 +175,42 @@ class Router:
         endpoint.num_in_flight -= 1
         if not ending.was_answered:
             endpoint.queued_tokens -= choice.num_uncached
-        _count(endpoint.traffic, ending)
-        _count(self.total, ending)
+        _count_work(endpoint.traffic, ending)
+        _count_end(endpoint.traffic, ending.outcome)
+        # What is tried elsewhere is counted there.
+        if ending.was_answered or ending.outcome is not Outcome.DECLINED:
+            _count_work(self.total, ending)
         if self._learner is not None:
             cached_tokens = None if usage is None else usage.cached_tokens
             num_tokens = None if usage is None else usage.prompt_tokens
             self._learner.ended(view, choice, cached_tokens, num_tokens)
         self._book.ended(endpoint, ticket, ending.outcome, now_s)
 
+    def client_ended(self, *, is_well: bool | None) -> None:
+        """A client's request is over: answered with a status below 500, or not; None: it left."""
+        total = self.total
+        if is_well is None:
+            total.num_left += 1
+        elif is_well:
+            total.num_done += 1
+        else:
+            total.num_failed += 1
 
-def _count(traffic: Traffic, ending: Ending) -> None:
-    outcome, usage = ending.outcome, ending.usage
-    traffic.request_bytes += ending.request_bytes
-    traffic.response_bytes += ending.response_bytes
+
+def _count_end(traffic: Traffic, outcome: Outcome) -> None:
     if outcome is Outcome.CLIENT_LEFT:
         traffic.num_left += 1
-    elif outcome in FAILURES:
-        traffic.num_failed += 1
-    else:
+    elif outcome is Outcome.FINISHED:
         traffic.num_done += 1
-        traffic.num_untold += usage is None
+    else:
+        traffic.num_failed += 1
+
+
+def _count_work(traffic: Traffic, ending: Ending) -> None:
+    usage = ending.usage
+    traffic.request_bytes += ending.request_bytes
+    traffic.response_bytes += ending.response_bytes
+    traffic.num_untold += usage is None and ending.outcome is Outcome.FINISHED
     if usage is not None:
         traffic.prompt_tokens += usage.prompt_tokens
         traffic.completion_tokens += usage.completion_tokens

@@ -32,9 +32,9 @@ class Traffic:
     """What went through; only grows."""
 
     num_done: int = 0
-    """Requests that were answered."""
+    """Requests that were answered with a status below 500."""
     num_failed: int = 0
-    """Requests that the endpoint failed, refused connections among them."""
+    """Requests that were answered with another, or not to the end, or did not get there."""
     num_left: int = 0
     """Requests whose client left before the response was over."""
     num_untold: int = 0

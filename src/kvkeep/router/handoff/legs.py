@@ -33,7 +33,7 @@ ANSWER_BYTES_MAX: Final = 4 << 20
 _KINDS: Final = {
     Outcome.UNREACHABLE: FailureKind.UNREACHABLE,
     Outcome.TIMEOUT: FailureKind.TIMEOUT,
-    Outcome.FINISHED: FailureKind.BUSY,
+    Outcome.DECLINED: FailureKind.BUSY,
 }
 _REPLACED_FOR_PREFILL: Final = LENGTH | {b"accept-encoding"}
 _ONE: Final = b"1"
@@ -124,7 +124,7 @@ class Aside:
         """There is no response."""
         raise NotImplementedError
 
-    def exchange_ended(self, keeps: bool) -> None:
+    def exchange_ended(self, keeps: bool, *, is_well: bool = True) -> None:
         """There is one, whole or mended."""
         raise NotImplementedError
 
@@ -180,7 +180,7 @@ class PrefillLeg(Aside):
         """The answer broke off."""
         self._fail(FailureKind.BROKEN, 502, "prefill: the engine broke off its response")
 
-    def exchange_ended(self, keeps: bool) -> None:
+    def exchange_ended(self, keeps: bool, *, is_well: bool = True) -> None:
         """The answer is here."""
         self.keeps = keeps
         data = self.gathered.data
@@ -260,7 +260,7 @@ class ReleaseLeg(Aside):
         """It may have been told."""
         self._ended(self)
 
-    def exchange_ended(self, keeps: bool) -> None:
+    def exchange_ended(self, keeps: bool, *, is_well: bool = True) -> None:
         """It was told."""
         try:
             # It is refused by an engine that knows what to do then, or by one that does not.

@@ -38,8 +38,13 @@ class Asker(Protocol):
         """Whether the engine takes more of the body."""
         ...
 
-    def exchange_ended(self, keeps: bool) -> None:
-        """The response is written; ``keeps``: and the connection may serve another."""
+    def exchange_ended(self, keeps: bool, *, is_well: bool = True) -> None:
+        """The response is written.
+
+        Args:
+            keeps: Whether the connection may serve another request.
+            is_well: Whether it is whole and its status below 500.
+        """
         ...
 
     def refuse(

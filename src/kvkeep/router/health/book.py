@@ -24,7 +24,9 @@ class Outcome(Enum):
     """How a request to an endpoint, or a probe of it, ended."""
 
     FINISHED = "finished"
-    """It answered, whatever it said: a 4xx is the client's business, a 429 or 503 says busy."""
+    """It answered with a status below 500: a 4xx is the client's business, a 429 says busy."""
+    DECLINED = "declined"
+    """It said by a 5xx that it does not serve this request, as a busy one does: it is well."""
     CLIENT_LEFT = "client left"
     """Nothing can be said of the endpoint."""
     UNREACHABLE = "unreachable"
@@ -40,6 +42,15 @@ class Outcome(Enum):
 
 
 FAILURES = frozenset({Outcome.UNREACHABLE, Outcome.ERROR, Outcome.TIMEOUT, Outcome.BROKEN})
+FAULTS = frozenset({500, 502, 504})
+"""Statuses that say that something is wrong with the engine."""
+
+
+def outcome_of(status: int) -> Outcome:
+    """How a request ended whose response is whole and has this status."""
+    if status in FAULTS:
+        return Outcome.ERROR
+    return Outcome.FINISHED if status < 500 else Outcome.DECLINED
 
 
 class HealthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

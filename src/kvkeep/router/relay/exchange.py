@@ -10,7 +10,7 @@ sent to a second one: a request that kills engines would kill them all.
 import asyncio
 
 from kvkeep.router.handoff.seam import Asker, Leg, Unanswered
-from kvkeep.router.health.book import Outcome
+from kvkeep.router.health.book import Outcome, outcome_of
 from kvkeep.router.policies.base import Choice
 from kvkeep.router.relay.answer import Answer
 from kvkeep.router.relay.exchange_state import TRANSITIONS, ExchangeState
@@ -29,8 +29,6 @@ TAIL_BYTES = 2048
 """Pieces are put together up to so much: an engine may send the end of a response in many."""
 PUMPED_AFTER = 4
 """Pieces that passed as they came; then it pays to have the next ones pumped, if that can be."""
-ENGINE_FAULTS = frozenset({500, 502, 504})
-"""Statuses that say something of the engine's health; 503 says that it is busy."""
 
 
 class Exchange:
@@ -280,7 +278,7 @@ class Exchange:
             return interim
         if head.status == BUSY and not interim and self._can_retry():
             self._leave_upstream()
-            self._ended(Outcome.FINISHED)
+            self._ended(Outcome.DECLINED)
             self._try_elsewhere(BUSY, "the engine is busy")
             return b""
         out = interim + answer.head_bytes(self._first_byte())
@@ -354,8 +352,8 @@ class Exchange:
         usage = find_usage(self._before, self._last) if status == OK else None
         num_tokens = None if usage is None else usage.prompt_tokens
         self._view.answered(num_tokens, is_error=status != OK)
-        self._ended(Outcome.ERROR if status in ENGINE_FAULTS else Outcome.FINISHED, usage)
-        self._client.exchange_ended(self._keeps)
+        self._ended(outcome_of(status), usage)
+        self._client.exchange_ended(self._keeps, is_well=status < 500)
 
     # --- Failures --------------------------------------------------------------------------------
 
@@ -417,7 +415,7 @@ class Exchange:
         self._move(ExchangeState.OVER)
         if answer.can_be_mended:
             client.transport.write(answer.mend(status, message))
-            client.exchange_ended(False)
+            client.exchange_ended(False, is_well=False)
         else:
             # The end of the connection must not look like the end of the body.
             client.reset()

@@ -158,7 +158,7 @@ class ClientConnection(asyncio.Protocol):
         served, self._served, self._request = self._served, None, None
         if served is not None:
             served.client_lost()
-        self._leave()
+        self._leave(is_well=None)
 
     def pause_writing(self) -> None:
         """The client reads slower than it is sent."""
@@ -294,6 +294,8 @@ class ClientConnection(asyncio.Protocol):
         is_answered = served is not None and served.is_answered
         if served is not None:
             served.client_lost()
+        # It is the client that did not end what it began.
+        self._leave(is_well=None)
         if is_answered:
             self.reset()
         else:
@@ -318,11 +320,11 @@ class ClientConnection(asyncio.Protocol):
 
     # --- The ends of a request -------------------------------------------------------------------
 
-    def exchange_ended(self, keeps: bool) -> None:
+    def exchange_ended(self, keeps: bool, *, is_well: bool = True) -> None:
         """The response is written; serve the next request, or none any more."""
         request, self._request, self._served = self._request, None, None
         self._since_s = self.relay.now_s
-        self._leave()
+        self._leave(is_well=is_well)
         if not keeps or request is None or not self._is_read:
             self._close()
             return
@@ -331,10 +333,10 @@ class ClientConnection(asyncio.Protocol):
         if self._reader.is_inside:
             self._advance()
 
-    def answer(self, response: bytes, *, keeps: bool) -> None:
+    def answer(self, response: bytes, *, keeps: bool, is_well: bool = True) -> None:
         """Write a whole response of the router's own."""
         self.transport.write(response)
-        self.exchange_ended(keeps)
+        self.exchange_ended(keeps, is_well=is_well)
 
     @property
     def keeps(self) -> bool:
@@ -367,7 +369,7 @@ class ClientConnection(asyncio.Protocol):
             is_persistent=keeps,
             is_for_head=self.is_for_head,
         )
-        self.answer(response, keeps=keeps)
+        self.answer(response, keeps=keeps, is_well=status < 500)
 
     def _refuse_politely(self, refusal: Refusal) -> None:
         self.relay.num_refused += 1
@@ -380,11 +382,16 @@ class ClientConnection(asyncio.Protocol):
         self.relay.num_malformed += status not in (UNAUTHORIZED, UNAVAILABLE)
         response = error_response(status, message, retry_after_s=retry_after_s, is_persistent=False)
         self._request = self._served = None
-        self._leave()
+        self._leave(is_well=status < 500)
         self.transport.write(response)
         self._close()
 
-    def _leave(self) -> None:
+    def _leave(self, *, is_well: bool | None) -> None:
+        """The request is over, if there is one that was let in or waits for that.
+
+        Args:
+            is_well: Whether its client was answered with a status below 500; None: it left.
+        """
         visit, self._visit = self._visit, None
         view, self._view = self._view, None
         if visit is not None:
@@ -392,6 +399,7 @@ class ClientConnection(asyncio.Protocol):
             if view is not None:
                 counted = view.num_tokens if view.num_counted is None else view.num_counted
             self.relay.gate.leave(visit, self.relay.clock.now_s(), counted)
+            self.relay.router.client_ended(is_well=is_well)
 
     # --- The ends of the connection --------------------------------------------------------------
 
@@ -419,7 +427,7 @@ class ClientConnection(asyncio.Protocol):
         served, self._request, self._served = self._served, None, None
         if served is not None:
             served.client_lost()
-        self._leave()
+        self._leave(is_well=False)
         sock = self.transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -433,6 +441,7 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.abort()
         elif self.is_stalled:
             if waited_s > settings.stall_s:
+                self._leave(is_well=None)
                 self.reset()
         elif self._served is not None:
             self._served.look(now_s, settings.upstream_silence_s)

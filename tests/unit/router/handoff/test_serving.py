@@ -169,6 +169,35 @@ def test_without_a_retry_budget_the_first_failure_counts() -> None:
     assert (status_of(answers[1][0]), b"answered 500" in answers[1][0].written) == (502, True)
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (response(OFFERED), (1, 0, 0)),
+        (response(line="HTTP/1.1 400 Wrong"), (1, 0, 0)),
+        (response(line="HTTP/1.1 500 No"), (0, 1, 0)),
+        (None, (0, 0, 1)),
+    ],
+)
+def test_clients_are_counted_and_prefills_are_not(
+    answer: bytes | None, expected: tuple[int, int, int]
+) -> None:
+    """The totals say what the client got, also where it was over before the decode engine's leg."""
+    here = room()
+    client, _ = here.client()
+    client.data_received(request(PROMPT))
+    if answer is None:
+        client.connection_lost(None)
+    while busy := list(here.busy()):
+        if role_of(here) == "prefill":
+            assert answer is not None
+            busy[0][0].data_received(answer)
+        else:
+            busy[0][0].data_received(response())
+    total = here.parts.router.total
+
+    assert (total.num_done, total.num_failed, total.num_left) == expected
+
+
 @pytest.mark.parametrize(("leg", "num_sent"), [("prefill", 2), ("decode", 1)])
 def test_each_leg_has_its_time(leg: str, num_sent: int) -> None:
     """An engine that says nothing is given up; only a prefill is sent to another one."""
