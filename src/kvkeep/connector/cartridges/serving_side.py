@@ -15,7 +15,7 @@ from kvkeep.cartridges.dispatch.salting import client_part
 from kvkeep.cartridges.store.claims import Asked, claim, find_asked
 from kvkeep.cartridges.store.library import Checked, Library
 from kvkeep.connector import compat
-from kvkeep.connector.cartridges.uses import TRIES_MAX, Deposits, Use, keep_apart, own_of, salt_of
+from kvkeep.connector.cartridges.uses import TRIES_MAX, Deposits, Use, keep_apart, salt_of
 from kvkeep.connector.metadata import StepMetadata, StepReport
 from kvkeep.connector.scheduler.requests import RequestState, skips_cache
 from kvkeep.connector.scheduler_side import SchedulerSide
@@ -84,7 +84,6 @@ class ServingSide(SchedulerSide):
             why = "logprobs of the whole prompt are asked for"
             self._fail(request, use, why, is_refusal=False)
             return
-        use.own_salt = own_of(checked.digest, use.own_salt)
         compat.salt(request, salt_of(checked.digest, use.own_salt))
         super().add_request(request)
 

@@ -118,21 +118,8 @@ class Deposits:
 
 def salt_of(digest: str, own_salt: str | None) -> str:
     """Under what a request's blocks lie in the engine's own prefix cache."""
-<<<<<<< HEAD
     own = client_part(digest, own_salt)
     return f"{SALT}{digest}:{own}" if own else SALT + digest
-=======
-    return f"{SALT}{digest}:{own_salt}" if own_salt else SALT + digest
-
-
-def own_of(digest: str, salt: str | None) -> str | None:
-    """A client's own part of a salt, which a router may have written as `salt_of` does."""
-    whole = SALT + digest
-    if salt is None or not salt.startswith(whole):
-        return salt
-    rest = salt[len(whole) :]
-    return rest[1:] or None if rest[:1] == ":" or not rest else salt
->>>>>>> f144237 (salt)
 
 
 def keep_apart(request: Any) -> None:

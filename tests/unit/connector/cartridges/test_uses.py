@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.connector.cartridges.uses import SALT, claim_to_fail, own_of, salt_of
+from kvkeep.connector.cartridges.uses import SALT, claim_to_fail, salt_of
 from tests.unit.connector.engines import make_request
 
 
@@ -31,7 +31,5 @@ def test_a_salt_is_made_once() -> None:
     """What a router has written is the same as what the engine would."""
     for own in (None, "own", f"{SALT}e"):
         whole = salt_of("d", own)
-        assert own_of("d", whole) == own
-        assert salt_of("d", own_of("d", whole)) == whole
-    assert own_of("d", "own") == "own"
-    assert own_of("d", f"{SALT}de") == f"{SALT}de"
+        assert salt_of("d", whole) == whole
+    assert salt_of("d", f"{SALT}de") == f"{SALT}d:{SALT}de"
