@@ -10,6 +10,7 @@ Requests tell of failures at once, probes tell that an endpoint is back:
 DRAINING stands above them: what is found is remembered, and shows when the draining is undone.
 """
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
@@ -18,6 +19,8 @@ import msgspec
 
 from kvkeep.core.breaker import Breaker, BreakerState
 from kvkeep.router.snapshot import Endpoint, EndpointState, Fleet
+
+log = logging.getLogger(__name__)
 
 
 class Outcome(Enum):
@@ -109,7 +112,7 @@ class HealthBook:
         """Ask an endpoint no more, or again."""
         record = self._records[name]
         record.is_draining = is_draining
-        self._show(record)
+        self._show(record, "its draining is over")
 
     def num_trips(self, name: str) -> int:
         """How often an endpoint was left alone since it joined."""
@@ -133,7 +136,7 @@ class HealthBook:
         record = self._records.get(endpoint.name)
         if record is None or record.endpoint is not endpoint or outcome is Outcome.CLIENT_LEFT:
             return
-        self._report(record, ticket, outcome, now_s)
+        self._report(record, ticket, outcome, now_s, "request")
 
     # --- Probes --------------------------------------------------------------------------------
 
@@ -173,17 +176,19 @@ class HealthBook:
         if not record.has_answered:
             # An engine that still loads its model refuses for minutes: nothing is wrong with it.
             record.has_answered = is_well
-            self._show(record)
+            self._show(record, "a probe went well")
         elif is_well and _is_on_trial(record) and record.breaker.is_current(record.probe_ticket):
             record.has_passed = True
-            self._show(record)
+            self._show(record, "a probe went well")
         else:
-            self._report(record, record.probe_ticket, outcome, now_s)
+            self._report(record, record.probe_ticket, outcome, now_s, "probe")
         settings, is_settled = self._settings, record.endpoint.state is EndpointState.READY
         pause_s = settings.interval_s if is_settled else min(settings.interval_s, settings.pause_s)
         record.next_probe_s = now_s + pause_s
 
-    def _report(self, record: _Record, ticket: int, outcome: Outcome, now_s: float) -> None:
+    def _report(
+        self, record: _Record, ticket: int, outcome: Outcome, now_s: float, kind: str
+    ) -> None:
         breaker = record.breaker
         if outcome not in FAILURES:
             breaker.finish(ticket)
@@ -193,15 +198,28 @@ class HealthBook:
             breaker.fail(ticket, now_s)
         # A ticket that is not current any more: it was stale, or this report moved the breaker.
         if not breaker.is_current(ticket):
-            self._show(record)
+            self._show(record, f"a {kind} found it: {outcome.value}")
 
-    def _show(self, record: _Record) -> None:
+    def _show(self, record: _Record, reason: str = "") -> None:
         if record.breaker.state is not BreakerState.HALF_OPEN:
             record.has_passed = False
         state = _state(record)
-        if record.endpoint.state is not state:
+        before = record.endpoint.state
+        if before is not state:
             record.endpoint.state = state
             self._fleet.changed()
+            _tell(record.endpoint, before, reason)
+
+
+def _tell(endpoint: Endpoint, before: EndpointState, reason: str) -> None:
+    """Log that an endpoint is asked no more, or is again; draining is logged by who asks for it."""
+    name, state = endpoint.name, endpoint.state
+    if state is EndpointState.DOWN:
+        log.warning("an endpoint is down. name=%s reason=%s", name, reason)
+    elif state is EndpointState.READY and before is EndpointState.JOINING:
+        log.info("an endpoint is ready. name=%s reason=%s", name, reason)
+    elif state is EndpointState.SUSPECT or before is EndpointState.DOWN:
+        log.info("an endpoint is back. name=%s state=%s reason=%s", name, state.value, reason)
 
 
 def _ticket(record: _Record, now_s: float) -> int:

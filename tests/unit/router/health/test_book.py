@@ -1,5 +1,7 @@
 """The health of endpoints by example; tests/property/test_router_health.py has the promises."""
 
+import logging
+
 import pytest
 
 from kvkeep.router.health.book import HealthBook, HealthSettings, Outcome
@@ -193,3 +195,22 @@ def test_one_that_left_is_not_heard() -> None:
 
     assert scene.fleet.ready(Role.SERVE, None) == (heir,)
     assert scene.book.began(Endpoint("b", "127.0.0.1", 3), 3.0) == -1
+
+
+def test_each_change_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Down and back, with the endpoint's name and why; what changes nothing says nothing."""
+    caplog.set_level(logging.INFO, logger="kvkeep.router.health.book")
+    scene = Scene()
+    scene.ask(Outcome.UNREACHABLE, 1.0)
+    scene.ask(Outcome.UNREACHABLE, 1.1)
+    scene.probe(Outcome.TIMEOUT, 5.0)
+    scene.probe(Outcome.FINISHED, 9.0)
+    scene.ask(Outcome.FINISHED, 9.1)
+    scene.ask(Outcome.FINISHED, 9.2)
+
+    assert scene.state() is EndpointState.READY
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "an endpoint is ready. name=a reason=a probe went well"),
+        ("WARNING", "an endpoint is down. name=a reason=a request found it: unreachable"),
+        ("INFO", "an endpoint is back. name=a state=suspect reason=a probe went well"),
+    ]
