@@ -171,9 +171,12 @@ class PrefillLeg(Aside):
         self.refusal: bytes | None = None
         """A response that says what is wrong with the request, ready to be passed on."""
         self.failure: Failure | None = None
+        self.retry_after_s: int | None = None
+        """Of the failure, where the engine is busy and says when it won't be."""
 
     def failed(self, unanswered: Unanswered) -> None:
         """The engine could not be had, or said nothing."""
+        self.retry_after_s = unanswered.retry_after_s
         self._fail(kind_of(unanswered), unanswered.status, f"prefill: {unanswered.message}")
 
     def reset(self) -> None:

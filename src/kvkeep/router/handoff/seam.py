@@ -20,6 +20,8 @@ class Unanswered:
     message: str
     outcome: Outcome | None
     """How it ended at the endpoint; None if there was none to send it to."""
+    retry_after_s: int | None = None
+    """When to ask again, if whoever is busy says so."""
 
 
 class Asker(Protocol):

@@ -57,6 +57,8 @@ class HandedOff:
         self._tried_prefill: list[Endpoint] = []
         self._decode_endpoint: Endpoint | None = None
         self._is_counted = False
+        self._retry_after_s = 1
+        """What a client is told that gets 503: what a busy engine said last, if one did."""
         self.router = desk.decode_router
         self.tried: list[Endpoint] = []
         self.note = ""
@@ -170,7 +172,10 @@ class HandedOff:
         note = f"fallback={self._machine.fallback}" if self._machine.fallback else ""
         line = relay.route_line(Choice(None, "the hand-off failed"), "hand-off", note)
         self._client.refuse(
-            status, message, retry_after_s=1 if status == 503 else None, fields=line
+            status,
+            message,
+            retry_after_s=self._retry_after_s if status == 503 else None,
+            fields=line,
         )
 
     def _pass_on(self) -> None:
@@ -186,6 +191,7 @@ class HandedOff:
             return
         if leg.failure is not None:
             _remember(leg.endpoint, self._tried_prefill)
+            self._retry_after_s = leg.retry_after_s or self._retry_after_s
             self._act(machine.prefill_failed(leg.failure, now_s))
         elif leg.refusal is not None:
             self._act(machine.prefill_refused(now_s))
@@ -220,6 +226,7 @@ class HandedOff:
     def failed(self, unanswered: Unanswered) -> None:
         """There was none."""
         _remember(self._decode_endpoint, self.tried)
+        self._retry_after_s = unanswered.retry_after_s or self._retry_after_s
         failure = Failure(kind_of(unanswered), unanswered.status, f"decode: {unanswered.message}")
         self._act(self._machine.decode_failed(failure, self._now_s))
 

@@ -276,10 +276,13 @@ class Exchange:
         head = answer.head
         if head is None:
             return interim
-        if head.status == BUSY and not interim and self._can_retry():
+        if head.status == BUSY and not interim and self._goes_elsewhere():
             self._leave_upstream()
             self._ended(Outcome.DECLINED)
-            self._try_elsewhere(BUSY, "the engine is busy")
+            if self._leg is None:
+                self.begin()
+            else:
+                self._fail(BUSY, "the engine is busy", head.retry_after_s)
             return b""
         out = interim + answer.head_bytes(self._first_byte())
         if head.length == 0:
@@ -383,25 +386,24 @@ class Exchange:
     def _can_repeat(self) -> bool:
         return self._request.is_whole and self._answer is None
 
-    def _can_retry(self) -> bool:
-        """Whether the request could be sent to another endpoint."""
-        relay = self._relay
-        if not self._request.is_whole or self._endpoint is None:
-            return False
-        if self._leg is not None:
-            return True  # and it is the leg's to decide
-        return relay.router.may_retry(self._view, [*self._tried, self._endpoint])
+    def _goes_elsewhere(self) -> bool:
+        """Whether a busy endpoint's answer is dropped: a leg decides then, or another is asked."""
+        return self._request.is_whole and (self._leg is not None or self._take_retry())
+
+    def _take_retry(self) -> bool:
+        """Whether another endpoint is to be asked; that is taken from the budget."""
+        router, endpoint = self._relay.router, self._endpoint
+        assert endpoint is not None
+        self._tried.append(endpoint)
+        may_retry = router.may_retry(self._view, self._tried)
+        return may_retry and router.take_retry(self._relay.clock.now_s())
 
     def _try_elsewhere(self, status: int, message: str) -> None:
         """Nobody works on the request; ``_ended`` was called."""
-        relay, endpoint = self._relay, self._endpoint
-        assert endpoint is not None
-        self._tried.append(endpoint)
-        is_allowed = self._leg is None and relay.router.may_retry(self._view, self._tried)
-        if is_allowed and relay.router.take_retry(relay.clock.now_s()):
+        if self._leg is None and self._take_retry():
             self.begin()
-            return
-        self._fail(status, message, retry_after_s=1 if status == BUSY else None)
+        else:
+            self._fail(status, message)
 
     def _broken(self, message: str, status: int = 502, outcome: Outcome = Outcome.BROKEN) -> None:
         """The endpoint failed while it had the request."""
@@ -430,7 +432,7 @@ class Exchange:
         """Say so to a client that has nothing yet."""
         self._move(ExchangeState.OVER)
         if self._leg is not None:
-            self._leg.failed(Unanswered(status, message, self._outcome))
+            self._leg.failed(Unanswered(status, message, self._outcome, retry_after_s))
             return
         self._client.refuse(status, message, retry_after_s=retry_after_s, fields=self._line)
 

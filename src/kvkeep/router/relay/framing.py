@@ -112,6 +112,12 @@ class ResponseHead(msgspec.Struct):
     forwarded: bytes
     """What the client gets, without the empty line; with Transfer-Encoding if there was one."""
 
+    @property
+    def retry_after_s(self) -> int | None:
+        """When it says to ask again; None if it does not, or names a date."""
+        value = find_field(self.forwarded, b"retry-after")
+        return int(value) if value is not None and value.isdigit() and len(value) < 10 else None
+
 
 def find_field(head: bytes, name: bytes) -> bytes | None:
     """The value of the first field of this lower-case name; None if there is none."""

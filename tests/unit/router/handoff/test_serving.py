@@ -198,6 +198,24 @@ def test_clients_are_counted_and_prefills_are_not(
     assert (total.num_done, total.num_failed, total.num_left) == expected
 
 
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("said", "told"), [(["Retry-After: 9"], b"9"), ([], b"1"), (["Retry-After: soon"], b"1")]
+)
+def test_busy_engines_say_when_to_come_again(leg: str, said: list[str], told: bytes) -> None:
+    """Where a client gets 503, it is told what the engine said, or one second."""
+    here = room(fallback="none")
+    client, wire = here.client()
+    client.data_received(request(PROMPT))
+    while list(here.busy()):
+        is_busy = role_of(here) == leg
+        busy = response(b"busy", *said, line="HTTP/1.1 503 Busy")
+        here.upstream()[0].data_received(busy if is_busy else response(OFFERED))
+
+    assert status_of(wire) == 503
+    assert b"\r\nRetry-After: " + told + b"\r\n" in wire.written
+
+
 @pytest.mark.parametrize(("leg", "num_sent"), [("prefill", 2), ("decode", 1)])
 def test_each_leg_has_its_time(leg: str, num_sent: int) -> None:
     """An engine that says nothing is given up; only a prefill is sent to another one."""

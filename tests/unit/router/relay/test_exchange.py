@@ -322,6 +322,23 @@ class TestAgain:
 
         assert statuses == [200, 503]
 
+    def test_the_last_busy_engine_speaks_for_itself(self) -> None:
+        """Without a budget its 503 is passed on as it came, with its Retry-After and nobody's."""
+        limits = {"retry_share": 0.0, "retry_min_per_s": 0.0, "retry_burst": 1.0}
+        room = Room(num_endpoints=2, limits=limits)
+        room.relay.router.take_retry(room.clock.now_s())
+        client, wire = room.client()
+        client.data_received(request())
+        said = response(b"busy", "Retry-After: 9", line="HTTP/1.1 503 Busy")
+        room.upstream()[0].data_received(said)
+        head, body = split(bytes(wire.written))
+
+        assert (status_of(wire), body, not list(room.busy())) == (503, b"busy", True)
+        assert head.lower().count(b"retry-after: ") == 1
+        assert b"Retry-After: 9" in head
+        assert room.parts.router.num_retries == 1
+        assert room.num_in_flight == 0
+
     async def test_a_client_that_left_while_connecting(self) -> None:
         """The connection is kept for the next one."""
         room = Room(idle=0)
