@@ -15,6 +15,7 @@ from kvkeep.cartridges.registry import Registry
 from kvkeep.stack.models import resolve_model
 from kvkeep.stack.precedence import load_spec
 from kvkeep.stack.supervisor import Stack
+from tests.integration.daemons import wait_until
 
 BLOCK_TOKENS = 32
 NUM_BLOCKS = 9
@@ -161,6 +162,15 @@ class Asker:
         """An answer on a cartridge."""
         return self.ask(prompt, kv_transfer_params={"cartridge_id": cartridge_id, **params})
 
+    def reset(self) -> None:
+        """Empty the engine's own cache: what an earlier test left there would not be loaded."""
+
+        def is_reset() -> bool:
+            answer = self._client.post(f"{self._url}/reset_prefix_cache")
+            return bool(answer.raise_for_status().json()["success"])
+
+        wait_until(is_reset, "the engine's cache is empty")
+
     def status(self) -> Any:
         """The daemon's."""
         return self._client.get(f"{self._stack.daemon.metrics_url}/status").json()
@@ -199,6 +209,7 @@ def with_text(asker: Asker, name: str) -> Answered:
 def test_a_cartridge_answers_as_its_text_does(asker: Asker) -> None:
     """In place of its text and in front of the question; both are loaded and not computed."""
     wanted = with_text(asker, "a")
+    asker.reset()
     before = asker.status()["counters"]["blocks_loaded"]
 
     replaced = asker.ask_with("a", [*document("a"), *ids_of(QUESTION)])

@@ -63,7 +63,7 @@ class UpStack:
     def states(self) -> dict[str, str]:
         """What the router says of its engines on demand."""
         url = f"{self.told['router']['admin_url']}/workers"
-        found = httpx.get(url, trust_env=False).raise_for_status().json()["on_demand"]
+        found = httpx.get(url, trust_env=False, timeout=60).raise_for_status().json()["on_demand"]
         return {each["name"]: each["state"] for each in found}
 
     def pids(self) -> dict[str, int]:
@@ -78,7 +78,7 @@ class UpStack:
 
     def models(self) -> set[str]:
         url = f"{self.told['router']['url']}/v1/models"
-        return {each["id"] for each in httpx.get(url, trust_env=False).json()["data"]}
+        return {each["id"] for each in httpx.get(url, trust_env=False, timeout=60).json()["data"]}
 
 
 @pytest.fixture(scope="module")

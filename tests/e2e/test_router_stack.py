@@ -91,7 +91,9 @@ def client(stack: dict[str, Any]) -> Iterator[openai.OpenAI]:
 
 def seen(stack: dict[str, Any]) -> dict[str, Any]:
     """What the router sees."""
-    answer = httpx.get(f"{stack['router']['admin_url']}/workers", trust_env=False)
+    answer = httpx.get(
+        f"{stack['router']['admin_url']}/workers", trust_env=False, timeout=REQUEST_TIMEOUT_S
+    )
     found: dict[str, Any] = answer.raise_for_status().json()
     return found
 
@@ -305,7 +307,8 @@ class Believed:
         """Have the engine forget its cache; that it did so it publishes when it next computes."""
 
         def is_reset() -> bool:
-            answer = httpx.post(f"{self.engine_url}/reset_prefix_cache", trust_env=False)
+            url = f"{self.engine_url}/reset_prefix_cache"
+            answer = httpx.post(url, trust_env=False, timeout=REQUEST_TIMEOUT_S)
             return bool(answer.raise_for_status().json()["success"])
 
         # Not while stores are under way.
@@ -319,11 +322,16 @@ class Believed:
 def drained(stack: dict[str, Any], name: str) -> Iterator[None]:
     """An engine that gets no requests."""
     url = f"{stack['router']['admin_url']}/workers/{name}"
-    httpx.patch(url, json={"drain": True}, trust_env=False).raise_for_status()
+
+    def drain(is_drained: bool) -> None:
+        asked = {"drain": is_drained}
+        httpx.patch(url, json=asked, trust_env=False, timeout=REQUEST_TIMEOUT_S).raise_for_status()
+
+    drain(True)
     try:
         yield
     finally:
-        httpx.patch(url, json={"drain": False}, trust_env=False).raise_for_status()
+        drain(False)
 
 
 def test_what_is_believed_is_what_the_engine_has(stack: dict[str, Any]) -> None:
