@@ -1,5 +1,6 @@
 """``kvkeep cartridge train``: what is made, what is shown, and what is refused."""
 
+import importlib
 import json
 import os
 import signal
@@ -77,8 +78,10 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
             os.kill(os.getpid(), number)
         return lessons_of_step(*args)
 
+    # Not by its path: a test of what is imported may have made its package anew.
+    training = importlib.import_module("kvkeep.authoring.training.train")
     with monkeypatch.context() as patched:
-        patched.setattr("kvkeep.authoring.training.train.lessons_of_step", signalled)
+        patched.setattr(training, "lessons_of_step", signalled)
         stopped = run(tmp_path, "train", text, *options, *SMALL)
     assert (stopped.exit_code, stopped.stdout) == (130, "")
     assert f"stopped; the same command goes on from {tmp_path / 'w'}" in stopped.stderr
