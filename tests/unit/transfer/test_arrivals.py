@@ -270,8 +270,8 @@ def as_bytes(is_ok: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Flags that can be looked at while they change.
 
     numpy 2.3 reads a bool twice when it makes an object of it: between the two it may change, and
-    the wrong one of ``np.True_`` and ``np.False_`` is counted (numpy issue 30389). In the end one of
-    them is freed, which ends the interpreter.
+    the wrong one of ``np.True_`` and ``np.False_`` is counted (numpy issue 30389). In the end one
+    is freed, which aborts the interpreter.
     """
     return is_ok.view(np.uint8)
 
