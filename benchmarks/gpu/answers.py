@@ -251,7 +251,16 @@ def run_or_fall_back(args: argparse.Namespace) -> dict[str, Any]:
         return once()
 
 
-def stop_on(_number: int, _frame: FrameType | None) -> None:
+def begin(args: argparse.Namespace) -> None:
+    """Make the folders; from now on a signal, or the limit, ends the program and its children."""
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _stop_on)
+    signal.alarm(args.limit_s)
+    for folder in (args.work, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _stop_on(_number: int, _frame: FrameType | None) -> None:
     """Leave through every ``finally``, which stops the children."""
     raise SystemExit(143)
 
@@ -259,11 +268,7 @@ def stop_on(_number: int, _frame: FrameType | None) -> None:
 def main() -> int:
     """Run and report."""
     args = parse_arguments()
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, stop_on)
-    signal.alarm(args.limit_s)
-    for folder in (args.work, args.out):
-        folder.mkdir(parents=True, exist_ok=True)
+    begin(args)
     limits = {} if args.no_copy_limit else copy_limits()
     print(json.dumps({"copy_limit_gb_per_s": limits}), flush=True)
     if args.model is None:

@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from benchmarks.figures import Figure, Target, emit
-from benchmarks.gpu.answers import stop_on
+from benchmarks.gpu.answers import begin
 from benchmarks.gpu.processes import (
     Daemon,
     Engine,
@@ -225,11 +224,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run and report; 0 whether or not targets are met."""
     args = parse_arguments()
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, stop_on)
-    signal.alarm(args.limit_s)
-    for folder in (args.work, args.out):
-        folder.mkdir(parents=True, exist_ok=True)
+    begin(args)
     if args.model is None:
         args.model = args.work / "model"
         make_model(args.config, args.model, num_layers=args.layers)

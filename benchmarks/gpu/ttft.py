@@ -19,7 +19,6 @@ import argparse
 import importlib.util
 import json
 import random
-import signal
 import socket
 import statistics
 import sys
@@ -30,7 +29,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.gpu.answers import stop_on
+from benchmarks.gpu.answers import begin
 from benchmarks.gpu.copy_limit import copy_limits
 from benchmarks.gpu.processes import (
     Child,
@@ -190,11 +189,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure each subject; 1 if any could not be."""
     args = parse_arguments()
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, stop_on)
-    signal.alarm(args.limit_s)
-    for folder in (args.work, args.out):
-        folder.mkdir(parents=True, exist_ok=True)
+    begin(args)
     limits: dict[str, Any] = {} if args.no_copy_limit else copy_limits()
     print(json.dumps({"copy_limit_gb_per_s": limits}), flush=True)
     rows: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ from tests.e2e.tp_fleets import (
     difference,
     running_fleet,
 )
-from tests.e2e.tp_kinds import KINDS, SHAPES, Kind, pairs_of, routed, show
+from tests.e2e.tp_kinds import KINDS, Kind, over_shapes, pairs_of, routed, show
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600, func_only=True)]
 
@@ -42,9 +42,7 @@ def test_a_swapped_head_is_seen_in_every_pair(fleet: Fleet) -> None:
         show(fleet, prefill, decode, check_swapped_head(fleet, prefill, decode))
 
 
-@pytest.mark.parametrize(
-    ("prefill", "decode"), SHAPES, ids=[f"{'+'.join(p)}-to-{'+'.join(d)}" for p, d in SHAPES]
-)
+@over_shapes
 def test_more_engines_of_a_role_than_one(
     fleet: Fleet, prefill: list[str], decode: list[str]
 ) -> None:

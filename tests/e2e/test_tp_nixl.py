@@ -17,7 +17,7 @@ from tests.e2e.tp_fleets import (
     difference,
     running_fleet,
 )
-from tests.e2e.tp_kinds import KINDS, SHAPES, Kind, pairs_of, routed, show
+from tests.e2e.tp_kinds import KINDS, Kind, over_shapes, pairs_of, routed, show
 
 NUM_LOADED = "vllm:external_prefix_cache_hits_total"
 """Tokens; an answer's ``cached_tokens`` leaves out those that NixlConnector has read."""
@@ -82,9 +82,7 @@ def _check_pair(fleet: Fleet, prefill: str, decode: str) -> float:
     return worst
 
 
-@pytest.mark.parametrize(
-    ("prefill", "decode"), SHAPES, ids=[f"{'+'.join(p)}-to-{'+'.join(d)}" for p, d in SHAPES]
-)
+@over_shapes
 def test_more_engines_of_a_role_than_one(
     fleet: Fleet, prefill: list[str], decode: list[str]
 ) -> None:

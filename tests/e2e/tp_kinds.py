@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from kvkeep.router.handoff.transports.nixl import NixlTransport
 from tests.e2e.pairs import Router
 from tests.e2e.random_llama import make_random_llama
@@ -94,3 +96,6 @@ SHAPES = [
     (["a1", "a2"], ["b1"]),
     (["a2", "a1"], ["b2"]),
 ]
+over_shapes = pytest.mark.parametrize(
+    ("prefill", "decode"), SHAPES, ids=[f"{'+'.join(p)}-to-{'+'.join(d)}" for p, d in SHAPES]
+)

@@ -7,7 +7,7 @@ import numpy as np
 
 from kvkeep.cartridges.contents import Contents, make_contents
 from kvkeep.cartridges.file_format import Head, read_head, write_cartridge
-from kvkeep.cartridges.manifest import Draft
+from kvkeep.cartridges.manifest import Draft, Manifest
 from kvkeep.cartridges.signing import SigningKey
 from kvkeep.client.sequence_tensors import Tensor, as_tensor
 from kvkeep.protocol.tensors import DTYPES
@@ -37,6 +37,34 @@ def contents(
     """KV of so many layers."""
     tensors = [finite_tensor(seed + idx, dtype, shape) for idx in range(2 * num_layers)]
     return make_contents(list(zip(tensors[::2], tensors[1::2], strict=True)), **more)
+
+
+def small_manifest(
+    num_tokens: int,
+    block_tokens: int,
+    cartridge_id: str = "ships",
+    *,
+    has_token_ids: bool = True,
+) -> Manifest:
+    """Of one layer of two heads of four float32; there is no file of it."""
+    num_blocks = num_tokens // block_tokens
+    per_token = 2 * 2 * 4 * 4
+    return Manifest(
+        cartridge_id=cartridge_id,
+        model="tiny",
+        num_layers=1,
+        num_heads=2,
+        head_dim=4,
+        dtype="float32",
+        num_tokens=num_tokens,
+        num_aligned_tokens=num_blocks * block_tokens,
+        block_tokens=block_tokens,
+        num_blocks=num_blocks,
+        has_token_ids=has_token_ids,
+        sha256="0" * 64,
+        num_bytes=num_tokens * (per_token + (4 if has_token_ids else 0)),
+        created=CREATED,
+    )
 
 
 def draft(cartridge_id: str = "ships", **more: Any) -> Draft:

@@ -1,43 +1,16 @@
 """``kvkeep cartridge build`` and ``compose``: what is made, and what is refused."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from kvkeep.cartridges.file_format import read_cartridge
-from kvkeep.cli.main import main
-from tests.unit.authoring.tiny import TEXT, one_thread, write_tiny
+from tests.unit.authoring.tiny import TEXT, one_thread
 from tests.unit.cartridges.made import contents, written
+from tests.unit.cli.makers import model, run, text, told
 
-__all__ = ["one_thread"]
-
-
-def run(tmp_path: Path, command: str, *args: object) -> Result:
-    library = ["--library", str(tmp_path / "library")]
-    return CliRunner().invoke(main, ["cartridge", command, *map(str, args), *library])
-
-
-def told(result: Result) -> Any:
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Llama's folder."""
-    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A document."""
-    path = tmp_path / "mill.txt"
-    path.write_text(TEXT)
-    return path
+__all__ = ["model", "one_thread", "text"]
 
 
 # ---- build

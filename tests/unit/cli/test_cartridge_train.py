@@ -1,7 +1,6 @@
 """``kvkeep cartridge train``: what is made, what is shown, and what is refused."""
 
 import importlib
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,41 +8,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from click.testing import CliRunner, Result
 
 from kvkeep.authoring.training.distill import lessons_of_step
-from kvkeep.cli.main import main
-from tests.unit.authoring.tiny import TEXT, one_thread, write_tiny
+from tests.unit.authoring.tiny import TEXT, one_thread
+from tests.unit.cli.makers import model, run, text, told
 
-__all__ = ["one_thread"]
+__all__ = ["model", "one_thread", "text"]
 SMALL = [
     *("--tokens", 12, "--steps", 4, "--conversations", 16, "--conversations-per-step", 2),
     *("--answer-tokens", 4),
 ]
-
-
-def run(tmp_path: Path, command: str, *args: object) -> Result:
-    library = ["--library", str(tmp_path / "library")]
-    return CliRunner().invoke(main, ["cartridge", command, *map(str, args), *library])
-
-
-def told(result: Result) -> Any:
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Llama's folder."""
-    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A document."""
-    path = tmp_path / "mill.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def test_a_text_is_trained_and_registered(tmp_path: Path, text: Path, model: str) -> None:

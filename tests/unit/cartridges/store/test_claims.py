@@ -16,6 +16,7 @@ from kvkeep.cartridges.store.claims import (
     tokens_to_insert,
 )
 from kvkeep.model.errors import InputError, RefusedError
+from tests.unit.cartridges.made import small_manifest
 
 BLOCK_TOKENS = 4
 NUM_TOKENS = 18
@@ -24,24 +25,7 @@ IDS = np.arange(100, 100 + NUM_TOKENS, dtype=np.int32)
 
 def manifest(num_tokens: int = NUM_TOKENS, *, has_token_ids: bool = True) -> Manifest:
     """Of a cartridge of one layer."""
-    num_blocks = num_tokens // BLOCK_TOKENS
-    per_token = 2 * 2 * 4 * 4
-    return Manifest(
-        cartridge_id="ships",
-        model="tiny",
-        num_layers=1,
-        num_heads=2,
-        head_dim=4,
-        dtype="float32",
-        num_tokens=num_tokens,
-        num_aligned_tokens=num_blocks * BLOCK_TOKENS,
-        block_tokens=BLOCK_TOKENS,
-        num_blocks=num_blocks,
-        has_token_ids=has_token_ids,
-        sha256="0" * 64,
-        num_bytes=num_tokens * (per_token + (4 if has_token_ids else 0)),
-        created="2026-01-31T12:00:00Z",
-    )
+    return small_manifest(num_tokens, BLOCK_TOKENS, has_token_ids=has_token_ids)
 
 
 def claimed(prompt: list[int], **asked: Any) -> Claim:

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from kvkeep.cartridges.manifest import Manifest
 from kvkeep.cartridges.store.library import Checked, Library
 from kvkeep.client.prefixes import PrefixClient
 from kvkeep.connector.cartridges.serving_side import ServingSide
@@ -15,6 +14,7 @@ from kvkeep.connector.metadata import DepositJob, DepositResult, StepMetadata, S
 from kvkeep.connector.settings import ConnectorSettings
 from kvkeep.model.hashing import BlockHasher
 from kvkeep.model.ids import BlockHash, Namespace
+from tests.unit.cartridges.made import small_manifest
 from tests.unit.connector.engines import (
     BLOCK_TOKENS,
     NAMESPACE,
@@ -36,23 +36,7 @@ def checked(
     digest: str = DIGEST,
 ) -> Checked:
     """A cartridge whose tokens count up from 0, as those of ``make_request``."""
-    num_blocks = num_tokens // BLOCK_TOKENS
-    manifest = Manifest(
-        cartridge_id=cartridge_id,
-        model="tiny",
-        num_layers=1,
-        num_heads=2,
-        head_dim=4,
-        dtype="float32",
-        num_tokens=num_tokens,
-        num_aligned_tokens=num_blocks * BLOCK_TOKENS,
-        block_tokens=BLOCK_TOKENS,
-        num_blocks=num_blocks,
-        has_token_ids=has_ids,
-        sha256="0" * 64,
-        num_bytes=num_tokens * (64 + (4 if has_ids else 0)),
-        created="2026-01-31T12:00:00Z",
-    )
+    manifest = small_manifest(num_tokens, BLOCK_TOKENS, cartridge_id, has_token_ids=has_ids)
     ids = np.arange(num_tokens, dtype=np.int32) if has_ids else None
     return Checked(Path(f"{digest}.safetensors"), digest, manifest, ids, is_pinned)
 
